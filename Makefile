@@ -1,0 +1,48 @@
+# One-line help per target: `make`.
+PROFILE ?= cpu
+SEED ?= 17
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce smoke test lint lab notebooks readme clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; set PYTHON=python3.11'"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch .venv/ready
+
+setup: .venv/ready ## the environment in .venv
+
+reproduce: .venv/ready ## the whole chain [PROFILE=cpu] [SEED=17]; prints the result table
+	$(BIN)/python -m elva_core run $(PROFILE) --seed $(SEED)
+
+smoke: ## the chain at plumbing size
+	$(MAKE) reproduce PROFILE=smoke
+
+test: .venv/ready ## unit tests, then every notebook at smoke size
+	rm -rf outputs/smoke
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-kernel-name python3 --no-header
+
+lint: .venv/ready ## style of code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+
+lab: .venv/ready ## JupyterLab in the notebooks folder
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their outputs
+	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
+	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+
+readme: .venv/ready ## the README's result table from outputs/cpu/90_report
+	$(BIN)/python -m elva_core readme cpu
+
+clean: ## everything that was computed, except the committed reference run
+	rm -rf outputs/cache outputs/smoke

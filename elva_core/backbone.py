@@ -1,0 +1,242 @@
+"""A small Qwen2-VL of the real class, built and taught here, for machines without a GPU.
+
+It is taught what the real backbone already knows: to describe an image, a text, or an image with a change, in a
+short summary. The result is an ordinary pretrained folder that AutoProcessor and from_pretrained load.
+
+    folder = backbone.ensure(settings, root, cache=...)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+from elva_core import encoder, mbeir, runtime
+from elva_core.encoder import Encoder, Item, candidate_item, query_item
+from elva_core.settings import BackboneSettings, EncoderSettings, TeachSettings, TinySettings
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
+    """A byte-level BPE in Qwen2's class, trained on `texts`; no text is ever unknown to it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    model = json.loads(core.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(t, special=True, normalized=False) for t in SPECIAL]})
+    return tokenizer
+
+
+def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
+    """(model, processor): random weights, trained tokenizer, image processor with a fixed square size."""
+    tokenizer = train_tokenizer(texts, tiny.vocabulary)
+    pixels = tiny.image_side**2
+    size = {"shortest_edge": pixels, "longest_edge": pixels}
+    images = Qwen2VLImageProcessor(size=size, patch_size=tiny.patch)
+    videos = Qwen2VLVideoProcessor(size=size, patch_size=tiny.patch)
+    processor = Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE)
+    half_head = tiny.hidden // tiny.heads // 2
+    third = half_head // 3
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in zip(("pad", "start", "end", "vision_start", "vision_end", "image", "video"), SPECIAL, strict=True)
+    }
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer) + tiny.spare_rows,
+            "hidden_size": tiny.hidden,
+            "intermediate_size": tiny.intermediate,
+            "num_hidden_layers": tiny.layers,
+            "num_attention_heads": tiny.heads,
+            "num_key_value_heads": tiny.heads,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [half_head - 2 * third, third, third]},
+            "bos_token_id": None,
+            "eos_token_id": ids["end"],
+            "pad_token_id": ids["pad"],
+        },
+        vision_config={
+            "depth": tiny.vision_layers,
+            "embed_dim": tiny.vision_hidden,
+            "hidden_size": tiny.hidden,
+            "num_heads": tiny.vision_heads,
+            "mlp_ratio": 4,
+            "patch_size": tiny.patch,
+            "hidden_act": "relu",  # quick_gelu costs a third of the tower's time on a CPU
+        },
+        image_token_id=ids["image"],
+        video_token_id=ids["video"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2VLForConditionalGeneration(config)
+    return model, processor
+
+
+def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Root, cache: Path) -> str:
+    """Path of the pretrained folder every stage starts from: a given one, or a small model taught here.
+
+    The small model is kept under `cache` by the hash of everything it depends on, so it is taught once.
+    """
+    if settings.path:
+        return settings.path
+    key = hashlib.sha256(settings.model_dump_json().encode() + prompts.model_dump_json().encode() + Path(__file__).read_bytes())
+    key.update(root.union_train_path().read_bytes())
+    folder = cache / f"backbone-{key.hexdigest()[:16]}"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    work = folder.with_name(folder.name + ".partial")
+    queries, candidates = root.union_train(), root.pool("", "train", "global")
+    texts = [c.text for c in candidates if c.text] + [root.query_text(q) for q in queries]
+    # the prompt's own words must be whole tokens, as they are in a large vocabulary
+    frame = [f"user\n{text}\n{request}\nassistant\n" for text in texts[:2000] for request in (prompts.eol_request, prompts.summary_request)]
+    model, processor = build(texts + frame, settings.tiny, seed=settings.seed)
+    encoder.add_ret_token(model, processor.tokenizer, prompts.ret_token)
+    taught = Encoder(model, processor, prompts)
+    teach_vision(taught, root, candidates, settings.teach, settings.seed, work / "vision")
+    teach_language(taught, root, queries, candidates, settings.teach, settings.seed, work / "language")
+    model.save_pretrained(work / "model")
+    processor.save_pretrained(work / "model")
+    (work / "model").rename(folder)
+    shutil.rmtree(work)
+    return str(folder)
+
+
+def _optimisers(parameters: dict[str, torch.nn.Parameter], teach: TeachSettings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for the rest: half the steps of AdamW alone (LOG.md)."""
+    inside = {n: p for n, p in parameters.items() if p.ndim == 2 and ("layers." in n or "blocks." in n or "merger." in n)}
+    rest = [p for n, p in parameters.items() if n not in inside]
+    decay = teach.optimiser.weight_decay
+    muon = torch.optim.Muon(inside.values(), lr=teach.optimiser.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW(rest, lr=teach.optimiser.lr, betas=(0.9, 0.98), weight_decay=decay), muon]
+
+
+def warped(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    """Patch rows of randomly scaled, turned and shifted images, so that the tower learns more than seven hands' habits.
+
+    Args:
+        pixels: (patches, 6 * patch * patch) in the processor's order: merged 2x2 blocks, then channels and two frames.
+        grids: (images, 3) patches per side. strength: largest scale and shift, shares; largest turn, radians.
+    """
+    out, owner = pixels.clone(), torch.repeat_interleave(torch.arange(len(grids)), grids.prod(-1))
+    for _, height, width in grids.unique(dim=0).tolist():
+        members = (grids[:, 1] == height) & (grids[:, 2] == width)
+        rows, n = members[owner], int(members.sum())
+        image = pixels[rows].view(n, height // 2, width // 2, 2, 2, 6, patch, patch).permute(0, 5, 1, 3, 6, 2, 4, 7)
+        image = image.reshape(n, 6, height * patch, width * patch)
+        scale, turn, right, down = torch.from_numpy(rng.uniform(-strength, strength, size=(4, n))).float()
+        cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
+        matrix = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)
+        grid = torch.nn.functional.affine_grid(matrix, list(image.shape), align_corners=False)
+        image = torch.nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=False)
+        image = image.view(n, 6, height // 2, 2, patch, width // 2, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        out[rows] = image.reshape(-1, pixels.shape[1])
+    return out
+
+
+def teach_vision(
+    taught: Encoder, root: mbeir.Root, candidates: Sequence[mbeir.Candidate], teach: TeachSettings, seed: int, folder: Path
+) -> list[dict]:
+    """The tower learns to name the grains of an image: softmax over all grain texts, several may be right.
+
+    A stand-in for the pretrained tower of Qwen2-VL; the linear readout is thrown away.
+    """
+    images = [c for c in candidates if c.modality == "image" and mbeir.grains(c)]
+    names = sorted({text for c in images for _, text in mbeir.grains(c)})
+    column = {text: i for i, text in enumerate(names)}
+    readout = torch.nn.Linear(taught.backbone.config.get_text_config().hidden_size, len(names))
+    torch.nn.init.zeros_(readout.weight)
+    tower = taught.backbone.model.visual.requires_grad_(True)
+    parameters = dict(tower.named_parameters()) | {f"readout.{n}": p for n, p in readout.named_parameters()}
+    batch = min(teach.batch, len(images))
+    taught.vision_trainable = True
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = runtime.rng_for(seed, "vision", step)
+        epoch, place = divmod(step * batch, len(images) // batch * batch)
+        order = runtime.rng_for(seed, "vision order", epoch).permutation(len(images))
+        chosen = [images[i] for i in order[place : place + batch]]
+        targets = torch.zeros(batch, len(names))
+        for row, c in enumerate(chosen):
+            for _, text in mbeir.grains(c):
+                targets[row, column[text]] = 1
+        pixels, grids = taught.pixels([root.image_path(c.image) for c in chosen])
+        pixels = warped(pixels, grids, patch=taught.processor.image_processor.patch_size, strength=teach.warp, rng=rng)
+        sizes = grids.prod(-1).tolist()
+        noise = torch.from_numpy(rng.normal(size=(2, batch))).float() * teach.jitter
+        gain, offset = (n.repeat_interleave(torch.tensor(sizes))[:, None] for n in noise)
+        features = taught.backbone.model.get_image_features(pixels * (1 + gain) + offset, grids).pooler_output
+        log_p = readout(torch.stack([f.mean(0) for f in features])).log_softmax(-1)
+        loss = -(targets * log_p).sum() / batch
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    rows = runtime.optimise(parameters, step_fn, teach.vision_steps, teach.optimiser, folder, optimisers=_optimisers(parameters, teach))
+    tower.requires_grad_(False)
+    taught.vision_trainable = False
+    return rows
+
+
+def teach_language(
+    taught: Encoder,
+    root: mbeir.Root,
+    queries: Sequence[mbeir.Query],
+    candidates: Sequence[mbeir.Candidate],
+    teach: TeachSettings,
+    seed: int,
+    folder: Path,
+) -> list[dict]:
+    """The language model learns to write the grains of its input as a summary; the tower is frozen by now."""
+    known = {modality: [r for r in (*queries, *candidates) if r.modality == modality and mbeir.grains(r)] for modality in mbeir.MODALITIES}
+    tokenizer, request = taught.processor.tokenizer, taught.settings.summary_request
+    language = taught.backbone.model.language_model.requires_grad_(True)
+    parameters = dict(language.named_parameters())
+
+    def step_fn(step: int) -> dict[str, float]:
+        rng = runtime.rng_for(seed, "language", step)
+        rows = known[mbeir.MODALITIES[step % len(mbeir.MODALITIES)]]  # one modality per batch: less padding
+        chosen = [rows[i] for i in rng.integers(len(rows), size=teach.batch)]
+        items: list[Item] = [
+            query_item(root, r, prompt_index=int(rng.integers(4))) if isinstance(r, mbeir.Query) else candidate_item(root, r)
+            for r in chosen
+        ]
+        endings = [[*tokenizer(mbeir.caption(r), add_special_tokens=False).input_ids, taught.end_id] for r in chosen]
+        width = max(map(len, endings))
+        states = taught.states(taught.batch(items, request, endings))[:, -width - 1 : -1]
+        labels = torch.tensor([[-100] * (width - len(e)) + e for e in endings])
+        wanted = labels != -100
+        loss = torch.nn.functional.cross_entropy(taught.backbone.lm_head(states[wanted]), labels[wanted])
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    rows = runtime.optimise(parameters, step_fn, teach.language_steps, teach.optimiser, folder, optimisers=_optimisers(parameters, teach))
+    language.requires_grad_(False)
+    return rows

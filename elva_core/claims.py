@@ -1,0 +1,199 @@
+"""One claim = one row = one verdict: the paper's numbers (params/reported.yaml) beside what was measured here.
+
+table = assemble(reported(), measured, evidence=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from elva_core import metrics, runtime, settings
+
+COLUMNS = ["claim", "source", "dataset", "metric", "paper", "ours", "ci_low", "ci_high", "n", "seeds", "baseline", "verdict"]
+VERDICTS = ("reproduced", "same direction", "not reproduced", "not run")
+MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
+
+
+def reported() -> dict:
+    """Every number of the paper, the only figures a person typed."""
+    return yaml.safe_load((settings.PARAMS / "reported.yaml").read_text(encoding="utf-8"))
+
+
+def audit(tables: dict) -> pd.DataFrame:
+    """Recomputes the averages and relative gains the paper prints."""
+    rows = []
+    for table in ("table1", "table6"):
+        for method, row in tables[table]["rows"].items():
+            columns, printed = row[:-1], row[-1]
+            rows.append(
+                {
+                    "what": f"{tables[table]['source']}, {method}: mean of {len(columns)} columns",
+                    "printed": printed,
+                    "recomputed": round(float(np.mean(columns)), 2),
+                }
+            )
+    for gain in tables["relative_gains"]:
+        rows.append({"what": gain["what"], "printed": gain["printed"], "recomputed": round(100 * (gain["new"] / gain["old"] - 1), 2)})
+    out = pd.DataFrame(rows)
+    return out.assign(agrees=(out["printed"] - out["recomputed"]).abs() < 0.1)
+
+
+def not_run(tables: dict) -> list[dict]:
+    """Claims that need M-BEIR and GPUs, each with the command that would run it."""
+    rows = []
+    for table in ("table1", "table6"):
+        for method, values in tables[table]["rows"].items():
+            if method in tables[table]["ours"]:
+                profile = tables[table]["ours"][method]
+                rows += [
+                    {
+                        "claim": f"{method} {column}",
+                        "source": tables[table]["source"],
+                        "dataset": column,
+                        "metric": tables[table]["metric"],
+                        "paper": value,
+                        "baseline": f"needs M-BEIR and GPUs: make reproduce PROFILE={profile}",
+                    }
+                    for column, value in zip([*tables[table]["columns"], "Avg"], values, strict=True)
+                ]
+    return rows
+
+
+def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, seed: int) -> dict:
+    """Paired difference of two models on the MRBench average hit rate.
+
+    Args:
+        hits: one row per query and model with model, unit, qid and hit@k columns.
+
+    Returns:
+        new and old average, difference with 95 % interval (queries resampled inside each task), relative gain in %.
+    """
+    wide = hits.pivot(index=["unit", "qid"], columns="model", values=f"hit@{k}")
+    groups = [part for _, part in wide.groupby(level="unit")]
+    first, second = (float(np.mean([g[m].mean() for g in groups])) for m in (new, old))
+    rng = runtime.rng_for(seed, "paired", new, old, k)
+    low, high = metrics.stratified_interval([(g[new] - g[old]).to_numpy() for g in groups], samples, rng)
+    return {
+        "new": new,
+        "old": old,
+        "metric": f"hit@{k}",
+        "new value": first,
+        "old value": second,
+        "difference": first - second,
+        "ci_low": low,
+        "ci_high": high,
+        "relative %": 100 * (first / second - 1) if second else float("nan"),
+        "n": len(wide),
+    }
+
+
+def measured(
+    results: pd.DataFrame, pairs: Sequence[dict], distances: pd.DataFrame, tables: dict, dataset: str, evidence: bool
+) -> list[dict]:
+    """Rows for what this run measured; a verdict only where the paper has a number to compare the direction with.
+
+    Args:
+        results: MRBench rows with model, unit, metric, value, ci_low, ci_high, n; unit "average" is the mean over tasks.
+        pairs: `comparison` dictionaries. distances: model, kind, distance, qid.
+        evidence: False (smoke) makes every verdict "not run": such a run tests plumbing.
+    """
+    rows = []
+    for r in results.itertuples():
+        rows.append(
+            {
+                "claim": f"{r.model}, {r.unit}",
+                "source": "ours",
+                "dataset": f"MRBench-{dataset}",
+                "metric": r.metric,
+                "ours": 100 * r.value,
+                "ci_low": 100 * r.ci_low,
+                "ci_high": 100 * r.ci_high,
+                "n": r.n,
+                "baseline": "",
+                "verdict": "",
+            }
+        )
+    for pair in pairs:
+        key = f"{pair['new']} over {pair['old']}"
+        paper = tables["mrbench_gain"]["value"] if key == "stage 3 over stage 2" and pair["metric"] == "hit@5" else np.nan
+        scale = 100 / pair["old value"] if pair["old value"] else np.nan
+        verdict = "same direction" if pair["ci_low"] > 0 else "not reproduced"
+        rows.append(
+            {
+                "claim": key,
+                "source": tables["mrbench_gain"]["source"] if paper == paper else "ours",
+                "dataset": f"MRBench-{dataset}",
+                "metric": f"relative gain of {pair['metric']}, %",
+                "paper": paper,
+                "ours": pair["relative %"],
+                "ci_low": scale * pair["ci_low"],
+                "ci_high": scale * pair["ci_high"],
+                "n": pair["n"],
+                "baseline": pair["old"],
+                "verdict": verdict if evidence else "not run",
+            }
+        )
+    means = distances.groupby("model", sort=False)["distance"].mean()
+    counts = distances.groupby("model", sort=False)["qid"].nunique()
+    for model, paper in tables["grain_distance"]["values"].items():
+        if model in means:
+            rows.append(
+                {
+                    "claim": f"grain distance, {model}",
+                    "source": tables["grain_distance"]["source"],
+                    "dataset": f"MRBench-{dataset}",
+                    "metric": "mean cosine distance",
+                    "paper": paper,
+                    "ours": means[model],
+                    "n": counts[model],
+                    "baseline": "",
+                    "verdict": "",
+                }
+            )
+    grew = means.get("stage 3", np.nan) > means.get("stage 2", np.nan)
+    for row in rows[-2:]:
+        if row["claim"] == "grain distance, stage 3":
+            row.update(verdict=("same direction" if grew else "not reproduced") if evidence else "not run", baseline="stage 2")
+    return rows
+
+
+def assemble(rows: Sequence[dict], seed: int) -> pd.DataFrame:
+    """claims.csv: fixed columns, `not run` where nothing was measured."""
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS).astype(dict.fromkeys(("seeds", "verdict", "baseline"), object))
+    missing = table["ours"].isna()
+    table.loc[missing, "verdict"] = "not run"
+    table["seeds"] = [f"1 ({seed})" if ours else "" for ours in ~missing]
+    table["baseline"] = table["baseline"].fillna("")
+    return table
+
+
+def markdown(table: pd.DataFrame, note: str) -> str:
+    """The result table of README and report: measured rows only, one line of provenance below."""
+    lines = ["| claim | dataset | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|--|"]
+    for r in table[table["ours"].notna()].itertuples():
+        digits = 3 if "distance" in r.metric else 1
+        interval = f" [{r.ci_low:.{digits}f}, {r.ci_high:.{digits}f}]" if r.ci_low == r.ci_low else ""
+        paper = "" if r.paper != r.paper else f"{r.paper:g}"
+        lines.append(
+            f"| {r.claim} | {r.dataset} | {r.metric} | {paper} | {r.ours:.{digits}f}{interval} | {int(r.n):,} | {r.seeds} | {r.verdict} |"
+        )
+    return "\n".join([*lines, "", note])
+
+
+def update_readme(readme: Path, block: str) -> None:
+    """Replaces what stands between the markers.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    start, end = MARKERS
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme}: expected {start} and {end} once each; restore them around the result table")
+    before, after = text.split(start)[0], text.split(end)[1]
+    runtime.write_whole(readme, f"{before}{start}\n{block}\n{end}{after}")

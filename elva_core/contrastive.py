@@ -1,0 +1,166 @@
+"""Stages 1 and 2, and the control of stage 3: InfoNCE over pairs.
+
+rows = train(encoder, union_pairs(root, settings, seed), settings.stage2, seed=17, folder=out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from elva_core import mbeir, objectives, rollout, runtime
+from elva_core.encoder import Encoder, Item, candidate_item, query_item
+from elva_core.negatives import Ranked
+from elva_core.settings import ContrastiveSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and one of its positives. `positives` are all judged dids, to recognise false negatives of the batch."""
+
+    query: Item
+    candidate: Item
+    did: str
+    positives: tuple[str, ...]
+    negatives: tuple[Item, ...] = ()
+
+
+Draw = Callable[[int, int], list[Pair]]  # (step, batch size) -> pairs
+
+
+def epochs(rows: Sequence, seed: int, scope: str) -> Callable[[int, int], list]:
+    """Draws batches from a new permutation of `rows` per epoch, as a pure function of the step."""
+
+    def draw(step: int, size: int) -> list:
+        size = min(size, len(rows))
+        per_epoch = len(rows) // size
+        epoch, offset = divmod(step, per_epoch)
+        order = runtime.rng_for(seed, scope, epoch).permutation(len(rows))
+        return [rows[i] for i in order[offset * size : (offset + 1) * size]]
+
+    return draw
+
+
+def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
+    """Stage 1: (sent0, sent1); as in LamRA the hard negative is not used, in-batch negatives are."""
+    rows = [Pair(Item(a), Item(b), b, (b,)) for a, b in zip(triplets.sent0, triplets.sent1, strict=True)]
+    return epochs(rows, seed, "stage1")
+
+
+def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int) -> Draw:
+    """Stage 2: rows of the union train file, one random positive and a random instruction per visit."""
+    queries = root.union_train()
+    pool = {c.did: c for c in root.pool("", "train", "global")}
+    by_task: dict[int, list[mbeir.Query]] = {}
+    for query in queries:
+        by_task.setdefault(query.task if settings.one_task_per_batch else 0, []).append(query)
+    draws = {task: epochs(rows, seed, f"stage2/{task}") for task, rows in sorted(by_task.items())}
+
+    def draw(step: int, size: int) -> list[Pair]:
+        rng = runtime.rng_for(seed, "stage2", step)
+        # tasks take turns, in a new order each round, so every task is seen equally often
+        turn, place = divmod(step, len(draws))
+        task = list(draws)[runtime.rng_for(seed, "turn", turn).permutation(len(draws))[place]]
+        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in draws[task](turn, size)]
+
+    return draw
+
+
+def _pair(root: mbeir.Root, pool: dict[str, mbeir.Candidate], query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
+    did = query.positives[choice]
+    if did not in pool:
+        raise mbeir.ElvaDataError(f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint")
+    return Pair(query_item(root, query, seed=seed, scope=f"train/{step}"), candidate_item(root, pool[did]), did, query.positives)
+
+
+def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:
+    """The control of stage 3: its queries with their positive and their own negatives."""
+    rows = [Pair(r.item, r.positive, r.positive_did, r.query.positives, r.negatives) for r in ranked]
+    return epochs(rows, seed, "stage3")
+
+
+class SummaryCache:
+    """Greedy summaries of the model as it was when training began, written once per item (ELVA leaves this open)."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[Item, list[int]] = {}
+
+    def __call__(self, items: Sequence[Item]) -> list[list[int]]:
+        missing = [i for i in dict.fromkeys(items) if i not in self._known]
+        if missing:
+            with self._encoder.model.disable_adapter():
+                out = rollout.generate(self._encoder, missing)
+            self._known.update((i, s) for i, (s,) in zip(missing, out.summaries(self._encoder.end_id), strict=True))
+        return [self._known[i] for i in items]
+
+
+def ret_step(step: int, share: float) -> bool:
+    """Whether this step trains the [RET] state; exact share, spread evenly.
+
+    >>> [ret_step(i, 0.5) for i in range(4)]
+    [False, True, False, True]
+    """
+    return int((step + 1) * share) > int(step * share)
+
+
+def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: int, folder: Path) -> list[dict[str, float]]:
+    """Trains a fresh adapter with InfoNCE and merges it.
+
+    Args:
+        draw: (step, batch size) -> pairs; all pairs of a batch share its candidates as negatives.
+
+    Returns:
+        one row per step: loss, batch accuracy, grad_norm, step_time.
+    """
+    encoder.add_lora(settings.lora, seed=seed)
+    encoder.model.train()
+    summaries = SummaryCache(encoder)
+
+    def step_fn(step: int) -> dict[str, float]:
+        pairs = draw(step, settings.batch)
+        use_ret = ret_step(step, settings.ret_share)
+        items = [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
+        endings = summaries(items) if use_ret else None
+        # chunks never mix queries and candidates: rows of one modality need less padding
+        starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
+        slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
+        ignore = None
+        if settings.mask_false_negatives:
+            ignore = objectives.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
+            ignore = torch.nn.functional.pad(ignore, (0, len(items) - 2 * len(pairs))).to(encoder.device)
+        accuracy, written = [], {}
+
+        def embed(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(mbeir.stable_hash(seed, step, chunk))  # the same dropout in both passes of the cache
+            rows = slices[chunk]
+            if not use_ret:
+                return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
+            vectors, writing = encoder.embed_summaries(items[rows], endings[rows])
+            share = settings.summary_weight * len(vectors) / len(items)
+            written[chunk] = float(writing.detach())
+            return vectors, share * writing
+
+        def loss_fn(vectors: torch.Tensor) -> torch.Tensor:
+            queries, candidates = vectors[: len(pairs)], vectors[len(pairs) :]
+            best = (queries @ candidates.T).detach()
+            best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
+            accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
+            return objectives.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
+
+        loss = objectives.backward_in_chunks(embed, len(slices), loss_fn, cache=settings.gradient_cache)
+        return {
+            "loss": float(loss),
+            "accuracy": accuracy[0],
+            "ret": float(use_ret),
+            "summary_loss": sum(written.values()) / max(1, len(written)),
+        }
+
+    rows = runtime.optimise(encoder.trainable(), step_fn, settings.steps, settings.optimiser, folder)
+    encoder.merge_lora()
+    encoder.model.eval()
+    return rows

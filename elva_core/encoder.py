@@ -1,0 +1,279 @@
+"""Qwen2-VL as an embedder: prompts, token batches, the [RET] token, LoRA, vision features, loading and saving.
+
+Two ways to an embedding, both the state of the last position after the final norm, L2-normalised:
+
+* EOL (stages 1 and 2): the prompt asks for one word, the state of the prompt's last token is the embedding.
+* generative (ELVA): the prompt asks for a summary that ends in [RET], the state at [RET] is the embedding.
+
+Batches are left-padded, so the last position of every row is the one that counts.
+
+    encoder = encoder.load(DIR)
+    vectors = encoder.embed_eol([Item("A dog.")])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from elva_core import mbeir
+from elva_core.settings import EncoderSettings, LoraSettings
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is embedded: a query (text = instruction and query text) or a candidate, already normalised."""
+
+    text: str = ""
+    image: Path | None = None
+
+    @property
+    def content(self) -> str:
+        """The word LamRA's prompts use for what stands above."""
+        return "image and sentence" if self.image and self.text else "image" if self.image else "sentence"
+
+
+def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
+    """A query with its instruction; keyword arguments go to `Root.query_text`."""
+    return Item(root.query_text(query, **prompt), root.image_path(query.image) if query.image else None)
+
+
+def candidate_item(root: mbeir.Root, candidate: mbeir.Candidate) -> Item:
+    """A candidate; candidates never carry an instruction."""
+    return Item(mbeir.normalise(candidate.text), root.image_path(candidate.image) if candidate.image else None)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Left-padded token rows with everything the language model needs.
+
+    input_ids, mask: (B, L) int64. embeds: (B, L, D). positions: (3, B, L) M-RoPE positions.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    embeds: torch.Tensor
+    positions: torch.Tensor
+
+
+class Encoder:
+    """A vision-language model of transformers with its processor and the prompts of `EncoderSettings`."""
+
+    def __init__(self, model, processor, settings: EncoderSettings) -> None:
+        self.model = model
+        self.processor = processor
+        self.settings = settings
+        self.vision_trainable = False  # only while a small backbone is taught; frozen in every stage of the paper
+        self._vision: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pixels: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
+        tokenizer = processor.tokenizer
+        self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
+        if self.ret_id in (None, tokenizer.unk_token_id):
+            raise ValueError(f"{settings.ret_token} is not in the vocabulary; prepare the model with encoder.prepare()")
+        self.end_id = tokenizer.eos_token_id
+        self.pad_id = tokenizer.pad_token_id
+        self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.get_input_embeddings().weight.device
+
+    @property
+    def backbone(self):
+        """The transformers model, without PEFT's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def vocabulary_rows(self) -> int:
+        return self.backbone.config.get_text_config().vocab_size
+
+    def prompts(self, items: Sequence[Item], request: str) -> list[str]:
+        """Chat prompts up to and including the assistant's header; order: image, text, request."""
+        out = []
+        for item in items:
+            content: list[dict] = [{"type": "image"}] if item.image else []
+            content.append({"type": "text", "text": f"{self._cut(item.text)}\n{request}".replace("{content}", item.content)})
+            out.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        return out
+
+    def _cut(self, text: str) -> str:
+        limit, tokenizer = self.settings.max_text_tokens, self.processor.tokenizer
+        if len(text) <= limit:  # a token is never shorter than a character
+            return text
+        return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:limit])
+
+    def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
+        """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
+        features, grids = self._image_inputs(items)
+        rows = self._token_rows(items, request, features)
+        if endings is not None:
+            rows = [row + list(ending) for row, ending in zip(rows, endings, strict=True)]
+        length = max(map(len, rows))
+        ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        embeds = self.backbone.get_input_embeddings()(ids)
+        is_image = ids == self.backbone.config.image_token_id
+        if grids is not None:
+            embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
+            positions, _ = self.backbone.model.get_rope_index(ids, is_image.int(), image_grid_thw=grids, attention_mask=mask)
+        else:
+            positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, *ids.shape)
+        return Batch(ids, mask, embeds, positions)
+
+    def _token_rows(self, items: Sequence[Item], request: str, features: Sequence[torch.Tensor]) -> list[list[int]]:
+        image_id, lengths = self.backbone.config.image_token_id, iter([len(f) for f in features])
+        rows = self.processor.tokenizer(self.prompts(items, request), add_special_tokens=False).input_ids
+        return [[i for t in row for i in ([image_id] * next(lengths) if t == image_id else [t])] for row in rows]
+
+    def _image_inputs(self, items: Sequence[Item]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Vision features per image, each (n, D), and the patch grids (images, 3)."""
+        paths = [item.image for item in items if item.image]
+        if not paths:
+            return [], None
+        missing = [p for p in dict.fromkeys(paths) if p not in self._vision]
+        fresh = dict(zip(missing, self._vision_features(missing), strict=True)) if missing else {}
+        if self.settings.cache_vision and not self.vision_trainable:
+            self._vision.update(fresh)
+        found = [fresh[p] if p in fresh else self._vision[p] for p in paths]
+        return [f for f, _ in found], torch.stack([g for _, g in found]).to(self.device)
+
+    def _vision_features(self, paths: Sequence[Path]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        out = []
+        for start in range(0, len(paths), 64):
+            pixels, grids = self.pixels(paths[start : start + 64])
+            with torch.set_grad_enabled(self.vision_trainable):
+                features = self.backbone.model.get_image_features(pixels, grids).pooler_output
+            out += zip(features, grids, strict=True)
+        return out
+
+    def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch rows (patches, values) and grids (images, 3); rows are kept while the tower sees images again and again."""
+        missing = [p for p in dict.fromkeys(paths) if p not in self._pixels]
+        fresh = {}
+        if missing:
+            inputs = self.processor.image_processor([mbeir.open_image(p) for p in missing], return_tensors="pt")
+            rows = inputs.pixel_values.bfloat16().split(inputs.image_grid_thw.prod(-1).tolist())
+            fresh = dict(zip(missing, zip(rows, inputs.image_grid_thw, strict=True), strict=True))
+        if self.vision_trainable:
+            self._pixels.update(fresh)
+        found = [fresh[p] if p in fresh else self._pixels[p] for p in paths]
+        return torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
+
+    def states(self, batch: Batch, cache=None) -> torch.Tensor:
+        """States after the final norm, (B, L, D)."""
+        return self.backbone.model.language_model(
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits in float32; tokens that must never be sampled get -inf. (..., D) -> (..., V)"""
+        logits = self.backbone.lm_head(states).float()
+        return logits.index_fill(-1, self.banned_ids.to(logits.device), float("-inf"))
+
+    def embed_eol(self, items: Sequence[Item]) -> torch.Tensor:
+        """EOL embeddings (B, D), float32, L2-normalised, with gradient."""
+        return normalised(self.states(self.batch(items, self.settings.eol_request))[:, -1])
+
+    def embed_summaries(self, items: Sequence[Item], summaries: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings at [RET] after given summaries, and how well the model writes these summaries.
+
+        Returns:
+            (B, D) float32, L2-normalised; mean cross-entropy of the summary tokens and the end of turn. With gradient.
+        """
+        states = self.states(self.batch(items, self.settings.summary_request, [[*s, self.ret_id] for s in summaries]))
+        width = max(map(len, summaries)) + 1
+        labels = torch.tensor([[-100] * (width - len(s) - 1) + [*s, self.end_id] for s in summaries], device=states.device)
+        wanted = labels != -100
+        logits = self.logits(states[:, -width - 1 : -1][wanted])
+        return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[wanted])
+
+    def add_lora(self, lora: LoraSettings, *, seed: int) -> None:
+        """A fresh adapter on the language model's linear layers, and the [RET] row trainable; all else frozen."""
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=LORA_TARGETS,
+            trainable_token_indices={"embed_tokens": [self.ret_id]},
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = get_peft_model(self.model, config)
+
+    def merge_lora(self) -> None:
+        """Folds the adapter into the weights; the next stage starts a fresh one on the merged model."""
+        self.model = self.model.merge_and_unload()
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path, *, stage: str, parent: str) -> None:
+        """Safetensors, processor and elva.json (prompts, pooling, stage, hash of the model it came from)."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        card = {"encoder": self.settings.model_dump(), "pooling": "last position, L2-normalised", "stage": stage, "parent": parent}
+        (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+
+
+def banned_ids(tokenizer, end_id: int, rows: int) -> torch.Tensor:
+    """Ids the policy must never sample: every special token but the end of turn, and the spare rows.
+
+    A sampled vision placeholder would make the next forward fail on a token/feature mismatch; [RET] is appended
+    by us and is no action.
+    """
+    special = {token_id for token_id in tokenizer.get_added_vocab().values() if token_id != end_id}
+    return torch.tensor(sorted(special | set(range(len(tokenizer), rows))), dtype=torch.long)
+
+
+def normalised(states: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(states.float(), dim=-1)
+
+
+def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: str = "float32", device: str = "cpu") -> Encoder:
+    """An encoder from a folder written by `Encoder.save` or from any Qwen2-VL-like checkpoint.
+
+    Args:
+        settings: the prompts; None takes those of the folder's elva.json.
+
+    Raises:
+        FileNotFoundError: no elva.json and no settings.
+    """
+    if settings is None:
+        card = Path(folder) / "elva.json"
+        if not card.is_file():
+            raise FileNotFoundError(f"{card} is missing: pass settings, or a folder that a training stage wrote")
+        settings = EncoderSettings.model_validate(json.loads(card.read_text())["encoder"])
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    processor = AutoProcessor.from_pretrained(folder)
+    if settings.max_pixels:
+        processor.image_processor.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+    if settings.ret_token not in processor.tokenizer.get_vocab():
+        add_ret_token(model, processor.tokenizer, settings.ret_token)
+    model.requires_grad_(False)
+    return Encoder(model.eval(), processor, settings)
+
+
+@torch.no_grad()
+def add_ret_token(model, tokenizer, token: str) -> None:
+    """Puts [RET] on a spare vocabulary row, started from the mean of the used rows. The matrix is never resized.
+
+    Raises:
+        ValueError: the matrix has no spare row.
+    """
+    used, rows = len(tokenizer), model.get_input_embeddings().weight
+    if used >= len(rows):
+        raise ValueError(f"the embedding matrix has {len(rows)} rows for {used} tokens: no spare row for {token}")
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    rows[used] = rows[:used].mean(0)

@@ -1,0 +1,231 @@
+"""One function per figure: DataFrame -> Figure. No file is read, nothing is shown, no global style is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from elva_core import mbeir, rewards
+
+MODEL_COLOURS = {"zero-shot": "#9aa0a6", "stage 2": "#4c78a8", "InfoNCE control": "#e4a23a", "stage 3": "#c43d4b"}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11, "font.size": 9}
+
+
+def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4)):
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, axes
+
+
+def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], title: str) -> Figure:
+    """One row per label with captioned pictures; a picture without a path is a text card."""
+    columns = max(len(cells) for _, cells in rows)
+    figure, axes = _axes(len(rows), columns, (1.35 * columns + 0.8, 1.45 * len(rows) + 0.4))
+    for line, (label, cells) in zip(axes, rows, strict=True):
+        for place, axis in enumerate(line):
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+            if place < len(cells):
+                caption, path = cells[place]
+                if path is not None:
+                    axis.imshow(mbeir.open_image(path))
+                    axis.set_title(_wrapped(caption), fontsize=6)
+                else:
+                    axis.text(0.5, 0.5, _wrapped(caption), ha="center", va="center", fontsize=7, transform=axis.transAxes)
+        line[0].set_ylabel(label, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def retrieved(rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequence[tuple[str, Path | None, bool]]]]]], title: str) -> Figure:
+    """Queries with the top answers of each model; a right answer has a green frame.
+
+    Args:
+        rows: (query text, query image, [(model, [(caption, image, right), ...]), ...]) per query.
+    """
+    depth = max(len(answers) for _, _, models in rows for _, answers in models)
+    lines = [(query, image, model, answers, i == 0) for query, image, models in rows for i, (model, answers) in enumerate(models)]
+    figure, axes = _axes(len(lines), depth + 1, (1.3 * (depth + 1), 1.4 * len(lines) + 0.4))
+    for line, (query, image, model, answers, first) in zip(axes, lines, strict=True):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+            axis.spines[:].set_visible(False)
+        if first:
+            if image is not None:
+                line[0].imshow(mbeir.open_image(image))
+            line[0].set_title(_wrapped(f"query: {query}"), fontsize=6)
+        line[0].set_ylabel(model, fontsize=8)
+        for axis, (caption, path, right) in zip(line[1:], answers, strict=False):
+            if path is not None:
+                axis.imshow(mbeir.open_image(path))
+                axis.set_title(_wrapped(caption), fontsize=5)
+            else:
+                axis.text(0.5, 0.5, _wrapped(caption), ha="center", va="center", fontsize=6, transform=axis.transAxes)
+            if right:
+                axis.spines[:].set(visible=True, color="#2e8b57", linewidth=2.5)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _wrapped(text: str, width: int = 22) -> str:
+    words, lines = text.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines[:4])
+
+
+def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure:
+    """Bars with their value printed."""
+    figure, ((axis,),) = _axes(size=(6.4, 0.32 * len(table) + 1.2))
+    bars = axis.barh(table[y].astype(str), table[x], color="#4c78a8")
+    axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    axis.set(title=title, xlabel=unit)
+    axis.margins(x=0.12)
+    axis.invert_yaxis()
+    return figure
+
+
+def histogram(values: pd.Series, title: str, unit: str) -> Figure:
+    """Distribution of a count, with n and the median."""
+    figure, ((axis,),) = _axes()
+    sns.histplot(values, discrete=True, ax=axis, color="#4c78a8")
+    axis.axvline(values.median(), color="#c43d4b", linestyle="--", label=f"median {values.median():.0f}, n = {len(values):,}")
+    axis.set(title=title, xlabel=unit, ylabel="queries")
+    axis.legend(frameon=False)
+    return figure
+
+
+def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str, window: int = 15) -> Figure:
+    """Training curves: each column with its running mean.
+
+    Args:
+        history: one row per step, with `step`. columns: (column, axis label with unit).
+    """
+    width = 3 if len(columns) > 4 else min(2, len(columns))
+    height = -(-len(columns) // width)
+    figure, axes = _axes(height, width, (3.3 * width, 2.2 * height + 0.4))
+    for axis, (column, label) in zip(axes.flat, columns, strict=False):
+        for name, part in history.groupby("run", sort=False) if "run" in history else [("", history)]:
+            (line,) = axis.plot(part["step"], part[column].rolling(window, min_periods=1).mean(), label=name or None, linewidth=1.6)
+            axis.plot(part["step"], part[column], color=line.get_color(), alpha=0.25, linewidth=0.7)
+        axis.set(xlabel="step", ylabel=label)
+    if "run" in history:
+        axes.flat[0].legend(frameon=False, fontsize=8)
+    for axis in axes.flat[len(columns) :]:
+        axis.remove()
+    figure.suptitle(f"{title} (n = {history['step'].nunique()} steps, mean of {window})", fontsize=11)
+    return figure
+
+
+def reward_shape(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFrame]:
+    """Weight of a negative against its rank, as printed and corrected, and the positive's discount."""
+    import torch
+
+    k = torch.tensor(ranks)
+    table = pd.DataFrame(
+        {
+            "rank": ranks,
+            "printed": rewards.negative_weights(k, "printed"),
+            "corrected": rewards.negative_weights(k, "corrected"),
+            "positive": 1 / (1 + k.float().log()),
+        }
+    )
+    figure, axes = _axes(1, 2, (8, 3))
+    axes[0, 0].axhline(0, color="black", linewidth=0.8)
+    axes[0, 0].plot(table["rank"], table["printed"], label="printed: ln k - 1", color="#c43d4b")
+    axes[0, 0].plot(table["rank"], table["corrected"], label="corrected: max(0, ln k - 1)", color="#4c78a8", linestyle="--")
+    axes[0, 0].set(
+        xlabel="rank k of the negative",
+        ylabel="weight of the penalty",
+        title=f"Below 0 a negative is rewarded (gamma = {gamma})",
+        xscale="log",
+    )
+    axes[0, 0].legend(frameon=False)
+    axes[0, 1].plot(table["rank"], table["positive"], color="#4c78a8")
+    axes[0, 1].set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", title="Discount of the positive", xscale="log", ylim=(0, 1.05))
+    return figure, table
+
+
+def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
+    """Grouped bars with 95 % intervals: one group per unit, one bar per model.
+
+    Args:
+        table: columns unit, model, value, ci_low, ci_high (shares), n.
+    """
+    units, models = list(dict.fromkeys(table["unit"])), list(dict.fromkeys(table["model"]))
+    figure, ((axis,),) = _axes(size=(max(6.4, 1.15 * len(units) + 2), 3.6))
+    width = 0.8 / len(models)
+    for place, model in enumerate(models):
+        part = table[table["model"] == model].set_index("unit").reindex(units)
+        x = np.arange(len(units)) + (place - (len(models) - 1) / 2) * width
+        spread = 100 * np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(min=0)
+        axis.bar(x, 100 * part["value"], width, yerr=spread, label=model, color=MODEL_COLOURS.get(model), error_kw={"elinewidth": 0.9})
+    axis.set(
+        xticks=np.arange(len(units)),
+        ylabel=f"{metric}, % (higher is better)",
+        title=f"{title} (n = {table['n'].min()} queries a bar, 95 % interval)",
+        ylim=(0, None),
+    )
+    axis.set_xticklabels([u.replace("_", "\n", 1) for u in units])
+    axis.legend(frameon=False, ncols=len(models), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) -> Figure:
+    """Cosine distance by grain kind and model; the paper's means as dashed lines."""
+    figure, ((axis,),) = _axes(size=(7, 3.6))
+    sns.boxplot(table, x="kind", y="distance", hue="model", palette=MODEL_COLOURS, ax=axis, fliersize=1.5, linewidth=0.8)
+    for name, value in paper.items():
+        axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
+        axis.text(axis.get_xlim()[1], value, f" paper, Figure 4\n {name}: {value}", va="center", fontsize=7)
+    axis.set(
+        title=f"{title} (n = {table['qid'].nunique()} queries)", xlabel="grain taken away", ylabel="1 - cosine (0 = grain is not there)"
+    )
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
+    """t-SNE maps of one query's candidates, one panel per model."""
+    figure, axes = _axes(1, len(tables), (4.2 * len(tables), 3.8))
+    colours = {"other": "#c7c7c7", "one grain differs": "#e4a23a", "positive": "#2e8b57", "query": "#c43d4b"}
+    for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
+        for role, colour in colours.items():
+            part = table[table["role"] == role]
+            axis.scatter(
+                part["x"],
+                part["y"],
+                s=90 if role in ("query", "positive") else 22,
+                c=colour,
+                marker="*" if role == "query" else "o",
+                label=f"{role} ({len(part)})",
+            )
+        axis.set(title=name, xticks=[], yticks=[])
+    axes.flat[0].legend(frameon=False, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def error_bars(table: pd.DataFrame, title: str) -> Figure:
+    """Share of queries whose top-1 answer lacks a grain, by kind and model."""
+    shares = table.groupby(["model", "kind"], sort=False)["wrong"].agg(["mean", "count"]).reset_index()
+    figure, ((axis,),) = _axes(size=(7, 3.3))
+    sns.barplot(shares.assign(share=100 * shares["mean"]), x="kind", y="share", hue="model", palette=MODEL_COLOURS, ax=axis)
+    axis.set(
+        title=f"{title} (n = {table['qid'].nunique()} ids)",
+        xlabel="grain of the wanted answer",
+        ylabel="top-1 answers without it, % (lower is better)",
+    )
+    axis.legend(frameon=False, fontsize=8)
+    return figure

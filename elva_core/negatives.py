@@ -1,0 +1,96 @@
+"""Balanced negatives of stage 3: filtered hard ones from the model's own ranking, and random ones.
+
+ELVA section 3 after UniME and U-MARVEL: rank the pool by the stage-2 model, drop what is more similar than a
+threshold (likely an unjudged positive), keep the next `hard`; add `random` ones from the whole pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elva_core import mbeir, runtime
+from elva_core.encoder import Encoder, Item, candidate_item, query_item
+from elva_core.retrieval import encode
+from elva_core.settings import NegativeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A query of stage 3 with one positive and its N negatives. `cosines` are the stage-2 model's, of the negatives."""
+
+    query: mbeir.Query
+    item: Item
+    positive: Item
+    positive_did: str
+    negatives: tuple[Item, ...]
+    cosines: tuple[float, ...]
+
+
+def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings, rng: np.random.Generator) -> list[int]:
+    """Pool rows of the negatives of one query: hard ones first, then random ones.
+
+    Args:
+        scores: (C,) cosine of every pool row. excluded: rows that are positives.
+        positive: cosine of the chosen positive.
+    """
+    limit = settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
+    order = [int(i) for i in np.argsort(-scores, kind="stable") if int(i) not in excluded]
+    hard = [i for i in order if scores[i] <= limit][: settings.hard]
+    rest = [i for i in order if i not in set(hard)]
+    return hard + [int(i) for i in rng.permutation(rest)[: settings.random]]
+
+
+def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSettings, *, batch: int, seed: int) -> list[Ranked]:
+    """`count` train queries, the same number per task, with their negatives.
+
+    Negatives have the modality of the positive. The pool may be sampled (`settings.pool` per modality).
+    """
+    queries = _equal_draw(list({q.qid: q for q in root.union_train()}.values()), count, seed)
+    pool = root.pool("", "train", "global")
+    by_did = {c.did: c for c in pool}
+    out: list[Ranked] = []
+    for modality in mbeir.MODALITIES:
+        rng = runtime.rng_for(seed, "negatives", modality)
+        asked = [q for q in queries if mbeir.CANDIDATE_MODALITY[q.task] == modality]
+        members = [c for c in pool if c.modality == modality]
+        if not asked:
+            continue
+        kept = sorted(rng.permutation(len(members))[: settings.pool or len(members)])
+        chosen = [members[i] for i in kept]
+        positives = [by_did[q.positives[int(rng.integers(len(q.positives)))]] for q in asked]
+        items = [candidate_item(root, c) for c in chosen]
+        vectors, _ = encode(encoder, items, batch=batch)
+        query_items = [query_item(root, q, seed=seed, scope="train/rl") for q in asked]
+        asked_vectors, _ = encode(encoder, query_items, batch=batch)
+        positive_vectors, _ = encode(encoder, [candidate_item(root, p) for p in positives], batch=batch)
+        for query, item, positive, vector, near in zip(asked, query_items, positives, asked_vectors, positive_vectors, strict=True):
+            scores = vectors @ vector
+            same = {i for i, c in enumerate(chosen) if c.did in set(query.positives)}
+            rows = choose(scores, same, float(vector @ near), settings, rng)
+            out.append(
+                Ranked(
+                    query,
+                    item,
+                    candidate_item(root, positive),
+                    positive.did,
+                    tuple(items[i] for i in rows),
+                    tuple(float(scores[i]) for i in rows),
+                )
+            )
+    order = runtime.rng_for(seed, "stage3 order").permutation(len(out))
+    return [out[i] for i in order]
+
+
+def _equal_draw(queries: Sequence[mbeir.Query], count: int, seed: int) -> list[mbeir.Query]:
+    """The same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled."""
+    groups: dict[tuple, list[mbeir.Query]] = {}
+    for q in queries:
+        groups.setdefault((mbeir.split_id(q.qid)[0], q.task), []).append(q)
+    out = []
+    for key in sorted(groups):
+        ranked = sorted(groups[key], key=lambda q: mbeir.stable_hash(seed, "stage3", q.qid))
+        out += ranked[: -(-count // len(groups))]
+    return out[:count] if len(out) > count else out

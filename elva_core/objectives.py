@@ -1,0 +1,150 @@
+"""Losses and advantages as pure tensor functions; torch only.
+
+Letters: B batch, C candidates, D embedding size, T summary tokens, G rollouts of one query, N negatives of a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+ADVANTAGE_EPSILON = 1e-4  # TRL's and UME-R1's; keeps a zero-variance group at advantage 0
+
+
+def infonce(queries: torch.Tensor, candidates: torch.Tensor, *, temperature: float, ignore: torch.Tensor | None = None) -> torch.Tensor:
+    """InfoNCE from query to candidates, cosine / temperature, mean over the batch (ELVA stages 1 and 2).
+
+    Args:
+        queries: (B, D) float32, L2-normalised.
+        candidates: (C, D) float32, L2-normalised, C >= B; row i is the positive of query i, the rest are negatives.
+        temperature: > 0, divides the cosine; sentence-transformers' scale is its inverse.
+        ignore: (B, C) bool, pairs to leave out (false negatives); the positive itself must stay.
+
+    Embeddings that are all zero give log C:
+
+    >>> round(infonce(torch.zeros(4, 2), torch.zeros(4, 2), temperature=0.05).item(), 4)
+    1.3863
+    """
+    scores = queries @ candidates.T / temperature
+    if ignore is not None:
+        scores = scores.masked_fill(ignore, float("-inf"))
+    return torch.nn.functional.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+
+
+def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str]) -> torch.Tensor:
+    """(B, C) bool: candidate j is a judged positive of query i, but not the one in its own slot i.
+
+    >>> false_negatives([["a", "b"], ["b"]], ["a", "b"])
+    tensor([[False,  True],
+            [False, False]])
+    """
+    relevant = [set(p) for p in positives]
+    return torch.tensor([[i != j and did in dids for j, did in enumerate(candidates)] for i, dids in enumerate(relevant)])
+
+
+def backward_in_chunks(
+    embed: Callable[[int], tuple[torch.Tensor, torch.Tensor]], chunks: int, loss_fn: Callable[[torch.Tensor], torch.Tensor], *, cache: bool
+) -> torch.Tensor:
+    """Backward of loss_fn(all embeddings) + the chunks' own losses, the embeddings being computed chunk by chunk.
+
+    With `cache` only one chunk's graph is in memory at a time: the embeddings are computed once without a graph,
+    the loss gives their gradient, each chunk is computed again with a graph and receives its slice of it. Equal to
+    the plain way as long as `embed` gives the same twice (seed dropout per chunk).
+
+    Args:
+        embed: number of a chunk -> ((rows, D) embeddings, scalar loss of the chunk alone), with gradient.
+        loss_fn: (all rows, D) -> scalar.
+
+    Returns:
+        the value of loss_fn, detached. Gradients are added to the parameters behind `embed`.
+
+    Source: Gao et al. 2021, GradCache.
+    """
+    if not cache:
+        parts = [embed(i) for i in range(chunks)]
+        loss = loss_fn(torch.cat([vectors for vectors, _ in parts]))
+        (loss + sum(own for _, own in parts)).backward()
+        return loss.detach()
+    with torch.no_grad():
+        parts = [embed(i)[0] for i in range(chunks)]
+    leaf = torch.cat(parts).requires_grad_(True)
+    loss = loss_fn(leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    for i, part in enumerate(gradient.split([len(p) for p in parts])):
+        vectors, own = embed(i)
+        ((vectors * part).sum() + own).backward()
+    return loss.detach()
+
+
+def advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
+    """Rewards minus the mean of their group, divided by a spread.
+
+    Args:
+        rewards: (Q, G), one row per query.
+        scale: "group" divides by the group's standard deviation (GRPO), "batch" by that of all, "none" by 1.
+
+    A group whose rewards are all equal gets advantage 0, never NaN.
+
+    >>> advantages(torch.tensor([[1.0, 1.0], [0.0, 2.0]]), "none")
+    tensor([[ 0.,  0.],
+            [-1.,  1.]])
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "none":
+        return centred
+    spread = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+    return centred / (spread + ADVANTAGE_EPSILON)
+
+
+def k3(log_p: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
+    """Schulman's k3 estimator of KL(p || reference) per token: exp(d) - d - 1 with d = log_reference - log_p; >= 0."""
+    difference = log_reference - log_p
+    return difference.exp() - difference - 1
+
+
+def policy_loss(
+    log_p: torch.Tensor,
+    log_old: torch.Tensor,
+    log_reference: torch.Tensor,
+    mask: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    clip: float,
+    kl_weight: float,
+    aggregation: str,
+    max_length: int,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """GRPO: clipped surrogate plus KL, aggregated over tokens (ELVA stage 3).
+
+    Args:
+        log_p, log_old, log_reference: (B, T) log-probabilities of the sampled tokens under the policy, the policy
+            that sampled them, and the reference.
+        mask: (B, T), 1 where a token was an action of the policy.
+        advantage: (B,).
+        clip: the ratio is clipped to [1 - clip, 1 + clip].
+        aggregation: "sequence" mean over tokens then over sequences (the paper), "dr_grpo" sum over tokens divided
+            by B * max_length, "dapo" mean over all tokens.
+
+    Returns:
+        (loss, {"kl", "clip_fraction"}).
+    """
+    mask = mask.to(log_p.dtype)
+    ratio = (log_p - log_old).exp()
+    gain = advantage[:, None]
+    surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
+    divergence = k3(log_p, log_reference)
+    per_token = (kl_weight * divergence - surrogate) * mask
+    if aggregation == "sequence":
+        loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
+    elif aggregation == "dr_grpo":
+        loss = per_token.sum() / (len(mask) * max_length)
+    elif aggregation == "dapo":
+        loss = per_token.sum() / mask.sum().clamp(min=1)
+    else:
+        raise ValueError(f"aggregation {aggregation!r} is none of sequence, dr_grpo, dapo")
+    with torch.no_grad():
+        clipped = ((ratio < 1 - clip) & (gain < 0)) | ((ratio > 1 + clip) & (gain > 0))
+        tokens = mask.sum().clamp(min=1)
+        facts = {"kl": float((divergence * mask).sum() / tokens), "clip_fraction": float((clipped * mask).sum() / tokens)}
+    return loss, facts

@@ -1,0 +1,98 @@
+"""The data a profile names, as an M-BEIR root and NLI triplets, and what a reader wants to know about them.
+
+root, triplets = write(settings.data, folder, seed=17)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from elva_core import emoji_collection, mbeir
+from elva_core.settings import DataSettings
+
+
+def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
+    """(root, NLI file): the embedded collection written into `folder`, or a link to the M-BEIR copy the profile names.
+
+    Raises:
+        ElvaDataError: the profile names neither or both, or a path that does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    root, triplets = folder / "root", folder / "nli.csv"
+    if (data.emoji is None) == (data.root is None or data.nli is None):
+        raise mbeir.ElvaDataError("data: give either emoji, or both root (an M-BEIR folder) and nli (SimCSE's CSV)")
+    if data.emoji is None:
+        for link, target in ((root, Path(data.root)), (triplets, Path(data.nli))):
+            if not target.exists():
+                raise mbeir.ElvaDataError(f"{target} does not exist; correct data.root and data.nli in the profile")
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.resolve())
+        return mbeir.Root(root), triplets
+    settings = data.emoji
+    emojis = emoji_collection.sample(emoji_collection.load(settings.language), settings.size)
+    limits = {**settings.queries_per_unit, "up_sample": settings.up_sample}
+    emoji_collection.write_root(emojis, root, vendors=settings.vendors, held_out_share=settings.held_out_share, limits=limits, seed=seed)
+    emoji_collection.write_triplets(emojis, triplets, held_out_share=settings.held_out_share)
+    return mbeir.Root(root), triplets
+
+
+def locate(folder: Path) -> tuple[mbeir.Root, Path]:
+    """(root, NLI file) of a finished data stage."""
+    return mbeir.Root(folder / "root"), folder / "nli.csv"
+
+
+def counts(root: mbeir.Root) -> pd.DataFrame:
+    """Queries, positives per query, and pool size of every unit and split."""
+    rows = []
+    for split in ("train", "val", "test"):
+        for unit in root.units(split):
+            queries = root.queries(unit, split)
+            pool = root.pool(unit, split, "global" if split == "train" else "local")
+            by_task = {task: [q for q in queries if q.task == task] for task in sorted({q.task for q in queries})}
+            for task, own in by_task.items():
+                modality = mbeir.CANDIDATE_MODALITY[task]
+                rows.append(
+                    {
+                        "split": split,
+                        "unit": unit if f"task{task}" in unit else f"{unit}_task{task}",
+                        "query -> candidate": f"{own[0].modality} -> {modality}",
+                        "queries": len(own),
+                        "positives per query": round(sum(len(q.positives) for q in own) / len(own), 2),
+                        "pool": sum(c.modality == modality for c in pool),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[str, Path | None]]:
+    """`count` queries of a unit, each followed by its positive, as captioned cells."""
+    queries, pool = root.queries(unit, split), {c.did: c for c in root.pool(unit, split)}
+    cells = []
+    for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
+        positive = pool[next(d for d in query.positives if d in pool)]
+        cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
+        cells.append((f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None))
+    return cells
+
+
+def twins_in_pool(root: mbeir.Root, unit: str, split: str) -> pd.Series:
+    """Per query, how many candidates of its local pool differ from the wanted grains in exactly one."""
+    keys: dict[tuple, set[str]] = {}
+    for candidate in root.pool(unit, split):
+        for hidden, (kind, text) in enumerate(own := mbeir.grains(candidate)):
+            keys.setdefault((kind, *(g for i, g in enumerate(own) if i != hidden)), set()).add(text)
+    out = []
+    for query in root.queries(unit, split):
+        own = mbeir.grains(query)
+        near = [keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text} for hidden, (kind, text) in enumerate(own)]
+        out.append(sum(map(len, near)))
+    return pd.Series(out, name="twins")
+
+
+def unseen(root: mbeir.Root, queries: Sequence[mbeir.Query]) -> pd.Series:
+    """Whether each query's composition of grains is in no training row."""
+    trained = {tuple(mbeir.grains(c)) for c in root.pool("", "train", "global")}
+    return pd.Series([tuple(mbeir.grains(q)) not in trained for q in queries], name="unseen composition")

@@ -1,0 +1,72 @@
+"""The two verifiable rewards of ELVA stage 3 as pure functions; torch only.
+
+Letters: r rank of the positive, k rank of a negative, both from 1 in the list of one rollout sorted by cosine;
+N negatives of a query; any leading dimensions (queries, rollouts) are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def margin_reward(positive: torch.Tensor, negatives: torch.Tensor, *, delta: float) -> torch.Tensor:
+    """R_margin = max(0, s_p - max_n s_n - delta).
+
+    Args:
+        positive: (...) cosine of the positive. negatives: (..., N) cosines of the negatives. delta: in cosine units.
+
+    It is 0 on exactly the rollouts that fail, and grows without bound on easy ones.
+
+    >>> margin_reward(torch.tensor(0.9), torch.tensor([0.5, 0.2]), delta=0.1)
+    tensor(0.3000)
+    """
+    return (positive - negatives.amax(-1) - delta).clamp(min=0)
+
+
+def ranks(positive: torch.Tensor, negatives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rank of the positive (...), ranks of the negatives (..., N)), from 1; a tie counts against the positive.
+
+    >>> ranks(torch.tensor(0.5), torch.tensor([0.9, 0.5, 0.1]))
+    (tensor(3), tensor([1, 2, 4]))
+    """
+    scores = torch.cat([negatives, positive[..., None]], dim=-1)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1) + 1
+    return rank[..., -1], rank[..., :-1]
+
+
+def negative_weights(rank: torch.Tensor, form: str) -> torch.Tensor:
+    """Weight ln k - 1 that a negative at rank k is punished with.
+
+    As printed it is -1 at k=1 and -0.31 at k=2: a negative that stands above the positive is *rewarded*.
+    The corrected form clips the weight at 0.
+    """
+    weight = rank.double().log() - 1
+    if form == "printed":
+        return weight.float()
+    if form == "corrected":
+        return weight.clamp(min=0).float()
+    raise ValueError(f"reward form {form!r} is neither printed nor corrected")
+
+
+def rank_reward(
+    positive: torch.Tensor, negatives: torch.Tensor, *, gamma: float, form: str = "printed", reduction: str = "mean"
+) -> torch.Tensor:
+    """R_rank = s_p / (1 + ln r) - gamma * (sum | mean) over negatives of s_n (ln k - 1); natural logarithm.
+
+    Args:
+        positive: (...). negatives: (..., N). gamma: weight of the penalty, about 0.1 on the mean, 0.001 on the sum of 100.
+
+    The gradient with respect to the cosines is that of the formula with ranks held fixed.
+    """
+    r, k = ranks(positive.detach(), negatives.detach())
+    penalty = negatives * negative_weights(k, form)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"penalty reduction {reduction!r} is neither sum nor mean")
+    penalty = penalty.sum(-1) if reduction == "sum" else penalty.mean(-1)
+    return positive / (1 + r.float().log()) - gamma * penalty
+
+
+def total_reward(margin: torch.Tensor, rank: torch.Tensor, *, alpha: float, epsilon: float) -> torch.Tensor:
+    """R_total = alpha R_margin + epsilon R_rank; the paper takes 0.4 and 0.6."""
+    return alpha * margin + epsilon * rank

@@ -1,0 +1,141 @@
+"""Sampling summaries and reading the embedding at [RET], with the prompt computed once for its G rollouts.
+
+The prompt's key/value cache is computed once per input and expanded to G. In generation and in training the same
+two pieces are used: `prefill` and a continuation on the cache, so their log-probabilities agree.
+
+    out = generate(encoder, items, rollouts=8, temperature=1.0, generator=g)   # out.embeddings: (B, G, D)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from elva_core.encoder import Batch, Encoder, Item, normalised
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Sampled summaries of B inputs, G each.
+
+    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn counts,
+    [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action. entropy: (B, G, T) nats.
+    embeddings: (B, G, D) float32, L2-normalised state at [RET].
+    """
+
+    tokens: torch.Tensor
+    actions: torch.Tensor
+    log_p: torch.Tensor
+    entropy: torch.Tensor
+    embeddings: torch.Tensor
+
+    def summaries(self, end_id: int) -> list[list[list[int]]]:
+        """Token ids of each summary without the end of turn."""
+        return [
+            [[t for t, a in zip(row, act, strict=True) if a and t != end_id] for row, act in zip(group, acts, strict=True)]
+            for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
+        ]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (B,)."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    last: torch.Tensor
+    position: torch.Tensor
+
+
+def prefill(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
+    """Runs each prompt once and repeats the result for its rollouts: rows 0..G-1 belong to item 0, and so on."""
+    batch = encoder.batch(items, encoder.settings.summary_request)
+    cache = DynamicCache(config=encoder.backbone.config.get_text_config())
+    last = encoder.states(batch, cache)[:, -1]
+    position = batch.positions.amax(dim=(0, 2)) + 1
+    if rollouts > 1:
+        cache.batch_repeat_interleave(rollouts)
+    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last, position)))
+
+
+def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """States (R, n, D) of n further tokens on the cache; columns where `valid` is False are never attended to."""
+    prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    positions = (prefix.position[:, None] + steps).expand(3, *ids.shape)
+    prefix.position = prefix.position + ids.shape[1]
+    embeds = encoder.backbone.get_input_embeddings()(ids)
+    return encoder.states(Batch(ids, prefix.mask, embeds, positions), prefix.cache)
+
+
+@torch.no_grad()
+def generate(
+    encoder: Encoder, items: Sequence[Item], *, rollouts: int = 1, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> Rollouts:
+    """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
+
+    Args:
+        rollouts: G per item.
+        temperature: of sampling; log-probabilities are those of the tempered distribution. Without a generator the
+            most probable token is taken and `temperature` only scales the log-probabilities.
+    """
+    prefix = prefill(encoder, items, rollouts)
+    rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
+    state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
+    waiting = open_row.clone()  # rows whose [RET] has not been read yet
+    embeddings = torch.zeros(rows, state.shape[-1], device=state.device)
+    tokens, actions, log_ps, entropies = [], [], [], []
+    for step in range(cap + 1):
+        if step < cap and open_row.any():
+            log_p = torch.log_softmax(encoder.logits(state) / temperature, dim=-1)
+            token = (
+                log_p.argmax(-1)
+                if generator is None
+                else torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0].to(log_p.device)
+            )
+            tokens.append(torch.where(open_row, token, encoder.pad_id))
+            actions.append(open_row)
+            log_ps.append(log_p.gather(-1, token[:, None])[:, 0] * open_row)
+            entropies.append(torch.special.entr(log_p.exp()).sum(-1) * open_row)
+            open_row = open_row & (token != encoder.end_id)
+            inputs = torch.where(open_row, token, encoder.ret_id)
+        else:
+            open_row = torch.zeros_like(open_row)
+            inputs = torch.full((rows,), encoder.ret_id, device=state.device)
+        state = _advance(encoder, prefix, inputs[:, None], waiting[:, None])[:, 0]
+        closing = waiting & ~open_row
+        embeddings[closing] = normalised(state[closing])
+        waiting = waiting & open_row
+        if not waiting.any():
+            break
+    stack = [torch.stack(x, dim=1).unflatten(0, (-1, rollouts)) for x in (tokens, actions, log_ps, entropies)]
+    return Rollouts(*stack, embeddings.unflatten(0, (-1, rollouts)))
+
+
+def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced log-probabilities and embeddings of given rollouts, with gradient.
+
+    The prompt is computed once per item, gradients included; its G continuations share the cache.
+
+    Returns:
+        log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
+    """
+    groups = rollouts.tokens.shape[1]
+    tokens, actions = rollouts.tokens.flatten(0, 1), rollouts.actions.flatten(0, 1)
+    prefix = prefill(encoder, items, groups)
+    first = prefix.last
+    lengths = (actions & (tokens != encoder.end_id)).sum(1)
+    column = torch.arange(tokens.shape[1] + 1, device=tokens.device)
+    inputs = torch.cat([tokens, tokens.new_full((len(tokens), 1), encoder.pad_id)], dim=1)
+    inputs = torch.where(column == lengths[:, None], encoder.ret_id, inputs)
+    inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
+    states = _advance(encoder, prefix, inputs, column <= lengths[:, None])
+    before = torch.cat([first[:, None], states[:, :-1]], dim=1)[:, : tokens.shape[1]]
+    log_p = torch.zeros(tokens.shape, device=tokens.device)
+    chosen = torch.log_softmax(encoder.logits(before[actions]) / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
+    log_p = log_p.masked_scatter(actions, chosen)
+    embeddings = normalised(states[torch.arange(len(states)), lengths])
+    return log_p.unflatten(0, (-1, groups)), embeddings.unflatten(0, (-1, groups))

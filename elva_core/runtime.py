@@ -1,0 +1,180 @@
+"""Seeds, optimiser steps, checkpoints and progress: what every training loop shares.
+
+All randomness of a step is derived from (seed, name, step), so resuming needs no saved generator state.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from elva_core.settings import OptimiserSettings
+
+log = logging.getLogger("elva")
+
+
+def rng_for(seed: int, *scope: object) -> np.random.Generator:
+    """An independent random stream per name, so that a new consumer never shifts the others."""
+    return np.random.default_rng([seed, *(int.from_bytes(str(s).encode()[-24:], "big") for s in scope)])
+
+
+def torch_rng(seed: int, *scope: object) -> torch.Generator:
+    return torch.Generator().manual_seed(int(rng_for(seed, *scope).integers(2**62)))
+
+
+def start(threads: int | None) -> None:
+    """Thread count, plain log lines, no progress bars from libraries. Deterministic for one thread count."""
+    if threads:
+        torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    from transformers.utils import logging as hf
+
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+
+
+def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
+    """Yields the steps and logs one plain line now and then: done, rate, time left."""
+    started = last = time.monotonic()
+    for done, step in enumerate(steps):
+        yield step
+        now = time.monotonic()
+        if now - last >= every_s:
+            rate = (done + 1) / (now - started)
+            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, (total - step - 1) / rate)
+            last = now
+
+
+def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
+    """Linear warm-up, then a cosine from lr to final_lr * lr.
+
+    >>> learning_rate(99, 100, OptimiserSettings(lr=1.0, warmup=0.1, checkpoint_every=1)) < 0.001
+    True
+    """
+    warmup = max(1, round(settings.warmup * steps))
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / max(1, steps - warmup)))
+    return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
+
+
+def environment() -> pd.DataFrame:
+    """Pinned and installed version of every dependency.
+
+    Raises:
+        RuntimeError: a version differs from its pin; results would not be comparable.
+    """
+    rows = []
+    for line in requires("elva-workbook") or []:
+        name, _, rest = line.partition("==")
+        if "extra ==" not in line:
+            rows.append({"package": name, "pinned": rest, "installed": version(name)})
+    table = pd.DataFrame(rows)
+    wrong = table[table["pinned"] != table["installed"].str.split("+").str[0]]
+    if len(wrong):
+        raise RuntimeError(f"installed versions differ from the pins: {wrong.to_dict('records')}; run: make setup")
+    return table
+
+
+class DivergedError(RuntimeError):
+    """Training was stopped by its guard; the message names the reason and the checkpoint to go on from."""
+
+
+def optimise(
+    parameters: dict[str, torch.nn.Parameter],
+    step_fn: Callable[[int], dict[str, float]],
+    steps: int,
+    settings: OptimiserSettings,
+    folder: Path,
+    check: Callable[[dict[str, float]], str | None] = lambda row: None,
+    optimisers: Sequence[torch.optim.Optimizer] = (),
+) -> list[dict[str, float]]:
+    """Trains `parameters`; resumes from folder/checkpoint if there is one.
+
+    Args:
+        optimisers: between them they hold every parameter; none means one AdamW over all.
+        step_fn: computes gradients of one step (calls backward) and returns what to log.
+        check: returns the reason to stop, given the row that was logged.
+
+    Returns:
+        the rows of folder/metrics.jsonl, from step 0.
+
+    Raises:
+        DivergedError: a gradient is not finite, or `check` gave a reason. The last checkpoint stays.
+    """
+    optimisers = optimisers or [torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _restore(folder / "checkpoint", parameters, optimisers)
+    for step in track(range(len(rows), steps), steps):
+        began = time.perf_counter()
+        rate = learning_rate(step, steps, settings)
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+        row = {"step": step, "lr": rate} | step_fn(step)
+        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
+        reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
+        if reason:
+            raise DivergedError(f"step {step}: {reason}; resume from {folder / 'checkpoint'} with a lower learning rate")
+        for optimiser in optimisers:
+            optimiser.step()
+        row["step_time"] = time.perf_counter() - began
+        rows.append(row)
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
+            _checkpoint(folder / "checkpoint", parameters, optimisers, rows)
+    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _checkpoint(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]) -> None:
+    """One safetensors file with weights, moments and the log, replaced atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, parameter in parameters.items():
+        tensors[f"weight/{name}"] = parameter.detach()
+        for optimiser in optimisers:
+            if parameter in optimiser.state:
+                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in optimiser.state[parameter].items()}
+    partial = folder / "state.safetensors.partial"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"rows": json.dumps(rows)})
+    partial.replace(folder / "state.safetensors")
+
+
+def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    path = folder / "state.safetensors"
+    if not path.is_file():
+        return []
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        rows = json.loads(file.metadata()["rows"])
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        state.setdefault(name, {})[kind] = value
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[name].pop("weight"))
+        for optimiser in optimisers:
+            if any(parameter is p for group in optimiser.param_groups for p in group["params"]):
+                optimiser.state[parameter] = state[name]
+    log.info("resumed after step %d from %s", len(rows), path)
+    return rows

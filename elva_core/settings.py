@@ -1,0 +1,247 @@
+"""Profiles: params/<profile>.yaml -> one frozen tree of values. Imports nothing of ours.
+
+A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another profile
+and changes single keys. Unknown keys and wrong types are refused with file and key.
+
+    settings = load("smoke")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PARAMS = Path(__file__).resolve().parent.parent / "params"
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names file and key."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EmojiSettings(Section):
+    """What the embedded collection is written from."""
+
+    language: str
+    size: Positive | None = None  # slice of the collection; None is all of it
+    vendors: dict[Literal["train", "val", "test"], tuple[str, ...]]
+    held_out_share: Share
+    queries_per_unit: dict[Literal["train", "val", "test"], Positive]
+    up_sample: int
+
+
+class DataSettings(Section):
+    """Exactly one source: an M-BEIR folder with an NLI file, or the embedded collection."""
+
+    name: str
+    root: str | None = None
+    nli: str | None = None
+    emoji: EmojiSettings | None = None
+
+
+class TinySettings(Section):
+    """Sizes of the small Qwen2-VL that is built here."""
+
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    intermediate: Positive
+    vision_hidden: Positive
+    vision_layers: Positive
+    vision_heads: Positive
+    patch: Positive
+    image_side: Positive
+    vocabulary: Positive
+    spare_rows: Positive
+
+
+class OptimiserSettings(Section):
+    lr: float
+    warmup: Share  # of all steps
+    final_lr: Share = 0.0  # of the peak, at the end of the cosine
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpoint_every: Positive
+
+
+class TeachSettings(Section):
+    """How the small backbone learns to see and to summarise before any stage of the paper."""
+
+    vision_steps: Positive
+    language_steps: Positive
+    batch: Positive
+    jitter: float  # spread of a random gain and offset of normalised pixels
+    warp: float  # largest random scale, turn and shift of a drawing
+    optimiser: OptimiserSettings
+
+
+class BackboneSettings(Section):
+    """A folder or hub name, or a small model taught here."""
+
+    path: str | None = None
+    seed: int = 0
+    tiny: TinySettings | None = None
+    teach: TeachSettings | None = None
+
+
+class EncoderSettings(Section):
+    """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both."""
+
+    ret_token: str = "[RET]"
+    eol_request: str
+    summary_request: str
+    max_text_tokens: Positive
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_summary_tokens: Positive
+    cache_vision: bool
+
+
+class LoraSettings(Section):
+    rank: Positive
+    alpha: float
+    dropout: Share
+
+
+class ContrastiveSettings(Section):
+    """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
+
+    steps: Positive
+    batch: Positive
+    chunk: Positive  # rows per forward
+    gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
+    temperature: Annotated[float, Field(gt=0)]
+    ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
+    summary_weight: float  # of the cross-entropy that keeps the model writing its first summaries
+    one_task_per_batch: bool  # batches of one unit instead of a plain shuffle of the union
+    mask_false_negatives: bool
+    lora: LoraSettings
+    optimiser: OptimiserSettings
+
+
+class NegativeSettings(Section):
+    """Balanced negatives of stage 3: hard ones below a similarity threshold, and random ones."""
+
+    hard: int
+    random: int
+    threshold: float  # absolute cosine; candidates above are dropped as likely positives
+    margin: float | None = None  # if set, also drop above cosine(positive) + margin
+    pool: Positive | None = None  # hard ones are mined from that many candidates per modality; None is all
+
+
+class RewardSettings(Section):
+    alpha: float
+    epsilon: float
+    delta: float
+    gamma: float
+    form: Literal["printed", "corrected"]
+    penalty_reduction: Literal["sum", "mean"]
+
+
+class RlvrSettings(Section):
+    """Stage 3."""
+
+    queries: Positive  # seen in all; one epoch
+    queries_per_step: Positive
+    rollouts: Annotated[int, Field(ge=2)]
+    rollout_sides: Literal["query", "all"]
+    temperature: Annotated[float, Field(gt=0)]
+    clip: float
+    kl_weight: float
+    advantage: Literal["group", "batch", "none"]
+    aggregation: Literal["sequence", "dr_grpo", "dapo"]
+    chunk: Positive
+    kl_bound: float  # the guard stops above it
+    negatives: NegativeSettings
+    reward: RewardSettings
+    lora: LoraSettings
+    optimiser: OptimiserSettings
+
+
+class MrbenchSettings(Section):
+    tasks: tuple[int, ...]
+    queries: Positive
+    min_grains: Positive
+    verify: Positive  # rows of the human-verification sheet
+
+
+class EvaluationSettings(Section):
+    batch: Positive
+    cutoffs: tuple[int, ...]
+    bootstrap: Positive
+    grain_queries: Positive
+    tsne_candidates: Positive
+
+
+class Settings(Section):
+    """One whole profile."""
+
+    profile: str
+    evidence: bool  # False: the run tests plumbing and gets no verdicts
+    device: str
+    dtype: Literal["float32", "bfloat16"]
+    threads: Positive | None
+    data: DataSettings
+    backbone: BackboneSettings
+    encoder: EncoderSettings
+    stage1: ContrastiveSettings
+    stage2: ContrastiveSettings
+    stage3: RlvrSettings
+    control: ContrastiveSettings
+    mrbench: MrbenchSettings
+    evaluation: EvaluationSettings
+
+    def digest(self) -> str:
+        """Hash of the resolved values."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def load(profile: str) -> Settings:
+    """The resolved profile.
+
+    Raises:
+        ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
+    """
+    path = PARAMS / f"{profile}.yaml"
+    values = _read(path)
+    if parent := values.pop("extends", None):
+        base = _read(PARAMS / f"{parent}.yaml")
+        if "extends" in base:
+            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
+        values = _merged(base, values)
+    try:
+        return Settings(profile=profile, **values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ProfileError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem != "reported")
+        raise ProfileError(f"{path} is missing; profiles are {known}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{path}: expected keys and values at the top level")
+    return values
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    out = dict(base)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
+        out[key] = _merged(base[key], value) if nested else value
+    return out

@@ -1,0 +1,314 @@
+"""The chain of notebooks and the command line. Imports heavy modules only inside the command that needs them.
+
+python -m elva_core run smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from elva_core import artifacts, settings
+
+NOTEBOOKS = artifacts.REPOSITORY / "notebooks"
+PACKAGE = Path(__file__).resolve().parent
+# stage -> the stages it reads
+STAGES = {
+    "00_check_environment": (),
+    "10_prepare_data": ("00_check_environment",),
+    "20_build_mrbench": ("10_prepare_data",),
+    "30_pretrain_contrastive": ("10_prepare_data",),
+    "40_finetune_rlvr": ("10_prepare_data", "30_pretrain_contrastive"),
+    "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "90_report": (),
+}
+STAGES["90_report"] = tuple(s for s in STAGES if s != "90_report")
+# Large tensors come and go all the time; without these glibc gives the pages back and faults them in again.
+KERNEL_ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296",
+    "TQDM_MININTERVAL": "30",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # transformers announces its next major version in every kernel
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class ChainError(RuntimeError):
+    """A notebook failed; the message names notebook, cell, reason and executed copy."""
+
+
+def code_hash(notebook: Path) -> str:
+    """Hash of a notebook's code cells and of every module of the package they reach through imports."""
+    import nbformat
+
+    source = "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
+    digest, queue, seen = hashlib.sha256(source.encode()), _imports(source), set()
+    while queue:
+        name = queue.pop()
+        if name not in seen:
+            seen.add(name)
+            queue |= _imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    for name in sorted(seen):
+        digest.update((PACKAGE / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def _imports(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "elva_core":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elva_core."):
+            names.add(node.module.split(".")[1])
+    return {name for name in names if (PACKAGE / f"{name}.py").is_file()}
+
+
+def wanted_fingerprint(profile: settings.Settings, seed: int, stage: str) -> str:
+    """What the manifest of an up-to-date stage carries."""
+    inputs = {}
+    for name in STAGES[stage]:
+        path = artifacts.stage_folder(profile.profile, name) / "manifest.json"
+        inputs[name] = artifacts.file_hash(path) if path.is_file() else "missing"
+    return artifacts.fingerprint(profile, seed, inputs, code_hash(NOTEBOOKS / f"{stage}.ipynb"))
+
+
+def up_to_date(profile: settings.Settings, seed: int, stage: str) -> bool:
+    found = artifacts.manifest(profile.profile, stage)
+    return found is not None and found["fingerprint"] == wanted_fingerprint(profile, seed, stage)
+
+
+def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fingerprint: str = "") -> None:
+    """Executes one notebook with papermill; refuses unknown parameters, notices cells that never ran.
+
+    Raises:
+        ChainError: with notebook, cell, last line of the traceback and the executed copy.
+    """
+    import papermill
+
+    declared = papermill.inspect_notebook(str(source))
+    if unknown := sorted(parameters.keys() - declared.keys()):
+        raise ChainError(f"{source.name} declares no parameter {unknown}; it declares {sorted(declared)}")
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=fingerprint)
+    try:
+        notebook = papermill.execute_notebook(
+            str(source),
+            str(executed),
+            parameters,
+            cwd=str(source.parent),
+            progress_bar=False,
+            stderr_file=sys.stderr,
+            kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of local TCP at every start
+        )
+    except papermill.PapermillExecutionError as error:
+        last = error.evalue.strip().splitlines()[-1] if error.evalue.strip() else ""
+        raise ChainError(
+            f"{source.name}, cell {error.cell_index} ({_heading(executed, error.cell_index)}): {error.ename}: {last}\n"
+            f"executed copy: {executed}"
+        ) from None
+    skipped = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip() and c.execution_count is None]
+    if skipped:
+        raise ChainError(f"{source.name}: cells {skipped} never ran (sys.exit?); executed copy: {executed}")
+
+
+def _heading(executed: Path, index: int) -> str:
+    import nbformat
+
+    cells = nbformat.read(executed, as_version=4).cells[: index + 1]
+    lines = [line for c in cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
+    return lines[-1].lstrip("# ") if lines else "no heading"
+
+
+def expected_seconds(profile: str) -> dict[str, float]:
+    """Seconds each stage took last time here, else in the committed reference run."""
+    import csv
+
+    cost = artifacts.stage_folder(profile, "90_report") / "cost.csv"
+    known = {}
+    if cost.is_file():
+        with cost.open(encoding="utf-8") as rows:
+            known = {r["stage"]: float(r["wall_s"]) for r in csv.DictReader(rows)}
+    for stage in STAGES:
+        if found := artifacts.manifest(profile, stage):
+            known[stage] = found["wall_s"]
+    return known
+
+
+def run(
+    profile_name: str, *, seed: int, only: str | None = None, start: str | None = None, force: bool = False, console: Console | None = None
+) -> None:
+    """Runs the chain, or a part of it; stages whose inputs, profile, seed and code have not changed are skipped.
+
+    Raises:
+        ChainError: at the first failure; later stages are named as skipped.
+    """
+    console = console or Console(soft_wrap=True)
+    profile = settings.load(profile_name)
+    stages = [s for s in STAGES if (only is None or s.startswith(only)) and (start is None or s >= start)]
+    if not stages:
+        raise ChainError(f"no stage starts with {only or start!r}; stages are {', '.join(STAGES)}")
+    expected, began = expected_seconds(profile_name), time.monotonic()
+    for place, stage in enumerate(stages):
+        if not force and up_to_date(profile, seed, stage):
+            console.print(f"[green]up to date[/]  {stage}")
+            continue
+        left = [s for s in stages[place:] if s in expected]
+        hint = f"about {sum(expected[s] for s in left) / 60:.0f} min left" if len(left) == len(stages[place:]) else "no estimate yet"
+        console.print(f"[cyan]running[/]     {stage}  ({hint})")
+        stage_began = time.monotonic()
+        executed = artifacts.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
+        try:
+            run_notebook(
+                NOTEBOOKS / f"{stage}.ipynb", executed, {"profile": profile_name, "seed": seed}, wanted_fingerprint(profile, seed, stage)
+            )
+            if artifacts.manifest(profile_name, stage) is None:
+                raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
+        except ChainError as error:
+            rest = ", ".join(stages[place + 1 :])
+            raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None
+        console.print(f"[green]done[/]        {stage}  {time.monotonic() - stage_began:.0f} s")
+    console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
+    report = artifacts.stage_folder(profile_name, "90_report")
+    if (report / "claims.csv").is_file():
+        _print_claims(report, console)
+
+
+def _print_claims(report: Path, console: Console) -> None:
+    import csv
+
+    table = Table(title="measured in this run; every row: claims.csv")
+    columns = ("claim", "metric", "paper", "ours", "ci_low", "ci_high", "n", "verdict")
+    for column in columns:
+        table.add_column(column)
+    with (report / "claims.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["ours"]:
+                cells = [row[c] for c in columns]
+                table.add_row(*(f"{float(c):.3g}" if i in (2, 3, 4, 5) and c else c.removesuffix(".0") for i, c in enumerate(cells)))
+    console.print(table)
+    console.print(f"report: {report / 'report.md'}")
+
+
+def status(profile_name: str, seed: int) -> None:
+    """One line per stage: done and current, out of date, or not done."""
+    profile, console = settings.load(profile_name), Console(soft_wrap=True)
+    for stage in STAGES:
+        found = artifacts.manifest(profile_name, stage)
+        word = "not done" if found is None else "up to date" if up_to_date(profile, seed, stage) else "out of date"
+        console.print(f"{word:12}{stage}" + (f"  seed {found['seed']}, {found['wall_s']} s" if found else ""))
+
+
+def lint(root: Path) -> int:
+    """Prints every violation; the exit status is 1 if there is one."""
+    from elva_core import mbeir
+
+    problems = mbeir.lint(mbeir.Root(root))
+    for problem in problems:
+        print(problem)
+    print(f"{root}: {len(problems)} problems")
+    return int(bool(problems))
+
+
+def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str) -> None:
+    """Scores a trained model on units of any M-BEIR root; writes results.csv and run files."""
+    from elva_core import encoder, mbeir, retrieval, runtime
+
+    profile = settings.load(profile_name)
+    runtime.start(profile.threads)
+    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    searcher = retrieval.Searcher(loaded, mbeir.Root(root), "test", profile.evaluation)
+    rows = []
+    for unit in units or searcher.root.units("test"):
+        result = searcher.evaluate(unit, pool=pool)
+        retrieval.write_run(result, out / "runs", model.name)
+        rows += [row | {"model": model.name} for row in result.table(profile.evaluation.cutoffs, profile.evaluation.bootstrap, 0)]
+    table = retrieval.tabulate(rows)
+    runtime.write_whole(out / "results.csv", table.to_csv(index=False))
+    print(table.to_string(index=False))
+
+
+def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k: int, profile_name: str) -> None:
+    """Prints the best candidates of a unit's pool for a free query."""
+    from elva_core import encoder, mbeir, retrieval, runtime
+
+    profile, store = settings.load(profile_name), mbeir.Root(root)
+    runtime.start(profile.threads)
+    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    candidates = store.pool(unit, "test")
+    pool, _ = retrieval.encode(loaded, [encoder.candidate_item(store, c) for c in candidates], batch=profile.evaluation.batch)
+    query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
+    rows, scores = retrieval.top_k(query, pool, min(k, len(pool)))
+    print(f"summary: {summary}")
+    for rank, (row, value) in enumerate(zip(rows[0], scores[0], strict=True), start=1):
+        found = candidates[row]
+        print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
+
+
+def readme(profile_name: str) -> None:
+    """Writes the result table of the committed run between the README's markers."""
+    from elva_core import claims
+
+    report = artifacts.stage_folder(profile_name, "90_report")
+    claims.update_readme(artifacts.REPOSITORY / "README.md", (report / "table.md").read_text(encoding="utf-8").strip())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m elva_core", description="The ELVA workbook")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", help="run the chain of notebooks")
+    p.add_argument("profile")
+    p.add_argument("--seed", type=int, default=17)
+    p.add_argument("--only", metavar="NN", help="only this stage")
+    p.add_argument("--from", dest="start", metavar="NN", help="this stage and those after it")
+    p.add_argument("--force", action="store_true", help="run stages that are up to date, too")
+    p = commands.add_parser("status", help="which stages are done and current")
+    p.add_argument("profile")
+    p.add_argument("--seed", type=int, default=17)
+    p = commands.add_parser("lint", help="check an M-BEIR folder")
+    p.add_argument("root", type=Path)
+    p = commands.add_parser("evaluate", help="score a trained model on units of an M-BEIR folder")
+    p.add_argument("--root", type=Path, required=True)
+    p.add_argument("--unit", nargs="*", default=[])
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--pool", choices=("local", "global"), default="local")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
+    p = commands.add_parser("search", help="search a unit's pool with a text, an image, or both")
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--root", type=Path, required=True)
+    p.add_argument("--unit", required=True)
+    p.add_argument("text", nargs="?", default="")
+    p.add_argument("--image", type=Path)
+    p.add_argument("--k", type=int, default=10)
+    p.add_argument("--profile", default="cpu")
+    p = commands.add_parser("readme", help="refresh the result table of README.md")
+    p.add_argument("profile", nargs="?", default="cpu")
+    a = parser.parse_args(arguments)
+    try:
+        if a.command == "run":
+            run(a.profile, seed=a.seed, only=a.only, start=a.start, force=a.force)
+        elif a.command == "status":
+            status(a.profile, a.seed)
+        elif a.command == "lint":
+            return lint(a.root)
+        elif a.command == "evaluate":
+            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile)
+        elif a.command == "search":
+            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile)
+        elif a.command == "readme":
+            readme(a.profile)
+    except (ChainError, settings.ProfileError, artifacts.MissingStageError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

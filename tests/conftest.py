@@ -1,0 +1,65 @@
+"""One tiny M-BEIR root and one tiny encoder, made once for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from elva_core import backbone, emoji_collection, encoder, mbeir, settings
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smoke() -> settings.Settings:
+    return settings.load("smoke")
+
+
+@pytest.fixture(scope="session")
+def emojis() -> list[emoji_collection.Emoji]:
+    return emoji_collection.load("de")
+
+
+def write_tiny_root(emojis, folder: Path) -> mbeir.Root:
+    vendors = {"train": ["Appl", "Joy"], "val": ["Goog"], "test": ["Twtr"]}
+    limits = {"train": 40, "val": 10, "test": 12, "up_sample": 50}
+    return emoji_collection.write_root(
+        emoji_collection.sample(emojis, 60), folder, vendors=vendors, held_out_share=0.15, limits=limits, seed=3
+    )
+
+
+@pytest.fixture(scope="session")
+def root(emojis, tmp_path_factory) -> mbeir.Root:
+    return write_tiny_root(emojis, tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def own_root(emojis, tmp_path) -> mbeir.Root:
+    """A root the test may damage."""
+    return write_tiny_root(emojis, tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def model_folder(root, smoke, tmp_path_factory) -> Path:
+    """A tiny Qwen2-VL of the real class with random weights, saved as a pretrained folder."""
+    texts = [c.text for c in root.pool("", "train", "global") if c.text] * 20
+    model, processor = backbone.build(texts, smoke.backbone.tiny, seed=5)
+    encoder.add_ret_token(model, processor.tokenizer, "[RET]")
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(model_folder, smoke) -> encoder.Encoder:
+    return encoder.load(model_folder, smoke.encoder)
+
+
+@pytest.fixture(scope="session")
+def items(root) -> list[encoder.Item]:
+    """Images, texts and both, of different lengths."""
+    pool = root.pool("", "test", "global")
+    return [encoder.candidate_item(root, next(c for c in pool[start:] if c.modality == m)) for start in (0, 7) for m in mbeir.MODALITIES]

@@ -1,0 +1,56 @@
+"""The small backbone: what it is built from, how it is taught, that it is taught once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from elva_core import backbone, mbeir
+
+
+def test_a_warp_of_strength_zero_changes_nothing(tiny, root, tmp_path):
+    paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:6]]
+    mbeir.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
+    paths.insert(2, tmp_path / "narrow.png")
+    pixels, grids = tiny.pixels(paths)
+    assert len(grids.unique(dim=0)) > 1  # images of several shapes
+    patch = tiny.processor.image_processor.patch_size
+    still = backbone.warped(pixels, grids, patch=patch, strength=0.0, rng=np.random.default_rng(0))
+    torch.testing.assert_close(still, pixels, atol=2e-3, rtol=0)
+    moved = backbone.warped(pixels, grids, patch=patch, strength=0.2, rng=np.random.default_rng(0))
+    assert moved.shape == pixels.shape and (moved - pixels).abs().mean() > 0.01
+
+
+def test_no_text_is_unknown_to_the_tokenizer(tiny):
+    tokenizer = tiny.processor.tokenizer
+    for text in ("woman running", "naïve 日本 🙂", "x" * 50):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_teaching_lowers_both_losses_and_happens_once(root, smoke, tmp_path, monkeypatch):
+    changes = {"vision_steps": 150, "language_steps": 30, "batch": 16}
+    settings = smoke.backbone.model_copy(update={"teach": smoke.backbone.teach.model_copy(update=changes)})
+    losses = {}
+    for name in ("teach_vision", "teach_language"):
+        original = getattr(backbone, name)
+
+        def recorded(*args, original=original, name=name):
+            losses[name] = [row["loss"] for row in original(*args)]
+
+        monkeypatch.setattr(backbone, name, recorded)
+    folder = backbone.ensure(settings, smoke.encoder, root, tmp_path)
+    for values in losses.values():
+        assert np.mean(values[-5:]) < 0.9 * np.mean(values[:5])
+    losses.clear()
+    assert backbone.ensure(settings, smoke.encoder, root, tmp_path) == folder and not losses
+    assert [p.name for p in tmp_path.iterdir()] == [folder.rsplit("/", 1)[1]]
+
+
+def test_a_named_backbone_is_taken_as_it_is(smoke, root, tmp_path):
+    settings = smoke.backbone.model_copy(update={"path": "Qwen/Qwen2-VL-2B-Instruct"})
+    assert backbone.ensure(settings, smoke.encoder, root, tmp_path) == "Qwen/Qwen2-VL-2B-Instruct"
+
+
+def test_a_summary_names_the_grains_that_the_record_carries(root):
+    q = next(q for q in root.union_train() if len(mbeir.grains(q)) == 3)
+    assert mbeir.caption(q) == mbeir.normalise(" ".join(t for _, t in mbeir.grains(q)))

@@ -1,0 +1,222 @@
+"""The chain: strict runner, skipping, stages that are done or not, claims and README."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from elva_core import artifacts, claims, settings, workbook
+from elva_core.workbook import ChainError
+
+
+def notebook(path, *sources):
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    book.cells = [nbformat.v4.new_code_cell(s) for s in sources]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(book, path)
+    return path
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "OUTPUTS", tmp_path / "outputs")
+    return tmp_path / "outputs"
+
+
+def test_a_misspelt_parameter_is_refused(tmp_path):
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1")
+    with pytest.raises(ChainError, match=r"declares no parameter \['sead'\]; it declares \['seed'\]"):
+        workbook.run_notebook(book, tmp_path / "out.ipynb", {"sead": 2})
+
+
+def test_a_failing_cell_is_named_with_its_heading_and_executed_copy(tmp_path):
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "1 / 0")
+    read = nbformat.read(book, 4)
+    read.cells.insert(1, nbformat.v4.new_markdown_cell("## Where it breaks"))
+    nbformat.write(read, book)
+    with pytest.raises(ChainError, match=r"(?s)a\.ipynb, cell \d \(Where it breaks\): ZeroDivisionError: division by zero.*out\.ipynb"):
+        workbook.run_notebook(book, tmp_path / "out.ipynb", {})
+    assert (tmp_path / "out.ipynb").is_file()
+
+
+def test_cells_that_never_ran_are_noticed(tmp_path):
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "import os, sys; sys.exit(0)", "x = 1")
+    with pytest.raises(ChainError, match=r"never ran|SystemExit"):
+        workbook.run_notebook(book, tmp_path / "out.ipynb", {})
+
+
+def test_a_stage_without_manifest_is_not_done_and_the_message_has_the_command(outputs):
+    first = artifacts.open_stage("10_prepare_data", "smoke", 1)
+    (first.folder / "data.txt").write_text("half")
+    with pytest.raises(
+        artifacts.MissingStageError, match=r"manifest\.json is missing; run: python -m elva_core run smoke --seed 1 --only 10"
+    ):
+        artifacts.open_stage("20_build_mrbench", "smoke", 1).require("10_prepare_data")
+    assert not (outputs / "smoke/10_prepare_data").exists()
+    first.close()
+    second = artifacts.open_stage("20_build_mrbench", "smoke", 1)
+    assert (second.require("10_prepare_data") / "data.txt").read_text() == "half"
+    with pytest.raises(artifacts.MissingStageError, match="made with seed 1, not 2"):
+        artifacts.open_stage("20_build_mrbench", "smoke", 2).require("10_prepare_data")
+    (outputs / "smoke/10_prepare_data/data.txt").write_text("changed")
+    with pytest.raises(artifacts.MissingStageError, match="missing or changed"):
+        second.require("10_prepare_data")
+
+
+def test_a_killed_stage_leaves_the_old_result_and_keeps_its_work(outputs):
+    done = artifacts.open_stage("10_prepare_data", "smoke", 1)
+    (done.folder / "v").write_text("old")
+    done.close()
+    killed = artifacts.open_stage("10_prepare_data", "smoke", 1)
+    (killed.folder / "work").mkdir()
+    (killed.folder / "work/checkpoint").write_text("half")
+    assert (outputs / "smoke/10_prepare_data/v").read_text() == "old"
+    again = artifacts.open_stage("10_prepare_data", "smoke", 1)
+    assert (again.folder / "work/checkpoint").read_text() == "half"
+    other = artifacts.open_stage("10_prepare_data", "smoke", 2)
+    assert not (other.folder / "work").exists()
+
+
+def test_a_full_disk_leaves_no_table(outputs, monkeypatch):
+    stage = artifacts.open_stage("10_prepare_data", "smoke", 1)
+
+    def full(self, path, **_):
+        path.write_text("a,b\n1,")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    with pytest.raises(OSError, match="No space"):
+        stage.save_table("t", pd.DataFrame())
+    assert not (stage.folder / "t.csv").exists() and artifacts.manifest("smoke", "10_prepare_data") is None
+
+
+def test_up_to_date_means_same_inputs_profile_seed_and_code(outputs, monkeypatch):
+    profile = settings.load("smoke")
+    monkeypatch.setitem(os.environ, "ELVA_FINGERPRINT", workbook.wanted_fingerprint(profile, 1, "00_check_environment"))
+    artifacts.open_stage("00_check_environment", "smoke", 1).close()
+    assert workbook.up_to_date(profile, 1, "00_check_environment")
+    assert not workbook.up_to_date(profile, 2, "00_check_environment")
+    changed = profile.model_copy(update={"threads": 7})
+    assert not workbook.up_to_date(changed, 1, "00_check_environment")
+    monkeypatch.setattr(workbook, "code_hash", lambda path: "other")
+    assert not workbook.up_to_date(profile, 1, "00_check_environment")
+
+
+def test_code_of_a_stage_is_what_its_notebook_reaches():
+    assert workbook._imports("from elva_core import figures\nfrom elva_core.rewards import ranks\nimport elva_core") == {
+        "figures",
+        "rewards",
+    }
+
+
+def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
+    assert workbook.main(["run", "nowhere"]) == 1
+    assert "nowhere.yaml is missing" in capsys.readouterr().err
+
+
+def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
+    assert workbook.main(["lint", str(own_root.folder)]) == 0
+    own_root.image_path(own_root.pool("emoji_task0", "test")[0].image).unlink()
+    assert workbook.main(["lint", str(own_root.folder)]) == 1
+    assert "is missing; restore the file" in capsys.readouterr().out
+
+
+def hits():
+    rng = np.random.default_rng(0)
+    rows = []
+    for unit, base in (("a", 0.2), ("b", 0.6)):
+        for q in range(400):
+            u = rng.random()
+            rows += [{"model": m, "unit": unit, "qid": str(q), "hit@5": float(u < base + d)} for m, d in (("old", 0), ("new", 0.1))]
+    return pd.DataFrame(rows)
+
+
+def test_a_comparison_is_paired_and_weighs_tasks_equally():
+    table = hits()
+    got = claims.comparison(table, "new", "old", 5, 500, 0)
+    by_hand = table.groupby(["model", "unit"])["hit@5"].mean().groupby("model").mean()
+    assert got["difference"] == pytest.approx(by_hand["new"] - by_hand["old"])
+    assert got["ci_low"] < got["difference"] < got["ci_high"]
+    # paired: the difference is 0 or 1, its standard error sqrt(0.1 * 0.9 / 800) = 0.011, far below the unpaired 0.022
+    assert got["ci_high"] - got["ci_low"] < 2 * 1.96 * 0.014
+
+
+def test_the_audit_finds_the_figures_that_do_not_add_up():
+    audit = claims.audit(claims.reported()).set_index("what")
+    assert audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "recomputed"] == 24.4
+    assert not audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "agrees"]
+    assert audit.loc["Table 1, ELVA-7B: mean of 16 columns", "recomputed"] == 58.64
+
+
+def test_without_evidence_every_verdict_is_not_run():
+    results = pd.DataFrame(
+        [{"model": "stage 3", "unit": "average", "metric": "hit@5", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 9}]
+    )
+    pair = {
+        "new": "stage 3",
+        "old": "stage 2",
+        "metric": "hit@5",
+        "new value": 0.5,
+        "old value": 0.4,
+        "ci_low": 0.05,
+        "ci_high": 0.15,
+        "relative %": 25.0,
+        "n": 9,
+    }
+    distances = pd.DataFrame({"model": ["stage 2", "stage 3"], "qid": ["a", "a"], "distance": [0.1, 0.2]})
+    for evidence, verdict in ((True, "same direction"), (False, "not run")):
+        rows = claims.measured(results, [pair], distances, claims.reported(), "x", evidence)
+        table = claims.assemble([*rows, *claims.not_run(claims.reported())], 1)
+        gain = table.set_index("claim").loc["stage 3 over stage 2"]
+        assert gain["verdict"] == verdict and gain["ci_low"] == pytest.approx(12.5)
+        assert (table.loc[table["ours"].isna(), "verdict"] == "not run").all() and list(table.columns) == claims.COLUMNS
+
+
+def committed(path: str) -> str:
+    """A file as it is committed: a run of one's own replaces the one in the working tree."""
+    shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=artifacts.REPOSITORY, capture_output=True, text=True)
+    if shown.returncode:
+        pytest.skip(f"{path} cannot be read from git: {shown.stderr.strip()}")
+    return shown.stdout
+
+
+def test_the_readme_shows_the_committed_reference_run():
+    readme, start, end = committed("README.md"), *claims.MARKERS
+    assert readme.split(start)[1].split(end)[0].strip() == committed("outputs/cpu/90_report/table.md").strip()
+    table = pd.read_csv(io.StringIO(committed("outputs/cpu/90_report/claims.csv")))
+    assert list(table.columns) == claims.COLUMNS
+    texts = dict.fromkeys(("verdict", "baseline", "seeds"), "")
+    assert claims.markdown(table.fillna(texts), "").strip() in readme
+
+
+def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys):
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
+    assert workbook.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out/results.csv")
+    assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
+    assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 2
+    capsys.readouterr()
+    assert workbook.main(["search", *common, "--k", "3", "woman running"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
+
+
+def test_a_readme_without_markers_is_refused(tmp_path):
+    (tmp_path / "R.md").write_text("nothing")
+    with pytest.raises(ValueError, match="once each"):
+        claims.update_readme(tmp_path / "R.md", "x")
+
+
+def test_the_manifest_lists_every_file_and_is_written_last(outputs):
+    stage = artifacts.open_stage("00_check_environment", "smoke", 1)
+    stage.save_table("t", pd.DataFrame({"a": [1]}))
+    stage.close(metrics={"x": 1})
+    found = json.loads((outputs / "smoke/00_check_environment/manifest.json").read_text())
+    assert set(found["files"]) == {"t.csv"} and found["metrics"] == {"x": 1} and found["files"]["t.csv"]["sha256"]
