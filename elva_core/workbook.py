@@ -249,7 +249,7 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
     pool, _ = retrieval.encode(loaded, [encoder.candidate_item(store, c) for c in candidates], batch=profile.evaluation.batch)
     query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
     rows, scores = retrieval.top_k(query, pool, min(k, len(pool)))
-    print(f"summary: {summary}")
+    print(f"summary: {summary!r}")
     for rank, (row, value) in enumerate(zip(rows[0], scores[0], strict=True), start=1):
         found = candidates[row]
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
