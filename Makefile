@@ -32,14 +32,18 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
 
 lab: .venv/ready ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
+# transformers announces its next major version in every kernel
+export PYTHONWARNINGS := ignore::FutureWarning
+export TQDM_DISABLE := 1
+
 notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their outputs
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
-	$(BIN)/nbstripout --keep-output --keep-count --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+	$(BIN)/nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
 
 readme: .venv/ready ## the README's result table from outputs/cpu/90_report
 	$(BIN)/python -m elva_core readme cpu
