@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from elva_core import encoder, mbeir, runtime
 from elva_core.encoder import Encoder, Item, candidate_item, query_item
-from elva_core.settings import BackboneSettings, EncoderSettings, TeachSettings, TinySettings
+from elva_core.settings import BackboneSettings, EncoderSettings, OptimiserSettings, TeachSettings, TinySettings
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (
@@ -130,21 +131,21 @@ def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Roo
     return str(folder)
 
 
-def _optimisers(parameters: dict[str, torch.nn.Parameter], teach: TeachSettings) -> list[torch.optim.Optimizer]:
+def _optimisers(parameters: dict[str, torch.nn.Parameter], optimiser: OptimiserSettings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the rest: half the steps of AdamW alone (LOG.md)."""
     inside = {n: p for n, p in parameters.items() if p.ndim == 2 and ("layers." in n or "blocks." in n or "merger." in n)}
     rest = [p for n, p in parameters.items() if n not in inside]
-    decay = teach.optimiser.weight_decay
-    muon = torch.optim.Muon(inside.values(), lr=teach.optimiser.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [torch.optim.AdamW(rest, lr=teach.optimiser.lr, betas=(0.9, 0.98), weight_decay=decay), muon]
+    rate, decay = optimiser.lr, optimiser.weight_decay
+    muon = torch.optim.Muon(inside.values(), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=decay), muon]
 
 
-def warped(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, strength: float, rng: np.random.Generator) -> torch.Tensor:
-    """Patch rows of randomly scaled, turned and shifted images, so that the tower learns more than seven hands' habits.
+def redrawn(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: TeachSettings, rng: np.random.Generator) -> torch.Tensor:
+    """Patch rows of randomly scaled, turned, shifted and lit images: the model should learn more than five hands' habits.
 
     Args:
         pixels: (patches, 6 * patch * patch) in the processor's order: merged 2x2 blocks, then channels and two frames.
-        grids: (images, 3) patches per side. strength: largest scale and shift, shares; largest turn, radians.
+        grids: (images, 3) patches per side.
     """
     out, owner = pixels.clone(), torch.repeat_interleave(torch.arange(len(grids)), grids.prod(-1))
     for _, height, width in grids.unique(dim=0).tolist():
@@ -152,14 +153,15 @@ def warped(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, strength: f
         rows, n = members[owner], int(members.sum())
         image = pixels[rows].view(n, height // 2, width // 2, 2, 2, 6, patch, patch).permute(0, 5, 1, 3, 6, 2, 4, 7)
         image = image.reshape(n, 6, height * patch, width * patch)
-        scale, turn, right, down = torch.from_numpy(rng.uniform(-strength, strength, size=(4, n))).float()
+        scale, turn, right, down = torch.from_numpy(rng.uniform(-teach.warp, teach.warp, size=(4, n))).float()
         cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
         matrix = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)
         grid = torch.nn.functional.affine_grid(matrix, list(image.shape), align_corners=False)
         image = torch.nn.functional.grid_sample(image, grid, padding_mode="border", align_corners=False)
         image = image.view(n, 6, height // 2, 2, patch, width // 2, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
         out[rows] = image.reshape(-1, pixels.shape[1])
-    return out
+    gain, offset = (torch.from_numpy(rng.normal(size=(2, len(grids)))).float() * teach.jitter)[:, owner, None]
+    return out * (1 + gain) + offset
 
 
 def teach_vision(
@@ -173,14 +175,15 @@ def teach_vision(
     names = sorted({text for c in images for _, text in mbeir.grains(c)})
     column = {text: i for i, text in enumerate(names)}
     readout = torch.nn.Linear(taught.backbone.config.get_text_config().hidden_size, len(names))
-    torch.nn.init.zeros_(readout.weight)
+    for parameter in readout.parameters():
+        torch.nn.init.zeros_(parameter)
     tower = taught.backbone.model.visual.requires_grad_(True)
     parameters = dict(tower.named_parameters()) | {f"readout.{n}": p for n, p in readout.named_parameters()}
-    batch = min(teach.batch, len(images))
-    taught.vision_trainable = True
+    lesson, batch = teach.vision, min(teach.vision.batch, len(images))
+    patch = taught.processor.image_processor.patch_size
 
     def step_fn(step: int) -> dict[str, float]:
-        rng = runtime.rng_for(seed, "vision", step)
+        taught.augment = partial(redrawn, patch=patch, teach=teach, rng=runtime.rng_for(seed, "redrawn", step))
         epoch, place = divmod(step * batch, len(images) // batch * batch)
         order = runtime.rng_for(seed, "vision order", epoch).permutation(len(images))
         chosen = [images[i] for i in order[place : place + batch]]
@@ -188,20 +191,17 @@ def teach_vision(
         for row, c in enumerate(chosen):
             for _, text in mbeir.grains(c):
                 targets[row, column[text]] = 1
-        pixels, grids = taught.pixels([root.image_path(c.image) for c in chosen])
-        pixels = warped(pixels, grids, patch=taught.processor.image_processor.patch_size, strength=teach.warp, rng=rng)
-        sizes = grids.prod(-1).tolist()
-        noise = torch.from_numpy(rng.normal(size=(2, batch))).float() * teach.jitter
-        gain, offset = (n.repeat_interleave(torch.tensor(sizes))[:, None] for n in noise)
-        features = taught.backbone.model.get_image_features(pixels * (1 + gain) + offset, grids).pooler_output
+        features = taught.backbone.model.get_image_features(*taught.pixels([root.image_path(c.image) for c in chosen])).pooler_output
         log_p = readout(torch.stack([f.mean(0) for f in features])).log_softmax(-1)
         loss = -(targets * log_p).sum() / batch
         loss.backward()
         return {"loss": float(loss.detach())}
 
-    rows = runtime.optimise(parameters, step_fn, teach.vision_steps, teach.optimiser, folder, optimisers=_optimisers(parameters, teach))
+    rows = runtime.optimise(
+        parameters, step_fn, lesson.steps, lesson.optimiser, folder, optimisers=_optimisers(parameters, lesson.optimiser)
+    )
     tower.requires_grad_(False)
-    taught.vision_trainable = False
+    taught.augment = None
     return rows
 
 
@@ -218,12 +218,13 @@ def teach_language(
     known = {modality: [r for r in (*queries, *candidates) if r.modality == modality and mbeir.grains(r)] for modality in mbeir.MODALITIES}
     tokenizer, request = taught.processor.tokenizer, taught.settings.summary_request
     language = taught.backbone.model.language_model.requires_grad_(True)
-    parameters = dict(language.named_parameters())
+    parameters, lesson = dict(language.named_parameters()), teach.language
+    turns = ("image", "text", "image", "image,text")  # one modality per batch: less padding; images are the harder ones
 
     def step_fn(step: int) -> dict[str, float]:
         rng = runtime.rng_for(seed, "language", step)
-        rows = known[mbeir.MODALITIES[step % len(mbeir.MODALITIES)]]  # one modality per batch: less padding
-        chosen = [rows[i] for i in rng.integers(len(rows), size=teach.batch)]
+        rows = known[turns[step % len(turns)]]
+        chosen = [rows[i] for i in rng.integers(len(rows), size=lesson.batch)]
         items: list[Item] = [
             query_item(root, r, prompt_index=int(rng.integers(4))) if isinstance(r, mbeir.Query) else candidate_item(root, r)
             for r in chosen
@@ -237,6 +238,8 @@ def teach_language(
         loss.backward()
         return {"loss": float(loss.detach())}
 
-    rows = runtime.optimise(parameters, step_fn, teach.language_steps, teach.optimiser, folder, optimisers=_optimisers(parameters, teach))
+    rows = runtime.optimise(
+        parameters, step_fn, lesson.steps, lesson.optimiser, folder, optimisers=_optimisers(parameters, lesson.optimiser)
+    )
     language.requires_grad_(False)
     return rows

@@ -14,18 +14,55 @@ Batches are left-padded, so the last position of every row is the one that count
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 
 from elva_core import mbeir
 from elva_core.settings import EncoderSettings, LoraSettings
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# transformers hands the lengths of packed images only to implementations with "flash" in their name
+VISION_ATTENTION = "flash_by_sdpa"
+
+
+def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, **_):
+    """Attention inside each image of a packed row: one call per size of image, where transformers makes one per image.
+
+    Args:
+        query, key, value: (1, H, patches, d). cu_seq_lens_q: (images + 1,) first patch of each image, and the end.
+
+    Returns:
+        (1, patches, H, d), None.
+    """
+    lengths = cu_seq_lens_q.diff()
+    owner, out = torch.repeat_interleave(lengths), torch.empty_like(query)
+    for length in lengths.unique().tolist():
+        rows = (lengths == length)[owner]
+        q, k, v = (x[0, :, rows].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))  # (images, H, n, d)
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out[0, :, rows] = found.transpose(0, 1).flatten(1, 2)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(VISION_ATTENTION, attend_packed)
+
+
+def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:
+    """`forward` of the patch embedding: a convolution whose stride is its kernel is a matrix product."""
+    weight = self.proj.weight
+    return torch.nn.functional.linear(rows.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+
+def quicken(tower: torch.nn.Module) -> None:
+    """The same vision tower in fewer, larger operations; conv3d alone took a third of its time on a CPU."""
+    tower.config._attn_implementation = VISION_ATTENTION
+    tower.patch_embed.forward = MethodType(patches_by_matrix, tower.patch_embed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +108,9 @@ class Encoder:
         self.model = model
         self.processor = processor
         self.settings = settings
-        self.vision_trainable = False  # only while a small backbone is taught; frozen in every stage of the paper
+        quicken(self.backbone.model.visual)
+        # (pixels, grids) -> pixels; set only while a small backbone is taught, whose tower then sees every image anew
+        self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._vision: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
         self._pixels: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
         tokenizer = processor.tokenizer
@@ -140,7 +179,7 @@ class Encoder:
             return [], None
         missing = [p for p in dict.fromkeys(paths) if p not in self._vision]
         fresh = dict(zip(missing, self._vision_features(missing), strict=True)) if missing else {}
-        if self.settings.cache_vision and not self.vision_trainable:
+        if self.settings.cache_vision and not self.augment:
             self._vision.update(fresh)
         found = [fresh[p] if p in fresh else self._vision[p] for p in paths]
         return [f for f, _ in found], torch.stack([g for _, g in found]).to(self.device)
@@ -149,7 +188,7 @@ class Encoder:
         out = []
         for start in range(0, len(paths), 64):
             pixels, grids = self.pixels(paths[start : start + 64])
-            with torch.set_grad_enabled(self.vision_trainable):
+            with torch.no_grad():
                 features = self.backbone.model.get_image_features(pixels, grids).pooler_output
             out += zip(features, grids, strict=True)
         return out
@@ -162,10 +201,11 @@ class Encoder:
             inputs = self.processor.image_processor([mbeir.open_image(p) for p in missing], return_tensors="pt")
             rows = inputs.pixel_values.bfloat16().split(inputs.image_grid_thw.prod(-1).tolist())
             fresh = dict(zip(missing, zip(rows, inputs.image_grid_thw, strict=True), strict=True))
-        if self.vision_trainable:
+        if self.augment:
             self._pixels.update(fresh)
         found = [fresh[p] if p in fresh else self._pixels[p] for p in paths]
-        return torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
+        pixels, grids = torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
+        return (self.augment(pixels, grids) if self.augment else pixels), grids
 
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""

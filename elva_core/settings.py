@@ -74,15 +74,19 @@ class OptimiserSettings(Section):
     checkpoint_every: Positive
 
 
+class LessonSettings(Section):
+    steps: Positive
+    batch: Positive
+    optimiser: OptimiserSettings
+
+
 class TeachSettings(Section):
     """How the small backbone learns to see and to summarise before any stage of the paper."""
 
-    vision_steps: Positive
-    language_steps: Positive
-    batch: Positive
     jitter: float  # spread of a random gain and offset of normalised pixels
     warp: float  # largest random scale, turn and shift of a drawing
-    optimiser: OptimiserSettings
+    vision: LessonSettings
+    language: LessonSettings
 
 
 class BackboneSettings(Section):

@@ -179,24 +179,24 @@ def run(
             raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None
         console.print(f"[green]done[/]        {stage}  {time.monotonic() - stage_began:.0f} s")
     console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
-    report = artifacts.stage_folder(profile_name, "90_report")
-    if (report / "claims.csv").is_file():
-        _print_claims(report, console)
+    if "90_report" in stages:
+        _print_claims(artifacts.stage_folder(profile_name, "90_report"), console)
 
 
 def _print_claims(report: Path, console: Console) -> None:
+    """The averages and the comparisons; rows per unit stay in claims.csv."""
     import csv
 
     table = Table(title="measured in this run; every row: claims.csv")
-    columns = ("claim", "metric", "paper", "ours", "ci_low", "ci_high", "n", "verdict")
-    for column in columns:
-        table.add_column(column)
+    for column in ("claim", "metric", "paper", "ours", "95 % interval", "n", "verdict"):
+        table.add_column(column, no_wrap=True)
     with (report / "claims.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["ours"]:
-                cells = [row[c] for c in columns]
-                table.add_row(*(f"{float(c):.3g}" if i in (2, 3, 4, 5) and c else c.removesuffix(".0") for i, c in enumerate(cells)))
-    console.print(table)
+            if row["ours"] and ("average" in row["claim"] or " over " in row["claim"] or "distance" in row["claim"]):
+                paper, ours, low, high = (f"{float(row[c]):.3g}" if row[c] else "" for c in ("paper", "ours", "ci_low", "ci_high"))
+                interval = f"[{low}, {high}]" if low else ""
+                table.add_row(row["claim"], row["metric"], paper, ours, interval, row["n"].removesuffix(".0"), row["verdict"])
+    console.print(table, width=max(console.width, 130))
     console.print(f"report: {report / 'report.md'}")
 
 

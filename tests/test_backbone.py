@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from elva_core import backbone, mbeir
 
 
-def test_a_warp_of_strength_zero_changes_nothing(tiny, root, tmp_path):
+def test_redrawing_with_strength_zero_changes_nothing(tiny, root, smoke, tmp_path):
     paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:6]]
     mbeir.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
     paths.insert(2, tmp_path / "narrow.png")
     pixels, grids = tiny.pixels(paths)
     assert len(grids.unique(dim=0)) > 1  # images of several shapes
-    patch = tiny.processor.image_processor.patch_size
-    still = backbone.warped(pixels, grids, patch=patch, strength=0.0, rng=np.random.default_rng(0))
+    draw = {"patch": tiny.processor.image_processor.patch_size, "rng": np.random.default_rng(0)}
+    still = backbone.redrawn(pixels, grids, teach=smoke.backbone.teach.model_copy(update={"warp": 0.0, "jitter": 0.0}), **draw)
     torch.testing.assert_close(still, pixels, atol=2e-3, rtol=0)
-    moved = backbone.warped(pixels, grids, patch=patch, strength=0.2, rng=np.random.default_rng(0))
+    moved = backbone.redrawn(pixels, grids, teach=smoke.backbone.teach, **draw)
     assert moved.shape == pixels.shape and (moved - pixels).abs().mean() > 0.01
 
 
@@ -27,9 +28,26 @@ def test_no_text_is_unknown_to_the_tokenizer(tiny):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+def taught_for(smoke, *, vision, language):
+    teach = smoke.backbone.teach
+    changes = {
+        "vision": teach.vision.model_copy(update={"steps": vision}),
+        "language": teach.language.model_copy(update={"steps": language}),
+    }
+    return smoke.backbone.model_copy(update={"teach": teach.model_copy(update=changes)})
+
+
+def test_the_same_seed_teaches_the_same_backbone_whatever_torch_drew_before(root, smoke, tmp_path):
+    settings = taught_for(smoke, vision=2, language=2)
+    weights = []
+    for place in ("a", "b"):
+        torch.rand(len(weights) + 1)
+        weights.append(load_file(backbone.ensure(settings, smoke.encoder, root, tmp_path / place) + "/model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_teaching_lowers_both_losses_and_happens_once(root, smoke, tmp_path, monkeypatch):
-    changes = {"vision_steps": 150, "language_steps": 30, "batch": 16}
-    settings = smoke.backbone.model_copy(update={"teach": smoke.backbone.teach.model_copy(update=changes)})
+    settings = taught_for(smoke, vision=150, language=30)
     losses = {}
     for name in ("teach_vision", "teach_language"):
         original = getattr(backbone, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -114,3 +115,16 @@ def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(mo
         losses.append([r["loss"] for r in rows])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert all(x > 0 for x in losses[0])
+
+
+def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):
+    paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:5]]
+    mbeir.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
+    pixels, grids = tiny.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
+    tower = tiny.backbone.model.visual
+    config = copy.deepcopy(tower.config)
+    config._attn_implementation = "sdpa"
+    plain = type(tower)(config).eval()
+    plain.load_state_dict(tower.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels, grids).pooler_output, plain(pixels, grids).pooler_output, atol=1e-5, rtol=1e-5)
