@@ -30,17 +30,25 @@ class Ranked:
 
 
 def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings, rng: np.random.Generator) -> list[int]:
-    """Pool rows of the negatives of one query: hard ones first, then random ones.
+    """Pool rows of the negatives of one query: hard ones first, then random ones; hard + random of them in all.
+
+    Where fewer than `hard` rows pass the threshold, random ones take their place: rewards need equal counts.
 
     Args:
         scores: (C,) cosine of every pool row. excluded: rows that are positives.
         positive: cosine of the chosen positive.
+
+    Raises:
+        ElvaDataError: the pool has too few rows.
     """
     limit = settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
     order = [int(i) for i in np.argsort(-scores, kind="stable") if int(i) not in excluded]
     hard = [i for i in order if scores[i] <= limit][: settings.hard]
     rest = [i for i in order if i not in set(hard)]
-    return hard + [int(i) for i in rng.permutation(rest)[: settings.random]]
+    wanted = settings.hard + settings.random
+    if len(order) < wanted:
+        raise mbeir.ElvaDataError(f"{len(order)} candidates for {wanted} negatives of a query; lower stage3.negatives or raise their pool")
+    return hard + [int(i) for i in rng.permutation(rest)[: wanted - len(hard)]]
 
 
 def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSettings, *, batch: int, seed: int) -> list[Ranked]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from elva_core import encoder, negatives, rewards, rlvr, runtime
+from elva_core import encoder, mbeir, negatives, rewards, rlvr, runtime
 from elva_core.settings import NegativeSettings
 
 
@@ -75,6 +75,15 @@ def test_negatives_are_hard_first_below_the_threshold_and_never_positive():
         assert rows[:2] == [2, 3] and not {1} & set(rows) and len(set(rows)) == 4
     narrow = NegativeSettings(hard=2, random=0, threshold=0.95, margin=0.05)
     assert negatives.choose(scores, set(), 0.6, narrow, np.random.default_rng(0)) == [4, 5]
+
+
+def test_every_query_has_as_many_negatives_even_when_all_are_above_the_threshold():
+    scores = np.array([0.99, 0.98, 0.97, 0.96, 0.5])
+    settings = NegativeSettings(hard=2, random=2, threshold=0.9)
+    rows = negatives.choose(scores, set(), 0.9, settings, np.random.default_rng(0))
+    assert rows[0] == 4 and len(set(rows)) == 4
+    with pytest.raises(mbeir.ElvaDataError, match="3 candidates for 4 negatives"):
+        negatives.choose(scores[:3], set(), 0.9, settings, np.random.default_rng(0))
 
 
 def test_mined_negatives_have_the_positives_modality_and_are_not_judged_positive(ranked):
