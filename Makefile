@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test lint lab notebooks readme clean
+.PHONY: help setup reproduce smoke test bench lint lab notebooks readme clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 	rm -rf outputs/smoke
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-kernel-name python3 --no-header
+
+bench: .venv/ready ## speed and memory of stage 3 against TRL and generate, into outputs/bench
+	$(BIN)/python bench/rl.py
 
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .

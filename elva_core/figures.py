@@ -229,3 +229,18 @@ def error_bars(table: pd.DataFrame, title: str) -> Figure:
     )
     axis.legend(frameon=False, fontsize=8)
     return figure
+
+
+def speed_ratios(table: pd.DataFrame) -> Figure:
+    """How many times as fast as the alternative, with the range of the rounds and the target of each comparison."""
+    figure, ((axis,),) = _axes(size=(6.4, 0.6 + 0.6 * len(table)))
+    spread = [table["ratio"] - table["lowest ratio"], table["highest ratio"] - table["ratio"]]
+    axis.barh(table["comparison"], table["ratio"], xerr=np.array(spread), height=0.5, color=MODEL_COLOURS["stage 2"])
+    axis.plot(table["target"], table["comparison"], "k|", markersize=22, label="target")
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set(
+        xlabel="times as fast (median, range of rounds)", title=f"Stage 3 against the alternatives (n = {table['rounds'].min()} rounds)"
+    )
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=7)
+    return figure

@@ -10,8 +10,8 @@ merged stage-2 model: the adapter of this stage, disabled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,7 @@ from elva_core.settings import RewardSettings, RlvrSettings
 COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
 
 
-@dataclass(slots=True)
-class Scored:
+class Scored(NamedTuple):
     """Rewards of one step, each (Q, G)."""
 
     total: torch.Tensor
@@ -75,41 +74,72 @@ def candidates_once(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.T
 def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, generator: torch.Generator) -> dict[str, float]:
     """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged."""
     acting = sides(ranked, settings.rollout_sides)
-    parts = [acting[i : i + settings.chunk] for i in range(0, len(acting), settings.chunk)]
     sampled = [
-        rollout.generate(encoder, part, rollouts=settings.rollouts, temperature=settings.temperature, generator=generator) for part in parts
+        rollout.generate(encoder, part, rollouts=settings.rollouts, temperature=settings.temperature, generator=generator)
+        for part in _chunks(acting, settings)
     ]
-    vectors = torch.cat([s.embeddings for s in sampled])
+    vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     if settings.rollout_sides == "query":
         scored = reward(vectors, *candidates_once(encoder, ranked), settings.reward)
     else:
         grouped = vectors.unflatten(0, (len(ranked), -1)).transpose(1, 2)  # (Q, G, 2 + N, D)
         scored = reward(grouped[:, :, 0], grouped[:, :, 1], grouped[:, :, 2:], settings.reward)
+    (slope,) = torch.autograd.grad(scored.total.mean(), vectors)
+    scored = Scored(*(x.detach() for x in scored))
     gain = objectives.advantages(scored.total, settings.advantage)
     gain = gain.repeat_interleave(len(acting) // len(ranked), dim=0)  # every side of a query shares its advantage
+    return learn(encoder, acting, sampled, gain, slope, settings) | _facts(encoder, scored, sampled)
+
+
+def learn(
+    encoder: Encoder,
+    acting: Sequence[Item],
+    sampled: Sequence[rollout.Rollouts],
+    gain: torch.Tensor,
+    slope: torch.Tensor,
+    settings: RlvrSettings,
+) -> dict[str, float]:
+    """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with the number of rollouts.
+
+    The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and through the
+    embedding computed after them (`pathwise`); `full` is both, the gradient of the expected reward with ranks held
+    fixed. It is exact, up to the centring by the group's own mean, with advantage "none" and aggregation "dr_grpo"
+    times the cap; the paper's standardised advantages only change how the two terms are weighted.
+
+    Args:
+        acting: R inputs. sampled: their rollouts, in chunks.
+        gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding.
+    """
     facts = {"kl": 0.0, "clip_fraction": 0.0, "loss": 0.0}
+    if settings.gradient == "pathwise":
+        gain = torch.zeros_like(gain)
     # only the token mean over all sequences needs to know the other chunks
     tokens = sum(int(s.actions.sum()) for s in sampled)
-    start = 0
-    for part, out in zip(parts, sampled, strict=True):
-        rows = gain[start : start + len(part)].flatten()
-        start += len(part)
+    parts = zip(*(_chunks(x, settings) for x in (acting, gain, slope)), sampled, strict=True)
+    for part, gains, slopes, out in parts:
         with torch.no_grad(), encoder.model.disable_adapter():
             reference, _ = rollout.score(encoder, part, out, temperature=settings.temperature)
-        log_p, _ = rollout.score(encoder, part, out, temperature=settings.temperature)
+        log_p, vectors = rollout.score(encoder, part, out, temperature=settings.temperature)
         loss, seen = objectives.policy_loss(
             *(x.flatten(0, 1) for x in (log_p, out.log_p, reference, out.actions)),
-            rows,
+            gains.flatten(),
             clip=settings.clip,
             kl_weight=settings.kl_weight,
             aggregation=settings.aggregation,
             max_length=encoder.settings.max_summary_tokens,
         )
         weight = int(out.actions.sum()) / tokens if settings.aggregation == "dapo" else len(part) / len(acting)
-        (loss * weight).backward()
+        direct = 0.0 if settings.gradient == "score" else (vectors * slopes).sum()
+        (loss * weight - direct).backward()
         for name, value in (seen | {"loss": float(loss.detach())}).items():
             facts[name] += value * weight
-    return facts | _facts(encoder, scored, sampled)
+    return facts
+
+
+def _chunks(rows, settings: RlvrSettings) -> list:
+    """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
+    size = max(1, settings.chunk // settings.rollouts)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]) -> dict[str, float]:

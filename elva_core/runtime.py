@@ -109,32 +109,49 @@ def optimise(
         check: returns the reason to stop, given the row that was logged.
 
     Returns:
-        the rows of folder/metrics.jsonl, from step 0.
+        the rows of folder/metrics.jsonl, from step 0; `rollbacks` counts how often training went back to a checkpoint.
 
     Raises:
-        DivergedError: a gradient is not finite, or `check` gave a reason. The last checkpoint stays.
+        DivergedError: a gradient is not finite, or `check` gave a reason, more often than `settings.rollbacks`.
+            The last checkpoint stays.
     """
     optimisers = optimisers or [torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)]
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = _restore(folder / "checkpoint", parameters, optimisers)
-    for step in track(range(len(rows), steps), steps):
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    rows = _restore(checkpoint, parameters, optimisers)
+    rollbacks = rows[-1]["rollbacks"] if rows else 0
+    if settings.rollbacks and not rows:
+        _checkpoint(checkpoint, parameters, optimisers, rows)  # so that there is always one to go back to
+
+    def take(step: int) -> str | None:
+        """One step; the reason not to take it, if there is one."""
         began = time.perf_counter()
-        rate = learning_rate(step, steps, settings)
+        # each rollback halves the learning rate of what follows
+        rate = learning_rate(step, steps, settings) / 2**rollbacks
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-        row = {"step": step, "lr": rate} | step_fn(step)
+        row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
-            raise DivergedError(f"step {step}: {reason}; resume from {folder / 'checkpoint'} with a lower learning rate")
+            return f"step {step}: {reason}"
         for optimiser in optimisers:
             optimiser.step()
         row["step_time"] = time.perf_counter() - began
         rows.append(row)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
-            _checkpoint(folder / "checkpoint", parameters, optimisers, rows)
+            _checkpoint(checkpoint, parameters, optimisers, rows)
+        return None
+
+    # the first reason that a step gives ends the pass; none means that all steps were taken
+    while reason := next(filter(None, map(take, track(range(len(rows), steps), steps))), None):
+        if rollbacks == settings.rollbacks:
+            raise DivergedError(f"{reason}; resume from {checkpoint} with a lower learning rate")
+        rollbacks += 1
+        rows = _restore(checkpoint, parameters, optimisers)
+        log.warning("%s; back to step %d at 1/%d of the learning rate", reason, len(rows), 2**rollbacks)
     write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

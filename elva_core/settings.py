@@ -72,6 +72,7 @@ class OptimiserSettings(Section):
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: Positive
+    rollbacks: Annotated[int, Field(ge=0)] = 0  # how often the guard goes back to a checkpoint, at half the rate, before it stops
 
 
 class LessonSettings(Section):
@@ -164,7 +165,8 @@ class RlvrSettings(Section):
     kl_weight: float
     advantage: Literal["group", "batch", "none"]
     aggregation: Literal["sequence", "dr_grpo", "dapo"]
-    chunk: Positive
+    gradient: Literal["score", "pathwise", "full"]  # through the sampled tokens, through the embedding after them, both
+    chunk: Positive  # rollouts per forward; bounds the memory of a step
     kl_bound: float  # the guard stops above it
     negatives: NegativeSettings
     reward: RewardSettings

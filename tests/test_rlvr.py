@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from elva_core import encoder, mbeir, negatives, rewards, rlvr, runtime
+from elva_core import encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
 from elva_core.settings import NegativeSettings
+
+STEP = 5e-3  # of finite differences, in the units of the weights
 
 
 @pytest.fixture
@@ -51,12 +58,12 @@ def test_rewards_of_a_rollout_use_its_own_candidates(smoke):
 
 def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
     """Greedy rollouts, so that both chunkings sample the same; gains are given, since equal rollouts have none."""
-    greedy = rlvr.rollout.generate
+    greedy = rollout.generate
     monkeypatch.setattr(rlvr.rollout, "generate", lambda *a, **k: greedy(*a, **{**k, "generator": None}))
     monkeypatch.setattr(rlvr.objectives, "advantages", lambda r, scale: torch.arange(r.numel()).float().view_as(r) - 2)
     for aggregation in ("sequence", "dr_grpo", "dapo"):
         gradients = []
-        for chunk in (1, 3, 4):
+        for chunk in (2, 6, 8):
             model = encoder.load(model_folder, smoke.encoder)
             settings = stage3(smoke, chunk=chunk, rollouts=2, aggregation=aggregation)
             model.add_lora(settings.lora, seed=0)
@@ -75,6 +82,62 @@ def test_negatives_are_hard_first_below_the_threshold_and_never_positive():
         assert rows[:2] == [2, 3] and not {1} & set(rows) and len(set(rows)) == 4
     narrow = NegativeSettings(hard=2, random=0, threshold=0.95, margin=0.05)
     assert negatives.choose(scores, set(), 0.6, narrow, np.random.default_rng(0)) == [4, 5]
+
+
+def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_folder, smoke, ranked, monkeypatch):
+    """Two tokens, cap 2, no end of turn: four summaries, whose expected reward can be written out and differentiated by steps."""
+    model = encoder.load(model_folder, smoke.encoder.model_copy(update={"max_summary_tokens": 2}))
+    pair = model.processor.tokenizer("Katze Hund")["input_ids"][:2]
+    model.banned_ids = torch.tensor(sorted(set(range(model.vocabulary_rows)) - set(pair)))
+    settings = stage3(smoke, kl_weight=0.0, aggregation="dr_grpo", advantage="none", chunk=1)
+    model.add_lora(settings.lora, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.trainable().values():  # far enough from the start for summaries to matter
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    asked = ranked[:2]
+    items = [r.item for r in asked]
+    words = torch.cartesian_prod(torch.tensor(pair), torch.tensor(pair)).expand(len(asked), 4, 2)
+    drawn = rollout.Rollouts(words, torch.ones_like(words, dtype=torch.bool), None, None, None)
+
+    with torch.no_grad():  # the first summary hits its positive, the others a negative: ranks differ, slopes are small
+        wanted = rollout.score(model, items, drawn)[1]
+    candidates = wanted[:, :1], wanted[:, None, 1:]
+    found_ranks = rewards.ranks((wanted * wanted[:, :1]).sum(-1), wanted @ wanted[:, 1:].mT)
+    monkeypatch.setattr(rewards, "ranks", lambda *cosines: found_ranks)  # the gradient holds them fixed, so the steps do too
+
+    def expectation():
+        log_p, vectors = rollout.score(model, items, drawn)
+        return log_p, vectors, log_p.sum(-1).exp(), rlvr.reward(vectors, *candidates, settings.reward).total
+
+    log_p, vectors, chance, earned = expectation()
+    assert torch.allclose(chance.sum(1), torch.ones(len(asked)), atol=1e-5)
+    # every summary stands once, so its chance goes into its advantage; "dr_grpo" divides by 4 rollouts times the cap of 2
+    gain = (chance * (earned - (chance * earned).sum(1, keepdim=True)) * 4 * 2).detach()
+    (slope,) = torch.autograd.grad((chance.detach() * earned).sum(1).mean(), vectors)
+    one_by_one = [rollout.Rollouts(words[[i]], drawn.actions[[i]], log_p[[i]].detach(), None, None) for i in range(len(asked))]
+    ways, found = ("score", "pathwise", "full"), {}
+    for gradient in ways:
+        model.model.zero_grad()
+        rlvr.learn(model, items, one_by_one, gain, slope, settings.model_copy(update={"gradient": gradient}))
+        found[gradient] = {n: -p.grad for n, p in model.trainable().items() if p.grad is not None}
+    parameters = model.trainable()
+    for way in ("score", "pathwise"):  # along the direction in which this part is largest
+        size = torch.stack([g.norm() for g in found[way].values()]).norm()
+        direction = {n: g / size for n, g in found[way].items()}
+        values = []
+        with torch.no_grad():
+            for signed in (STEP, -STEP):
+                for n, d in direction.items():
+                    parameters[n] += signed * d
+                _, _, chance, earned = expectation()
+                values.append((chance.double() * earned.double()).sum(1).mean().item())
+                for n, d in direction.items():
+                    parameters[n] -= signed * d
+        measured = (values[0] - values[1]) / (2 * STEP)
+        along = {w: sum((found[w][n] * d).sum().item() for n, d in direction.items()) for w in ways}
+        assert along["full"] == pytest.approx(measured, rel=0.02)
+        other = "pathwise" if way == "score" else "score"
+        assert abs(along[other] - measured) > 0.1 * abs(measured)
 
 
 def test_every_query_has_as_many_negatives_even_when_all_are_above_the_threshold():
@@ -145,3 +208,61 @@ def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, 
     with pytest.raises(runtime.DivergedError, match="step 2: gradient is not finite"):
         runtime.optimise({"w": weight}, step_fn, 5, settings, tmp_path)
     assert (tmp_path / "checkpoint/state.safetensors").is_file() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("rollbacks", "survives"), [(0, False), (1, True)])
+def test_a_rollback_goes_on_from_the_checkpoint_at_half_the_rate(tmp_path, smoke, rollbacks, survives):
+    """The guard refuses step 5 as long as the rate is the planned one."""
+    settings = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 3, "rollbacks": rollbacks})
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def step_fn(step):
+        weight.sum().backward()
+        return {}
+
+    def check(row):
+        planned = runtime.learning_rate(row["step"], 8, settings)
+        return "too fast" if row["step"] == 5 and row["lr"] == planned else None
+
+    if not survives:
+        with pytest.raises(runtime.DivergedError, match="step 5: too fast; resume from"):
+            runtime.optimise({"w": weight}, step_fn, 8, settings, tmp_path, check)
+        return
+    rows = runtime.optimise({"w": weight}, step_fn, 8, settings, tmp_path, check)
+    assert [r["step"] for r in rows] == list(range(8))
+    assert [r["rollbacks"] for r in rows] == [0] * 3 + [1] * 5
+    assert [r["lr"] for r in rows] == pytest.approx([runtime.learning_rate(i, 8, settings) / (1 if i < 3 else 2) for i in range(8)])
+
+
+def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_step):
+    """Stage 3 in a process of its own, which kills itself without any warning before `fatal_step`."""
+    torch.set_num_threads(1)
+    step, taken = rlvr.step, []
+
+    def mortal(*args):
+        if len(taken) == fatal_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken.append(1)
+        return step(*args)
+
+    rlvr.step = mortal
+    model = encoder.load(model_folder, prompts)
+    rlvr.train(model, ranked, settings, seed=4, folder=folder / "work")
+    model.save(folder / "model", stage="stage 3", parent="test")
+
+
+def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
+    settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
+    start = multiprocessing.get_context("spawn")
+
+    def run(name, fatal_step):
+        one = start.Process(target=train_in_a_process, args=(tmp_path / name, model_folder, smoke.encoder, ranked, settings, fatal_step))
+        one.start()
+        one.join()
+        return one.exitcode
+
+    assert run("whole", None) == 0
+    # killed before its first checkpoint, then between two, then not any more
+    assert [run("cut", 1), run("cut", 3), run("cut", None)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    whole, cut = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
