@@ -51,6 +51,7 @@ def measure(
     hits = []
     for unit, result in ranked.items():
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
+        scores["rank"] = [ranks[0] for ranks in result.ranks]  # of the first positive
         new = prepare.unseen(root, result.queries)
         hits.append(pd.DataFrame({"model": model, "unit": unit, "qid": [q.qid for q in result.queries], "unseen": new, **scores}))
     table = pd.DataFrame(rows)

@@ -12,8 +12,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from elva_core import mbeir, rewards
+from elva_core.settings import RewardSettings
 
 MODEL_COLOURS = {"zero-shot": "#9aa0a6", "stage 2": "#4c78a8", "InfoNCE control": "#e4a23a", "stage 3": "#c43d4b"}
+PRINTED, CORRECTED = "#c43d4b", "#4c78a8"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11, "font.size": 9}
 
 
@@ -128,7 +130,7 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
     return figure
 
 
-def reward_shape(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFrame]:
+def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFrame]:
     """Weight of a negative against its rank, as printed and corrected, and the positive's discount."""
     import torch
 
@@ -143,8 +145,8 @@ def reward_shape(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     )
     figure, axes = _axes(1, 2, (8, 3))
     axes[0, 0].axhline(0, color="black", linewidth=0.8)
-    axes[0, 0].plot(table["rank"], table["printed"], label="printed: ln k - 1", color="#c43d4b")
-    axes[0, 0].plot(table["rank"], table["corrected"], label="corrected: max(0, ln k - 1)", color="#4c78a8", linestyle="--")
+    axes[0, 0].plot(table["rank"], table["printed"], label="printed: ln k - 1", color=PRINTED)
+    axes[0, 0].plot(table["rank"], table["corrected"], label="corrected: max(0, ln k - 1)", color=CORRECTED, linestyle="--")
     axes[0, 0].set(
         xlabel="rank k of the negative",
         ylabel="weight of the penalty",
@@ -152,8 +154,37 @@ def reward_shape(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
         xscale="log",
     )
     axes[0, 0].legend(frameon=False)
-    axes[0, 1].plot(table["rank"], table["positive"], color="#4c78a8")
+    axes[0, 1].plot(table["rank"], table["positive"], color=CORRECTED)
     axes[0, 1].set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", title="Discount of the positive", xscale="log", ylim=(0, 1.05))
+    return figure, table
+
+
+def hardest_negative(settings: RewardSettings, positive: float, others: Sequence[float]) -> tuple[Figure, pd.DataFrame]:
+    """Both rewards and their sum while one negative comes closer and passes the positive, as printed and corrected.
+
+    Args:
+        positive: cosine of the positive. others: cosines of the other negatives, held fixed.
+    """
+    import torch
+
+    hardest = torch.linspace(0, 1, 201)
+    s_p, s_n = torch.full_like(hardest, positive), torch.cat([hardest[:, None], torch.tensor(others).expand(201, -1)], dim=1)
+    margin = rewards.margin_reward(s_p, s_n, delta=settings.delta)
+    table = pd.DataFrame({"hardest": hardest, "R_margin": margin})
+    for form in ("printed", "corrected"):
+        rank = rewards.rank_reward(s_p, s_n, gamma=settings.gamma, form=form, reduction=settings.penalty_reduction)
+        total = rewards.total_reward(margin, rank, alpha=settings.alpha, epsilon=settings.epsilon)
+        table[f"R_rank {form}"], table[f"R_total {form}"] = rank, total
+    figure, axes = _axes(1, 3, (10, 3))
+    for axis, name in zip(axes.flat, ("R_margin", "R_rank", "R_total"), strict=True):
+        forms = [c for c in table.columns if c.startswith(name)]
+        for column, colour, dash in zip(forms, (PRINTED, CORRECTED), ("-", "--"), strict=False):
+            axis.plot(table["hardest"], table[column], color=colour, linestyle=dash, label=column.removeprefix(name).strip() or None)
+        axis.axvline(positive, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xlabel="cosine of the hardest negative", title=name)
+    axes[0, 0].set_ylabel("reward")
+    axes[0, 2].legend(frameon=False, title=f"{len(others)} others fixed", fontsize=7, title_fontsize=7)
+    figure.suptitle(f"Reward while one negative passes the positive (dotted: cosine {positive:.2f})", fontsize=10)
     return figure, table
 
 
@@ -243,4 +274,45 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     )
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
+    """One line per arm: the mean over seeds with its 95 % interval over queries, and each seed as a dot.
+
+    Args:
+        table: columns arm, value, ci_low, ci_high, by seed (tuple of values), n; in `unit`. Values may be differences.
+    """
+    figure, ((axis,),) = _axes(size=(7.6, 0.34 * len(table) + 1.3))
+    place = np.arange(len(table))
+    spread = np.vstack([table["value"] - table["ci_low"], table["ci_high"] - table["value"]]).clip(min=0)
+    axis.errorbar(table["value"], place, xerr=spread, fmt="o", color=CORRECTED, markersize=5, elinewidth=1.4, label="mean over seeds, 95 %")
+    for y, seeds in zip(place, table["by seed"], strict=True):
+        if len(seeds) > 1:
+            axis.plot(seeds, [y] * len(seeds), "|", color=PRINTED, markersize=9, label="one seed" if y == 0 else None)
+    if table["value"].min() < 0 or (table["ci_low"] <= 0).any():
+        axis.axvline(0, color="black", linewidth=0.8)
+    labels = [f"{r.arm}  ({len(r._asdict()['seeds'])} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
+    axis.set(yticks=place, xlabel=unit, title=f"{title} (n = {table['n'].min():,} queries)")
+    axis.set_yticklabels(labels)
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def efficiency(table: pd.DataFrame, title: str) -> Figure:
+    """Hit rate against queries seen and against seconds of training, one line per way of training, with 95 % intervals.
+
+    Args:
+        table: columns run, queries, seconds, value, ci_low, ci_high (percent), n.
+    """
+    figure, axes = _axes(1, 2, (9, 3.2))
+    for axis, (column, label) in zip(axes.flat, (("queries", "training queries seen"), ("seconds", "seconds of training")), strict=True):
+        for name, part in table.groupby("run", sort=False):
+            own = part.sort_values(column)
+            spread = np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
+            axis.errorbar(own[column], own["value"], yerr=spread, marker="o", label=name, color=MODEL_COLOURS.get(name), capsize=2)
+        axis.set(xlabel=label, ylabel="hit@5, %")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{title} (n = {table['n'].min():,} queries)", fontsize=10)
     return figure

@@ -42,14 +42,18 @@ def errors(result: UnitResult) -> pd.DataFrame:
     """For every query: is the top-1 answer right, and if not, which grains of the wanted one it lacks.
 
     Returns:
-        one row per query and grain kind: unit, qid, kind, wrong (the top-1 candidate differs in that grain).
+        one row per query and grain kind: unit, qid, kind, missed (the top-1 candidate is not a positive), wrong (it is not,
+        and differs in that grain).
     """
     rows = []
     for query, ranks, top in zip(result.queries, result.ranks, result.top, strict=True):
         wanted = dict(mbeir.grains(query))
         found = dict(mbeir.grains(result.candidates[top[0]]))
         hit = bool(ranks) and ranks[0] == 1
-        rows += [{"unit": result.unit, "qid": query.qid, "kind": k, "wrong": not hit and found.get(k) != v} for k, v in wanted.items()]
+        rows += [
+            {"unit": result.unit, "qid": query.qid, "kind": k, "missed": not hit, "wrong": not hit and found.get(k) != v}
+            for k, v in wanted.items()
+        ]
     return pd.DataFrame(rows)
 
 

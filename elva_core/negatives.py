@@ -19,14 +19,20 @@ from elva_core.settings import NegativeSettings
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A query of stage 3 with one positive and its N negatives. `cosines` are the stage-2 model's, of the negatives."""
+    """A query of stage 3 with one positive and its N negatives, as one model ranked them.
+
+    positive_cosine, cosines: that model's, of the positive and of the negatives. vectors: (1 + N, D) float32, L2-normalised,
+    of the positive and the negatives.
+    """
 
     query: mbeir.Query
     item: Item
     positive: Item
     positive_did: str
     negatives: tuple[Item, ...]
+    positive_cosine: float
     cosines: tuple[float, ...]
+    vectors: np.ndarray
 
 
 def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings, rng: np.random.Generator) -> list[int]:
@@ -85,7 +91,9 @@ def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSetti
                     candidate_item(root, positive),
                     positive.did,
                     tuple(items[i] for i in rows),
+                    float(vector @ near),
                     tuple(float(scores[i]) for i in rows),
+                    np.concatenate([near[None], vectors[rows]]),
                 )
             )
     order = runtime.rng_for(seed, "stage3 order").permutation(len(out))

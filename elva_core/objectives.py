@@ -77,12 +77,13 @@ def backward_in_chunks(
     return loss.detach()
 
 
-def advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
+def advantages(rewards: torch.Tensor, scale: str = "group", spread: torch.Tensor | None = None) -> torch.Tensor:
     """Rewards minus the mean of their group, divided by a spread.
 
     Args:
         rewards: (Q, G), one row per query.
         scale: "group" divides by the group's standard deviation (GRPO), "batch" by that of all, "none" by 1.
+        spread: with "batch", the standard deviation of all rewards of a step of which these are only a part.
 
     A group whose rewards are all equal gets advantage 0, never NaN.
 
@@ -93,7 +94,10 @@ def advantages(rewards: torch.Tensor, scale: str = "group") -> torch.Tensor:
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "none":
         return centred
-    spread = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+    if scale == "group":
+        spread = rewards.std(dim=1, keepdim=True)
+    elif spread is None:
+        spread = rewards.std()
     return centred / (spread + ADVANTAGE_EPSILON)
 
 

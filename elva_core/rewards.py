@@ -67,6 +67,23 @@ def rank_reward(
     return positive / (1 + r.float().log()) - gamma * penalty
 
 
-def total_reward(margin: torch.Tensor, rank: torch.Tensor, *, alpha: float, epsilon: float) -> torch.Tensor:
+def total_reward(margin: torch.Tensor, rank: torch.Tensor, *, alpha: float | torch.Tensor, epsilon: float | torch.Tensor) -> torch.Tensor:
     """R_total = alpha R_margin + epsilon R_rank; the paper takes 0.4 and 0.6."""
     return alpha * margin + epsilon * rank
+
+
+def adaptive_weights(rank: torch.Tensor, *, alpha: float, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights that follow the state of training: (alpha, epsilon) per query, (Q, 1, ...), with the same sum as the fixed ones.
+
+    The margin says nothing about rollouts that fail, the rank nothing about those that succeed; so the margin gets the
+    share of a query's rollouts that already put the positive first, and the rank the rest. Ours; the paper names
+    adaptive rules as future work.
+
+    Args:
+        rank: (Q, ...) rank of the positive in each rollout, from 1.
+
+    >>> adaptive_weights(torch.tensor([[1, 1, 2, 5]]), alpha=0.4, epsilon=0.6)
+    (tensor([[0.5000]]), tensor([[0.5000]]))
+    """
+    solved = (rank == 1).float().flatten(1).mean(1).view(-1, *[1] * (rank.ndim - 1))
+    return (alpha + epsilon) * solved, (alpha + epsilon) * (1 - solved)

@@ -9,7 +9,7 @@ merged stage-2 model: the adapter of this stage, disabled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guar
 
 
 class Scored(NamedTuple):
-    """Rewards of one step, each (Q, G)."""
+    """Rewards of one step, each (Q, G), or (Q, G, G) where every summary of the query meets every one of the positive."""
 
     total: torch.Tensor
     margin: torch.Tensor
@@ -35,60 +35,105 @@ class Scored(NamedTuple):
     rewarded_negatives: torch.Tensor  # negatives above the positive whose printed weight is below 0
 
 
-def reward(queries: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, settings: RewardSettings) -> Scored:
+def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSettings) -> Scored:
     """Rewards of rollouts.
 
     Args:
-        queries: (Q, G, D). positives: (Q, G, D) or (Q, 1, D). negatives: (Q, G, N, D) or (Q, 1, N, D). L2-normalised.
+        positive: (Q, ...) cosines to the positive. negatives: (Q, ..., N) cosines to the negatives.
     """
-    s_p = (queries * positives).sum(-1)
-    s_n = (queries[:, :, None] * negatives).sum(-1)
-    margin = rewards.margin_reward(s_p, s_n, delta=settings.delta)
-    rank = rewards.rank_reward(s_p, s_n, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction)
-    r, k = rewards.ranks(s_p, s_n)
+    margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
+    rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction)
+    r, k = rewards.ranks(positive, negatives)
     rewarded = ((k < r[..., None]) & (rewards.negative_weights(k, "printed") < 0)).sum(-1)
-    total = rewards.total_reward(margin, rank, alpha=settings.alpha, epsilon=settings.epsilon)
-    return Scored(total, margin, rank, s_p, r, rewarded)
+    alpha, epsilon = settings.alpha, settings.epsilon
+    if settings.weights == "adaptive":
+        alpha, epsilon = rewards.adaptive_weights(r, alpha=alpha, epsilon=epsilon)
+    return Scored(rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon), margin, rank, positive, r, rewarded)
 
 
-def sides(ranked: Sequence[Ranked], which: str) -> list[Item]:
-    """Items whose summaries are actions: the queries alone, or queries, positives and all negatives, query by query."""
-    if which == "query":
-        return [r.item for r in ranked]
-    return [item for r in ranked for item in (r.item, r.positive, *r.negatives)]
+def sides(ranked: Ranked, which: str) -> list[Item]:
+    """Items of a query whose summaries are actions: itself, itself and its positive, or these and all its negatives."""
+    return {
+        "query": [ranked.item],
+        "pair": [ranked.item, ranked.positive],
+        "all": [ranked.item, ranked.positive, *ranked.negatives],
+    }[which]
 
 
 def candidates_once(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy embeddings of positives (Q, 1, D) and negatives (Q, 1, N, D), each distinct item once."""
+    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
     for part in (texts, images):
         if part:
             vectors.update(zip(part, rollout.generate(encoder, part).embeddings[:, 0], strict=True))
-    positives = torch.stack([vectors[r.positive] for r in ranked])[:, None]
-    negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])[:, None]
+    positives = torch.stack([vectors[r.positive] for r in ranked])
+    negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
     return positives, negatives
 
 
-def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, generator: torch.Generator) -> dict[str, float]:
-    """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged."""
-    acting = sides(ranked, settings.rollout_sides)
+def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same embeddings as the model gave them that chose the negatives: no forward at all."""
+    vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
+    return vectors[:, 0], vectors[:, 1:]
+
+
+def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rewards are computed from.
+
+    Args:
+        vectors: (Q, sides, G, D) embeddings of the rollouts.
+
+    Returns:
+        cosines to the positive (Q, G) and to the negatives (Q, G, N); with sides "pair" (Q, G, G) and (Q, G, G, N): summary
+        i of the query meets summary j of the positive, which takes the luck of one counterpart out of each one's reward.
+    """
+    queries = vectors[:, 0]
+    if settings.rollout_sides == "all":  # one rollout embeds them all (the paper's action)
+        return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
+    positives, negatives = (candidates_as_mined if settings.candidates == "mined" else candidates_once)(encoder, ranked)
+    s_n = torch.einsum("qgd,qnd->qgn", queries, negatives)
+    if settings.rollout_sides == "query":
+        return torch.einsum("qgd,qd->qg", queries, positives), s_n
+    s_p = torch.einsum("qgd,qjd->qgj", queries, vectors[:, 1])
+    return s_p, s_n[:, :, None].expand(*s_p.shape, -1)
+
+
+def earned(total: torch.Tensor, count: int) -> torch.Tensor:
+    """Reward of each rollout of each acting side, (Q, sides, G), from total rewards (Q, G) or (Q, G, G)."""
+    if total.ndim == 3:
+        return torch.stack([total.mean(2), total.mean(1)], dim=1)
+    return total[:, None].expand(-1, count, -1)
+
+
+def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noise: torch.Tensor) -> dict[str, float]:
+    """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged.
+
+    Each process takes its share of the queries; the sum of their gradients is that of the whole step.
+
+    Args:
+        noise: (Q, sides, G, T) uniform in [0, 1); decides what is sampled.
+    """
+    own = runtime.own_share(len(ranked))
+    mine = [ranked[i] for i in own]
+    acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
+    noises = noise[own].flatten(0, 1)
     sampled = [
-        rollout.generate(encoder, part, rollouts=settings.rollouts, temperature=settings.temperature, generator=generator)
-        for part in _chunks(acting, settings)
+        rollout.generate(encoder, part, noise=numbers, temperature=settings.temperature)
+        for part, numbers in zip(_chunks(acting, settings), _chunks(noises, settings), strict=True)
     ]
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
-    if settings.rollout_sides == "query":
-        scored = reward(vectors, *candidates_once(encoder, ranked), settings.reward)
-    else:
-        grouped = vectors.unflatten(0, (len(ranked), -1)).transpose(1, 2)  # (Q, G, 2 + N, D)
-        scored = reward(grouped[:, :, 0], grouped[:, :, 1], grouped[:, :, 2:], settings.reward)
-    (slope,) = torch.autograd.grad(scored.total.mean(), vectors)
+    grouped = vectors.unflatten(0, (len(mine), -1))
+    scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
+    (slope,) = torch.autograd.grad(scored.total.flatten(1).mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
-    gain = objectives.advantages(scored.total, settings.advantage)
-    gain = gain.repeat_interleave(len(acting) // len(ranked), dim=0)  # every side of a query shares its advantage
-    return learn(encoder, acting, sampled, gain, slope, settings) | _facts(encoder, scored, sampled)
+    gains = earned(scored.total, grouped.shape[1])
+    spread = runtime.gathered(gains).std() if settings.advantage == "batch" else None
+    advantage = objectives.advantages(gains.flatten(0, 1), settings.advantage, spread)
+    learnt = learn(encoder, acting, sampled, advantage, slope, settings, share=len(mine) / len(ranked))
+    facts = _facts(encoder, scored, gains.flatten(0, 1), sampled)
+    return learnt | runtime.summed({name: value * len(mine) / len(ranked) for name, value in facts.items()})
 
 
 def learn(
@@ -98,6 +143,7 @@ def learn(
     gain: torch.Tensor,
     slope: torch.Tensor,
     settings: RlvrSettings,
+    share: float = 1.0,
 ) -> dict[str, float]:
     """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with the number of rollouts.
 
@@ -109,12 +155,13 @@ def learn(
     Args:
         acting: R inputs. sampled: their rollouts, in chunks.
         gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding.
+        share: of the step's inputs that these R are; the rest is with other processes.
     """
     facts = {"kl": 0.0, "clip_fraction": 0.0, "loss": 0.0}
     if settings.gradient == "pathwise":
         gain = torch.zeros_like(gain)
     # only the token mean over all sequences needs to know the other chunks
-    tokens = sum(int(s.actions.sum()) for s in sampled)
+    tokens = runtime.summed({"tokens": sum(int(s.actions.sum()) for s in sampled)})["tokens"]
     parts = zip(*(_chunks(x, settings) for x in (acting, gain, slope)), sampled, strict=True)
     for part, gains, slopes, out in parts:
         with torch.no_grad(), encoder.model.disable_adapter():
@@ -128,12 +175,12 @@ def learn(
             aggregation=settings.aggregation,
             max_length=encoder.settings.max_summary_tokens,
         )
-        weight = int(out.actions.sum()) / tokens if settings.aggregation == "dapo" else len(part) / len(acting)
+        weight = int(out.actions.sum()) / tokens if settings.aggregation == "dapo" else share * len(part) / len(acting)
         direct = 0.0 if settings.gradient == "score" else (vectors * slopes).sum()
         (loss * weight - direct).backward()
         for name, value in (seen | {"loss": float(loss.detach())}).items():
             facts[name] += value * weight
-    return facts
+    return runtime.summed(facts)
 
 
 def _chunks(rows, settings: RlvrSettings) -> list:
@@ -142,9 +189,9 @@ def _chunks(rows, settings: RlvrSettings) -> list:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]) -> dict[str, float]:
-    """The log line of design.md."""
-    spread = scored.total.std(dim=1)
+def _facts(encoder: Encoder, scored: Scored, gains: torch.Tensor, sampled: Sequence[rollout.Rollouts]) -> dict[str, float]:
+    """The log line of design.md. gains: (R, G) rewards of the acting inputs."""
+    spread = gains.std(dim=1)
     actions = torch.cat([s.actions.flatten(0, 1).sum(1) for s in sampled]).float()
     ended = torch.cat([((s.tokens == encoder.end_id) & s.actions).any(-1).flatten() for s in sampled])
     groups = [{tuple(t) for t in group} for s in sampled for group in s.summaries(encoder.end_id)]
@@ -160,7 +207,7 @@ def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]
         "entropy": float(sum(s.entropy.sum() for s in sampled) / actions.sum()),
         "summary_length": float(actions.mean()),
         "no_natural_end": float(1 - ended.float().mean()),
-        "distinct_summaries": sum(map(len, groups)) / (len(groups) * scored.total.shape[1]),
+        "distinct_summaries": sum(map(len, groups)) / (len(groups) * gains.shape[1]),
     }
 
 
@@ -182,23 +229,36 @@ def guard(settings: RlvrSettings):
     return check
 
 
-def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, *, seed: int, folder: Path) -> list[dict[str, float]]:
+def train(
+    encoder: Encoder,
+    ranked: Sequence[Ranked],
+    settings: RlvrSettings,
+    *,
+    seed: int,
+    folder: Path,
+    mine: Callable[[], Sequence[Ranked]] | None = None,
+) -> list[dict[str, float]]:
     """One pass over `ranked` with a fresh adapter, merged at the end. Dropout stays off.
+
+    Args:
+        mine: gives the same queries with negatives that the model of this moment chooses; called every
+            `settings.negatives.again_every` steps, if that is set.
 
     Returns:
         the log lines, one per step.
     """
     encoder.add_lora(settings.lora, seed=seed)
     encoder.model.eval()
+    per_step, steps, again = settings.queries_per_step, settings.queries // settings.queries_per_step, settings.negatives.again_every
     draw = epochs(ranked, seed, "stage3")
-    steps = settings.queries // settings.queries_per_step
-    rows = runtime.optimise(
-        encoder.trainable(),
-        lambda i: step(encoder, draw(i, settings.queries_per_step), settings, runtime.torch_rng(seed, "rollout", i)),
-        steps,
-        settings.optimiser,
-        folder,
-        guard(settings),
-    )
+    shape = (per_step, len(sides(ranked[0], settings.rollout_sides)), settings.rollouts, encoder.settings.max_summary_tokens)
+
+    def step_fn(i: int) -> dict[str, float]:
+        nonlocal draw
+        if again and i and i % again == 0:
+            draw = epochs(mine(), seed, "stage3")
+        return step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=runtime.torch_rng(seed, "rollout", i)))
+
+    rows = runtime.optimise(encoder.trainable(), step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

@@ -3,7 +3,7 @@
 The prompt's key/value cache is computed once per input and expanded to G. In generation and in training the same
 two pieces are used: `prefill` and a continuation on the cache, so their log-probabilities agree.
 
-    out = generate(encoder, items, rollouts=8, temperature=1.0, generator=g)   # out.embeddings: (B, G, D)
+    out = generate(encoder, items, noise=torch.rand(len(items), 8, cap))   # out.embeddings: (B, 8, D)
 """
 
 from __future__ import annotations
@@ -71,17 +71,27 @@ def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.T
     return encoder.states(Batch(ids, prefix.mask, embeds, positions), prefix.cache)
 
 
+def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities, given (R,) uniform numbers.
+
+    >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
+    tensor([0, 2, 3])
+    """
+    reached = log_p.double().exp().cumsum(-1)
+    return torch.searchsorted(reached, noise.to(reached)[:, None] * reached[:, -1:], right=True)[:, 0]
+
+
 @torch.no_grad()
-def generate(
-    encoder: Encoder, items: Sequence[Item], *, rollouts: int = 1, temperature: float = 1.0, generator: torch.Generator | None = None
-) -> Rollouts:
+def generate(encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0) -> Rollouts:
     """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
 
     Args:
-        rollouts: G per item.
-        temperature: of sampling; log-probabilities are those of the tempered distribution. Without a generator the
-            most probable token is taken and `temperature` only scales the log-probabilities.
+        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its own row
+            alone, however the items are split over chunks and processes. Without it, G = 1 and the most probable
+            token is taken.
+        temperature: of sampling; log-probabilities are those of the tempered distribution.
     """
+    rollouts = 1 if noise is None else noise.shape[1]
     prefix = prefill(encoder, items, rollouts)
     rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
     state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
@@ -91,11 +101,7 @@ def generate(
     for step in range(cap + 1):
         if step < cap and open_row.any():
             log_p = torch.log_softmax(encoder.logits(state) / temperature, dim=-1)
-            token = (
-                log_p.argmax(-1)
-                if generator is None
-                else torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0].to(log_p.device)
-            )
+            token = log_p.argmax(-1) if noise is None else sample(log_p, noise[..., step].flatten())
             tokens.append(torch.where(open_row, token, encoder.pad_id))
             actions.append(open_row)
             log_ps.append(log_p.gather(-1, token[:, None])[:, 0] * open_row)

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +45,37 @@ def start(threads: int | None) -> None:
 
     hf.set_verbosity_error()
     hf.disable_progress_bar()
+
+
+def processes() -> PartialState:
+    """The processes that train together: one, or those that `accelerate launch` started."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def own_share(count: int) -> list[int]:
+    """Which of `count` rows of a step this process computes."""
+    return list(range(processes().process_index, count, processes().num_processes))
+
+
+def summed(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over the processes."""
+    if processes().num_processes == 1:
+        return values
+    total = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=processes().device), "sum")
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, which may have different numbers of them; without gradient."""
+    return torch.cat([part.to(rows) for part in gather_object([rows.detach().cpu()])]) if processes().num_processes > 1 else rows.detach()
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Every process gets the sum of all gradients; each has computed its own rows of the step."""
+    if processes().num_processes > 1:
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = reduce(gradient, "sum")
 
 
 def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
@@ -133,6 +166,7 @@ def optimise(
             for group in optimiser.param_groups:
                 group["lr"] = rate
         row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
+        sum_gradients(parameters.values())
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
@@ -150,9 +184,12 @@ def optimise(
         if rollbacks == settings.rollbacks:
             raise DivergedError(f"{reason}; resume from {checkpoint} with a lower learning rate")
         rollbacks += 1
+        processes().wait_for_everyone()  # the main process may still be writing the checkpoint
         rows = _restore(checkpoint, parameters, optimisers)
         log.warning("%s; back to step %d at 1/%d of the learning rate", reason, len(rows), 2**rollbacks)
-    write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if processes().is_main_process:
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    processes().wait_for_everyone()
     return rows
 
 
@@ -164,7 +201,9 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _checkpoint(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]) -> None:
-    """One safetensors file with weights, moments and the log, replaced atomically."""
+    """One safetensors file with weights, moments and the log, replaced atomically; all processes hold the same."""
+    if not processes().is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, parameter in parameters.items():

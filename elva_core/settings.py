@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -142,6 +142,7 @@ class NegativeSettings(Section):
     threshold: float  # absolute cosine; candidates above are dropped as likely positives
     margin: float | None = None  # if set, also drop above cosine(positive) + margin
     pool: Positive | None = None  # hard ones are mined from that many candidates per modality; None is all
+    again_every: Positive | None = None  # steps after which the current model mines them anew
 
 
 class RewardSettings(Section):
@@ -151,6 +152,7 @@ class RewardSettings(Section):
     gamma: float
     form: Literal["printed", "corrected"]
     penalty_reduction: Literal["sum", "mean"]
+    weights: Literal["fixed", "adaptive"] = "fixed"  # adaptive: by the share of rollouts that put the positive first
 
 
 class RlvrSettings(Section):
@@ -159,7 +161,8 @@ class RlvrSettings(Section):
     queries: Positive  # seen in all; one epoch
     queries_per_step: Positive
     rollouts: Annotated[int, Field(ge=2)]
-    rollout_sides: Literal["query", "all"]
+    rollout_sides: Literal["query", "pair", "all"]  # whose summaries are actions: the query's, its positive's too, all
+    candidates: Literal["step", "mined"]  # other sides are encoded once per step, or stay as mining encoded them
     temperature: Annotated[float, Field(gt=0)]
     clip: float
     kl_weight: float
@@ -172,6 +175,15 @@ class RlvrSettings(Section):
     reward: RewardSettings
     lora: LoraSettings
     optimiser: OptimiserSettings
+
+    @model_validator(mode="after")
+    def _resumable(self) -> RlvrSettings:
+        again = self.negatives.again_every
+        if again and self.optimiser.checkpoint_every % again:
+            raise ValueError(
+                f"optimiser.checkpoint_every must be a multiple of negatives.again_every = {again}, else a resumed run differs"
+            )
+        return self
 
 
 class MrbenchSettings(Section):
@@ -187,6 +199,14 @@ class EvaluationSettings(Section):
     bootstrap: Positive
     grain_queries: Positive
     tsne_candidates: Positive
+
+
+class StudySettings(Section):
+    """Which arms of params/arms.yaml are compared, over which training seeds."""
+
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...] = ()  # none means all
+    in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 
 class Settings(Section):
@@ -206,6 +226,11 @@ class Settings(Section):
     control: ContrastiveSettings
     mrbench: MrbenchSettings
     evaluation: EvaluationSettings
+    study: StudySettings
+
+    def changed(self, changes: dict) -> Settings:
+        """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
+        return Settings(**_merged(self.model_dump(), changes))
 
     def digest(self) -> str:
         """Hash of the resolved values."""

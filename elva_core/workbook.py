@@ -29,6 +29,7 @@ STAGES = {
     "30_pretrain_contrastive": ("10_prepare_data",),
     "40_finetune_rlvr": ("10_prepare_data", "30_pretrain_contrastive"),
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
     "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
@@ -209,6 +210,23 @@ def status(profile_name: str, seed: int) -> None:
         console.print(f"{word:12}{stage}" + (f"  seed {found['seed']}, {found['wall_s']} s" if found else ""))
 
 
+def study(profile_name: str, seed: int) -> None:
+    """Trains and measures the arms that have no result yet, on the data and backbone of the chain; then the notebooks that show them."""
+    from elva_core import mbeir, prepare, runtime
+    from elva_core import study as arms
+
+    profile = settings.load(profile_name)
+    for stage in ("00_check_environment", *STAGES["60_ablate"]):
+        run(profile_name, seed=seed, only=stage)
+    os.environ.update(KERNEL_ENVIRONMENT)
+    runtime.start(profile.threads)
+    data, bench, trained = (artifacts.stage_folder(profile_name, stage) for stage in STAGES["60_ablate"])
+    root, triplets = prepare.locate(data)
+    arms.run(profile, root, triplets, mbeir.Root(bench / "bench"), arms.backbone_of(trained), *arms.folders(profile_name))
+    for stage in ("60_ablate", "90_report"):
+        run(profile_name, seed=seed, only=stage)
+
+
 def lint(root: Path) -> int:
     """Prints every violation; the exit status is 1 if there is one."""
     from elva_core import mbeir
@@ -275,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("status", help="which stages are done and current")
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17)
+    p = commands.add_parser("study", help="train and measure the arms of params/arms.yaml that have no result yet")
+    p.add_argument("profile")
+    p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
     p = commands.add_parser("lint", help="check an M-BEIR folder")
     p.add_argument("root", type=Path)
     p = commands.add_parser("evaluate", help="score a trained model on units of an M-BEIR folder")
@@ -300,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run(a.profile, seed=a.seed, only=a.only, start=a.start, force=a.force)
         elif a.command == "status":
             status(a.profile, a.seed)
+        elif a.command == "study":
+            study(a.profile, a.seed)
         elif a.command == "lint":
             return lint(a.root)
         elif a.command == "evaluate":

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from elva_core import encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
 from elva_core.settings import NegativeSettings
@@ -26,11 +28,17 @@ def stage3(smoke, **changes):
     return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "rollouts": 3} | changes)
 
 
-@pytest.mark.parametrize("sides", ["query", "all"])
+def noise(encoder, ranked, settings, seed=0):
+    sides = len(rlvr.sides(ranked[0], settings.rollout_sides))
+    shape = (len(ranked), sides, settings.rollouts, encoder.settings.max_summary_tokens)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sides", ["query", "pair", "all"])
 def test_a_step_leaves_gradients_and_logs_every_line(tiny, ranked, smoke, sides):
     settings = stage3(smoke, rollout_sides=sides)
     tiny.add_lora(settings.lora, seed=0)
-    row = rlvr.step(tiny, ranked[:2], settings, torch.Generator().manual_seed(0))
+    row = rlvr.step(tiny, ranked[:2], settings, noise(tiny, ranked[:2], settings))
     rewards_logged = {"reward", "reward_margin", "reward_rank", "reward_std", "frac_reward_zero_std", "cos_positive"}
     policy_logged = {"kl", "entropy", "clip_fraction", "summary_length", "no_natural_end", "distinct_summaries"}
     assert rewards_logged | policy_logged <= set(row)
@@ -39,35 +47,62 @@ def test_a_step_leaves_gradients_and_logs_every_line(tiny, ranked, smoke, sides)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in tiny.trainable().items() if "lora_B" in n)
 
 
-def test_the_actions_are_one_or_all_sides(ranked):
-    assert len(rlvr.sides(ranked, "query")) == len(ranked)
-    assert len(rlvr.sides(ranked, "all")) == sum(2 + len(r.negatives) for r in ranked)
+def test_the_actions_are_one_two_or_all_sides(ranked):
+    for r in ranked:
+        assert rlvr.sides(r, "query") == [r.item] and rlvr.sides(r, "pair") == [r.item, r.positive]
+        assert rlvr.sides(r, "all") == [r.item, r.positive, *r.negatives]
 
 
-def test_rewards_of_a_rollout_use_its_own_candidates(smoke):
-    torch.manual_seed(0)
-    unit = torch.nn.functional.normalize
-    q, p, n = unit(torch.randn(2, 3, 8), dim=-1), unit(torch.randn(2, 3, 8), dim=-1), unit(torch.randn(2, 3, 5, 8), dim=-1)
-    r = smoke.stage3.reward
-    got = rlvr.reward(q, p, n, r)
-    s_p, s_n = q[1, 2] @ p[1, 2], n[1, 2] @ q[1, 2]
-    margin = rewards.margin_reward(s_p, s_n, delta=r.delta)
-    rank = rewards.rank_reward(s_p, s_n, gamma=r.gamma, form=r.form, reduction=r.penalty_reduction)
-    assert got.total[1, 2].item() == pytest.approx((0.4 * margin + 0.6 * rank).item(), abs=1e-6)
+@pytest.mark.parametrize("sides", ["query", "pair", "all"])
+def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
+    """Every rollout's reward from the definition, one vector at a time."""
+    settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
+    shape = (2, len(rlvr.sides(asked[0], sides)), 3, asked[0].vectors.shape[1])
+    v = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    total = rlvr.reward(*rlvr.cosines(tiny, asked, v, settings), settings.reward).total
+
+    def by_definition(query, positive, negatives):
+        s_p, s_n, r = query @ positive, negatives @ query, settings.reward
+        margin = rewards.margin_reward(s_p, s_n, delta=r.delta)
+        return 0.4 * margin + 0.6 * rewards.rank_reward(s_p, s_n, gamma=r.gamma, form=r.form, reduction=r.penalty_reduction)
+
+    mined = [torch.from_numpy(r.vectors) for r in asked]
+    for q in range(2):
+        for i in range(3):
+            if sides == "query":
+                wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
+            elif sides == "pair":
+                wanted = torch.stack([by_definition(v[q, 0, i], v[q, 1, j], mined[q][1:]) for j in range(3)])
+            else:
+                wanted = by_definition(v[q, 0, i], v[q, 1, i], v[q, 2:, i])
+            torch.testing.assert_close(total[q, i], wanted, atol=1e-6, rtol=0)
+    paid = rlvr.earned(total, v.shape[1])
+    assert paid.shape == v.shape[:3]
+    if sides == "pair":  # a summary earns the mean over its counterparts
+        torch.testing.assert_close(paid[1, 1, 2], total[1, :, 2].mean())
+
+
+def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
+    for stored, fresh in zip(rlvr.candidates_as_mined(tiny, ranked), rlvr.candidates_once(tiny, ranked), strict=True):
+        torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
+
+
+def test_the_margin_weighs_as_much_as_a_query_is_solved():
+    alpha, epsilon = rewards.adaptive_weights(torch.tensor([[1, 1, 1, 1], [1, 4, 2, 1], [3, 2, 2, 9]]), alpha=0.4, epsilon=0.6)
+    assert alpha.flatten().tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert (alpha + epsilon).flatten().tolist() == pytest.approx([1.0] * 3)
 
 
 def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
-    """Greedy rollouts, so that both chunkings sample the same; gains are given, since equal rollouts have none."""
-    greedy = rollout.generate
-    monkeypatch.setattr(rlvr.rollout, "generate", lambda *a, **k: greedy(*a, **{**k, "generator": None}))
-    monkeypatch.setattr(rlvr.objectives, "advantages", lambda r, scale: torch.arange(r.numel()).float().view_as(r) - 2)
+    """Gains are given: dividing by the tiny spread of an untrained model's rewards would blow up rounding."""
+    monkeypatch.setattr(rlvr.objectives, "advantages", lambda r, *_: torch.arange(r.numel()).float().view_as(r) - 2)
     for aggregation in ("sequence", "dr_grpo", "dapo"):
         gradients = []
         for chunk in (2, 6, 8):
             model = encoder.load(model_folder, smoke.encoder)
             settings = stage3(smoke, chunk=chunk, rollouts=2, aggregation=aggregation)
             model.add_lora(settings.lora, seed=0)
-            rlvr.step(model, ranked[:4], settings, torch.Generator())
+            rlvr.step(model, ranked[:4], settings, noise(model, ranked[:4], settings))
             gradients.append(torch.cat([p.grad.flatten() for p in model.trainable().values() if p.grad is not None]))
         assert gradients[0].abs().max() > 0
         for other in gradients[1:]:
@@ -101,13 +136,13 @@ def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_
 
     with torch.no_grad():  # the first summary hits its positive, the others a negative: ranks differ, slopes are small
         wanted = rollout.score(model, items, drawn)[1]
-    candidates = wanted[:, :1], wanted[:, None, 1:]
     found_ranks = rewards.ranks((wanted * wanted[:, :1]).sum(-1), wanted @ wanted[:, 1:].mT)
     monkeypatch.setattr(rewards, "ranks", lambda *cosines: found_ranks)  # the gradient holds them fixed, so the steps do too
 
     def expectation():
         log_p, vectors = rollout.score(model, items, drawn)
-        return log_p, vectors, log_p.sum(-1).exp(), rlvr.reward(vectors, *candidates, settings.reward).total
+        cosines = (vectors * wanted[:, :1]).sum(-1), vectors @ wanted[:, 1:].mT
+        return log_p, vectors, log_p.sum(-1).exp(), rlvr.reward(*cosines, settings.reward).total
 
     log_p, vectors, chance, earned = expectation()
     assert torch.allclose(chance.sum(1), torch.ones(len(asked)), atol=1e-5)
@@ -266,3 +301,46 @@ def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run
     assert [run("cut", 1), run("cut", 3), run("cut", None)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
     whole, cut = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, settings):
+    """What `accelerate launch --cpu --num_processes COUNT` starts."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    model = encoder.load(model_folder, prompts)
+    rows = rlvr.train(model, ranked, settings, seed=4, folder=folder)
+    assert runtime.processes().num_processes == count
+    if runtime.processes().is_main_process:
+        save_file({n: p.detach().clone() for n, p in model.backbone.named_parameters()}, folder / "weights.safetensors")
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize(("aggregation", "advantage", "sides"), [("sequence", "group", "query"), ("dapo", "batch", "pair")])
+def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, aggregation, advantage, sides):
+    """Three queries a step, so that the shares are uneven; weights after two steps, and the log, are those of one process."""
+    changes = {"queries": 6, "queries_per_step": 3, "aggregation": aggregation, "advantage": advantage, "rollout_sides": sides}
+    settings = stage3(smoke, **changes)
+    start = multiprocessing.get_context("spawn")
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        work = [
+            start.Process(target=train_as_one_of, args=(rank, count, port, folder, model_folder, smoke.encoder, ranked, settings))
+            for rank in range(count)
+        ]
+        for one in work:
+            one.start()
+        for one in work:
+            one.join()
+        assert [one.exitcode for one in work] == [0] * count
+        found[count] = load_file(folder / "weights.safetensors"), json.loads((folder / "rows.json").read_text())
+    before = dict(encoder.load(model_folder, smoke.encoder).backbone.named_parameters())
+    moved = max(float((found[1][0][n] - p).abs().max()) for n, p in before.items())
+    apart = max(float((found[1][0][n] - found[2][0][n]).abs().max()) for n in before)
+    assert moved > 1e-4 and apart < 1e-5
+    for one, two in zip(found[1][1], found[2][1], strict=True):
+        assert one.pop("step_time") and two.pop("step_time") and two == pytest.approx(one, abs=1e-5)

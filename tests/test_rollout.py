@@ -9,8 +9,13 @@ from elva_core import rollout
 
 
 @pytest.fixture
-def sampled(tiny, items):
-    return rollout.generate(tiny, items, rollouts=3, generator=torch.Generator().manual_seed(0))
+def noise(tiny, items):
+    return torch.rand(len(items), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sampled(tiny, items, noise):
+    return rollout.generate(tiny, items, noise=noise)
 
 
 def test_log_probabilities_and_embeddings_equal_a_teacher_forced_forward(tiny, items, sampled):
@@ -87,7 +92,16 @@ def test_an_early_end_is_read_at_its_own_ret(tiny, items):
     torch.testing.assert_close(vectors, out.embeddings[:, 0], atol=1e-5, rtol=0)
 
 
-def test_sampling_repeats_with_its_generator_and_differs_between_rollouts(tiny, items, sampled):
-    again = rollout.generate(tiny, items, rollouts=3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.tokens, sampled.tokens)
+def test_a_summary_depends_on_its_own_noise_alone_and_differs_between_rollouts(tiny, items, noise, sampled):
+    for place in range(len(items)):  # alone in its batch
+        own = rollout.generate(tiny, items[place : place + 1], noise=noise[place : place + 1])
+        assert own.summaries(tiny.end_id) == sampled.summaries(tiny.end_id)[place : place + 1]
     assert any(len({tuple(s) for s in group}) > 1 for group in sampled.summaries(tiny.end_id))
+
+
+def test_sampling_by_inversion_has_the_distribution_it_is_given():
+    """A regular grid of noise hits every token as often as its probability says, and never one of probability 0."""
+    chance = torch.tensor([0.1, 0.0, 0.45, 0.25, 0.0, 0.2, 0.0])
+    grid = (torch.arange(2000) + 0.5) / 2000
+    counts = torch.bincount(rollout.sample(chance.log().expand(2000, -1), grid), minlength=len(chance))
+    assert (counts / 2000 - chance).abs().max() < 1e-3 and (counts[chance == 0] == 0).all()

@@ -1,0 +1,327 @@
+"""The study: arms (changes of a profile) trained and measured side by side over seeds; one arm at a time, resumable.
+
+Data and backbone are those of the chain and the same for every seed, as a downloaded copy would be; stages 1 to 3 are
+trained anew per seed. An arm that is measured under the same values is never run again.
+
+    study.run(settings, root, triplets, bench, backbone, folder, work)
+    table = study.read(folder)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from elva_core import artifacts, claims, contrastive, encoder, evaluate, grains, mbeir, negatives, nli, rlvr, runtime
+from elva_core.settings import PARAMS, ProfileError, Section, Settings
+
+log = logging.getLogger("elva")
+
+
+class Arm(Section):
+    """One row of params/arms.yaml: what is trained after stage 2, and which values of the profile it changes."""
+
+    group: str  # the table it belongs to
+    trains: Literal["nothing", "stage3", "control"]
+    start: Literal["backbone", "stage2"] = "stage2"
+    template: Literal["summary", "eol"] = "summary"
+    every_seed: bool = False  # else the first seed alone
+    changes: dict = {}
+    against: tuple[str, ...] = ()  # arms that it is compared with, paired
+    curve: str | None = None  # line of the sample-efficiency figure that it is a point of
+    paper: float | None = None  # what the paper reports for it, M-BEIR average of Tables 4 and 8
+    why: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured, long: one row per arm and seed (runs), and with query (hits), grain (distances, errors), step (history)."""
+
+    runs: pd.DataFrame
+    hits: pd.DataFrame
+    distances: pd.DataFrame
+    errors: pd.DataFrame
+    history: pd.DataFrame
+
+
+def arms(settings: Settings) -> dict[str, Arm]:
+    """The arms a profile asks for, in the order of params/arms.yaml.
+
+    Raises:
+        ProfileError: an unknown name, or a change that is no value of a profile.
+    """
+    path = PARAMS / "arms.yaml"
+    known = {name: Arm.model_validate(values) for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    if unknown := sorted(set(settings.study.arms) - set(known)):
+        raise ProfileError(f"params/{settings.profile}.yaml: study.arms names {unknown}; {path} has {sorted(known)}")
+    return {name: arm for name, arm in known.items() if name in settings.study.arms or not settings.study.arms}
+
+
+def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
+    """(name, arm, seed) in the order they run: what has every seed first, seed by seed."""
+    chosen, seeds = arms(settings), settings.study.seeds
+    every = [(name, arm, seed) for seed in seeds for name, arm in chosen.items() if arm.every_seed]
+    return every + [(name, arm, seeds[0]) for name, arm in chosen.items() if not arm.every_seed]
+
+
+def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
+    """What the result of an arm depends on, besides the code: the values that it uses, no others."""
+    used = {"data", "encoder", "mrbench", "dtype", "device"}
+    used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
+    used |= {arm.trains} if arm.trains != "nothing" else set()
+    used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
+    return _hash(settings.model_dump(mode="json", include=used), arm.start, arm.template, seed, Path(backbone).name)
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def result_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+
+
+def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, Arm, int]]:
+    """The planned arms without a result of these values."""
+    return [
+        (n, a, seed)
+        for n, a, seed in planned(settings)
+        if _measured(folder, n, seed) != fingerprint(settings.changed(a.changes), a, seed, backbone)
+    ]
+
+
+def _measured(folder: Path, name: str, seed: int) -> str | None:
+    manifest = result_folder(folder, name, seed) / "manifest.json"
+    return json.loads(manifest.read_text())["fingerprint"] if manifest.is_file() else None
+
+
+def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, backbone: str, folder: Path, work: Path) -> None:
+    """Trains and measures what is missing; each arm's folder appears whole, so a killed study goes on where it was.
+
+    Args:
+        backbone: folder that every seed starts from. folder: results, one folder per arm and seed.
+        work: checkpoints and stage-2 models, which results do not need.
+    """
+    todo, shared = missing(settings, backbone, folder), ("", [])
+    for place, (name, arm, seed) in enumerate(todo, start=1):
+        log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
+        began, changed = time.perf_counter(), settings.changed(arm.changes)
+        mark = fingerprint(changed, arm, seed, backbone)
+        earlier = settings.changed({stage: arm.changes[stage] for stage in ("stage1", "stage2") if stage in arm.changes})
+        start = backbone if arm.start == "backbone" else retriever(earlier, root, triplets, backbone, seed, work)
+        model = encoder.load(start, changed.encoder, dtype=changed.dtype, device=changed.device)
+        rows = []
+        if arm.trains != "nothing":
+            # arms of one start differ in their training only; what they share is mined once
+            wanted = _hash(str(start), changed.encoder.model_dump(), changed.stage3.queries, changed.stage3.negatives.model_dump(), seed)
+            if wanted != shared[0]:
+                shared = wanted, mined(model, changed, root, seed)
+            rows = train(model, arm, changed, shared[1], root, seed, work / mark)
+        target = result_folder(folder, name, seed)
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if rows:
+            pd.DataFrame(rows).to_csv(partial / "history.csv", index=False, float_format="%.4g")
+        record = measure(model, arm, changed, root, bench, partial)
+        record |= {"arm": name, "group": arm.group, "seed": seed, "fingerprint": mark, "steps": len(rows)}
+        record |= {"train_s": round(sum(r["step_time"] for r in rows), 1), "wall_s": round(time.perf_counter() - began, 1)}
+        runtime.write_whole(partial / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        shutil.rmtree(work / mark, ignore_errors=True)
+
+
+def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path) -> Path:
+    """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
+    values = settings.model_dump(mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"})
+    folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
+    if (folder / "elva.json").is_file():
+        return folder
+    partial = folder.with_name(folder.name + ".partial")
+    model = encoder.load(backbone, settings.encoder, dtype=settings.dtype, device=settings.device)
+    contrastive.train(model, contrastive.triplet_pairs(nli.read(triplets), seed), settings.stage1, seed=seed, folder=partial / "stage1")
+    contrastive.train(model, contrastive.union_pairs(root, settings.stage2, seed), settings.stage2, seed=seed, folder=partial / "stage2")
+    model.save(partial / "model", stage="stage 2", parent=str(backbone))
+    (partial / "model").rename(folder)
+    shutil.rmtree(partial)
+    return folder
+
+
+def train(
+    model: encoder.Encoder, arm: Arm, settings: Settings, ranked: Sequence[negatives.Ranked], root: mbeir.Root, seed: int, folder: Path
+) -> list[dict[str, float]]:
+    """Trains the arm in place, on queries with their negatives; returns the log lines."""
+    if arm.trains == "control":
+        return contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
+    mine = partial(mined, model, settings, root, seed)
+    return rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine)
+
+
+def mined(model: encoder.Encoder, settings: Settings, root: mbeir.Root, seed: int) -> list[negatives.Ranked]:
+    """The queries of stage 3 with the negatives that `model` chooses."""
+    stage3 = settings.stage3
+    return negatives.mine(model, root, stage3.queries, stage3.negatives, batch=settings.evaluation.batch, seed=seed)
+
+
+def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path) -> dict[str, float]:
+    """Writes hits.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
+    measured = evaluate.measure(arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=())
+    measured.hits[["unit", "qid", "unseen", "rank"]].to_csv(folder / "hits.csv", index=False)
+    unit = bench.units("test")[0]
+    queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
+    grains.distances(measured.searcher, queries, unit).to_csv(folder / "distances.csv", index=False, float_format="%.5f")
+    errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
+    errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"]).reset_index().to_csv(
+        folder / "errors.csv", index=False
+    )
+    at5 = measured.hits.groupby("unit")["hit@5"].mean()
+    return {"hit@5": float(at5.mean())}
+
+
+def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:
+    """The results of the profile's arms; those that are missing are run first if the profile says so, else they are counted.
+
+    Args:
+        trained: the chain's 30_pretrain_contrastive, which names the backbone.
+    """
+    (folder, work), backbone = folders(settings.profile), backbone_of(trained)
+    if settings.study.in_chain:
+        run(settings, root, triplets, bench, backbone, folder, work)
+    elif todo := missing(settings, backbone, folder):
+        count = len(planned(settings))
+        log.warning(
+            "%d of %d trainings have no result of these values; run: python -m elva_core study %s", len(todo), count, settings.profile
+        )
+    return read(folder, settings)
+
+
+def folders(profile: str) -> tuple[Path, Path]:
+    """Where results and where checkpoints and stage-2 models of a profile's study are."""
+    return artifacts.OUTPUTS / profile / "study", artifacts.OUTPUTS / "cache/study"
+
+
+def backbone_of(trained: Path) -> str:
+    """The backbone that the chain's contrastive stage started from."""
+    return (trained / "backbone.txt").read_text(encoding="utf-8").strip()
+
+
+def read(folder: Path, settings: Settings) -> Study:
+    """Every result of the profile's arms that is there.
+
+    Raises:
+        ProfileError: nothing has been measured yet; the message has the command.
+    """
+    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "distances": [], "errors": [], "history": []}
+    runs = []
+    for name, arm, seed in planned(settings):
+        place = result_folder(folder, name, seed)
+        if not (place / "manifest.json").is_file():
+            continue
+        runs.append(json.loads((place / "manifest.json").read_text()))
+        for kind, rows in tables.items():
+            if (place / f"{kind}.csv").is_file():
+                rows.append(pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(arm=name, group=arm.group, seed=seed))
+    if not runs:
+        raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
+    return Study(pd.DataFrame(runs), *(pd.concat(rows, ignore_index=True) for rows in tables.values()))
+
+
+def averaged(found: Study, names: Sequence[str], cutoffs: Sequence[int]) -> pd.DataFrame:
+    """Hits of each query, averaged over the seeds that all of `names` have: model, unit, qid, hit@k, as `claims.comparison` takes them."""
+    seeds = shared_seeds(found, names)
+    own = found.hits[found.hits["arm"].isin(names) & found.hits["seed"].isin(seeds)]
+    scores = pd.DataFrame({f"hit@{k}": (own["rank"] <= k).astype(float) for k in cutoffs})
+    table = pd.concat([own[["arm", "unit", "qid"]].rename(columns={"arm": "model"}), scores], axis=1)
+    return table.groupby(["model", "unit", "qid"], sort=False, as_index=False).mean()
+
+
+def shared_seeds(found: Study, names: Sequence[str]) -> list[int]:
+    """The seeds under which all of these arms were trained."""
+    return sorted(set.intersection(*(set(found.runs.loc[found.runs["arm"] == name, "seed"]) for name in names)))
+
+
+def scores(found: Study, names: Sequence[str], k: int, samples: int) -> pd.DataFrame:
+    """Each arm on every MRBench unit and on average, in percent.
+
+    Returns:
+        arm, unit, value (mean over its seeds), ci_low and ci_high (over queries), by seed (tuple), spread (standard
+        deviation over seeds), n queries, seeds (tuple).
+    """
+    rows = []
+    for name in names:
+        seeds = shared_seeds(found, [name])
+        table = evaluate.mrbench_table(averaged(found, [name], [k]), [k], samples, 0)
+        single = [
+            evaluate.mrbench_table(averaged(replace(found, runs=found.runs[found.runs["seed"] == seed]), [name], [k]), [k], 1, 0)
+            for seed in seeds
+        ]
+        for r in table.itertuples():
+            by_seed = tuple(100 * float(t.loc[t["unit"] == r.unit, "value"].iloc[0]) for t in single)
+            spread = float(np.std(by_seed, ddof=1)) if len(seeds) > 1 else np.nan
+            value, low, high = (100 * x for x in (r.value, r.ci_low, r.ci_high))
+            rows.append([name, r.unit, value, low, high, by_seed, spread, r.n, tuple(seeds)])
+    return pd.DataFrame(rows, columns=["arm", "unit", "value", "ci_low", "ci_high", "by seed", "spread", "n", "seeds"])
+
+
+def differences(found: Study, pairs: Sequence[tuple[str, str]], k: int, samples: int) -> pd.DataFrame:
+    """Paired differences of the MRBench average, in percentage points, over the seeds that both arms have.
+
+    Returns:
+        arm ("new over old"), new, old, value, ci_low, ci_high (queries resampled inside each task), relative (percent
+        of old) with its interval, by seed (tuple), n, seeds (tuple).
+    """
+    rows = []
+    for new, old in pairs:
+        seeds = shared_seeds(found, [new, old])
+        pair = claims.comparison(averaged(found, [new, old], [k]), new, old, k, samples, 0)
+        by_seed = []
+        for seed in seeds:
+            one = replace(found, runs=found.runs[found.runs["seed"] == seed])
+            by_seed.append(100 * claims.comparison(averaged(one, [new, old], [k]), new, old, k, 1, 0)["difference"])
+        value, low, high = (100 * pair[x] for x in ("difference", "ci_low", "ci_high"))
+        relative = [x / pair["old value"] for x in (value, low, high)]
+        rows.append([f"{new} over {old}", new, old, value, low, high, *relative, tuple(by_seed), pair["n"], tuple(seeds)])
+    columns = ["arm", "new", "old", "value", "ci_low", "ci_high", "relative", "relative low", "relative high", "by seed", "n", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pairs(chosen: dict[str, Arm], group: str) -> list[tuple[str, str]]:
+    """(new, old) of every comparison that the arms of a group ask for, among the arms there are."""
+    return [(name, old) for name, arm in chosen.items() if arm.group == group for old in arm.against if old in chosen]
+
+
+def beside_paper(table: pd.DataFrame, chosen: dict[str, Arm]) -> pd.DataFrame:
+    """`differences` with the difference that the paper's Tables 4 and 8 print for the same change, in points of the M-BEIR average."""
+    printed = [
+        chosen[new].paper - chosen[old].paper if chosen[new].paper is not None and chosen[old].paper is not None else np.nan
+        for new, old in zip(table["new"], table["old"], strict=True)
+    ]
+    return table.assign(paper=printed)
+
+
+def efficiency(found: Study, settings: Settings, k: int, samples: int) -> pd.DataFrame:
+    """Points of the sample-efficiency curves, first seed: run, queries seen, seconds of training, value, ci_low, ci_high (percent), n."""
+    rows = []
+    for name, arm in arms(settings).items():
+        own = found.runs[(found.runs["arm"] == name) & (found.runs["seed"] == settings.study.seeds[0])]
+        if arm.curve is None or own.empty:
+            continue
+        changed = settings.changed(arm.changes)
+        seen = {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.steps * changed.control.batch}[arm.trains]
+        table = scores(replace(found, runs=own), [name], k, samples)
+        last = table[table["unit"] == "average"].iloc[0]
+        rows.append([arm.curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]])
+    return pd.DataFrame(rows, columns=["run", "queries", "seconds", "value", "ci_low", "ci_high", "n"])

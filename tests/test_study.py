@@ -1,0 +1,146 @@
+"""The study: what is run, what is run again, and the statistics over seeds and queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from elva_core import mbeir, mrbench, settings, study
+from elva_core.study import Arm, Study
+
+
+@pytest.fixture(scope="module")
+def profile(smoke):
+    """Smoke, with short training."""
+    quick = {"steps": 2, "batch": 4}
+    stage3 = {"queries": 4, "queries_per_step": 2, "rollouts": 2, "negatives": {"hard": 1, "random": 1}}
+    return smoke.changed({"stage1": quick, "stage2": quick, "control": {"steps": 1, "batch": 2}, "stage3": stage3})
+
+
+@pytest.fixture(scope="module")
+def bench(root, profile, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    return mrbench.build(root, profile.mrbench, annotate=mbeir.grains, folder=folder, seed=1)[0]
+
+
+@pytest.fixture(scope="module")
+def triplets(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nli") / "nli.csv"
+    path.write_text("sent0,sent1,hard_neg\n" + "".join(f"A {i}.,B {i}.,C {i}.\n" for i in range(8)))
+    return path
+
+
+@pytest.fixture
+def run(profile, root, triplets, bench, model_folder, tmp_path, monkeypatch):
+    """Runs the study into tmp_path and returns the arms that were measured."""
+    measured, original = [], study.measure
+
+    def counted(model, arm, *rest):
+        measured.append(arm.trains)
+        return original(model, arm, *rest)
+
+    def run(changed=profile):
+        measured.clear()
+        monkeypatch.setattr(study, "measure", counted)
+        study.run(changed, root, triplets, bench, str(model_folder), tmp_path / "study", tmp_path / "work")
+        return list(measured)
+
+    return run
+
+
+def test_every_arm_changes_values_that_a_profile_has_and_says_why():
+    for name in ("smoke", "cpu", "qwen2vl-2b"):
+        loaded = settings.load(name)
+        for arm in study.arms(loaded).values():
+            assert loaded.changed(arm.changes) == loaded or arm.changes
+            assert arm.why
+
+
+def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
+    with pytest.raises(settings.ProfileError, match=r"names \['stage 4'\].*stage 3"):
+        study.arms(profile.changed({"study": {"arms": ("stage 4",)}}))
+
+
+def test_arms_of_every_seed_run_first_and_the_others_once(profile):
+    plan = study.planned(profile.changed({"study": {"seeds": (5, 6), "arms": ()}}))
+    seeds = {name: [s for n, _, s in plan if n == name] for name, _, _ in plan}
+    assert all(
+        own == ([5, 6] if study.arms(profile.changed({"study": {"arms": ()}}))[name].every_seed else [5]) for name, own in seeds.items()
+    )
+    everywhere = [arm.every_seed for _, arm, _ in plan]
+    assert everywhere == sorted(everywhere, reverse=True)
+
+
+def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run, tmp_path, monkeypatch):
+    names = len(profile.study.arms) * len(profile.study.seeds)
+    original, calls = study.train, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(study, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(study, "train", original)
+    done = len(list((tmp_path / "study").glob("*/seed-*/manifest.json")))
+    assert 0 < done < names and len(list((tmp_path / "study").glob("*/seed-*"))) == done
+    assert len(run()) == names - done
+    assert run() == []
+    assert run(profile.changed({"control": {"optimiser": {"lr": 1e-5}}})) == ["control"] * len(profile.study.seeds)
+    found = study.read(tmp_path / "study", profile)
+    assert len(found.runs) == names and found.hits.groupby(["arm", "seed"]).size().nunique() == 1
+
+
+def test_an_empty_study_names_the_command(profile, tmp_path):
+    with pytest.raises(settings.ProfileError, match="run: python -m elva_core study smoke"):
+        study.read(tmp_path, profile)
+
+
+@pytest.fixture
+def made_up():
+    """Two arms, two seeds, two tasks with two queries each; ranks by hand."""
+    ranks = {
+        ("old", 1): [1, 9, 9, 9],
+        ("old", 2): [1, 9, 9, 1],
+        ("new", 1): [1, 1, 9, 9],
+        ("new", 2): [1, 1, 1, 1],
+        ("new", 3): [1, 9, 9, 9],
+    }
+    rows = [
+        {"arm": arm, "seed": seed, "unit": f"x_task{i // 2}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
+        for (arm, seed), own in ranks.items()
+        for i, rank in enumerate(own)
+    ]
+    runs = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks])
+    empty = pd.DataFrame()
+    return Study(runs, pd.DataFrame(rows), empty, empty, empty)
+
+
+def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):
+    # old: 25 and 50 percent, new: 50 and 100 (its third seed has no counterpart)
+    row = study.differences(made_up, [("new", "old")], 5, samples=500).iloc[0]
+    assert row["seeds"] == (1, 2) and row["by seed"] == pytest.approx((25, 50))
+    assert row["value"] == pytest.approx(37.5) and row["relative"] == pytest.approx(100)
+    # gains, mean over seeds: 0 and 1 in task 0, 0.5 and 0 in task 1; resampled inside each task the average is 0 to 75 percent
+    assert row["ci_low"] == pytest.approx(0) and row["ci_high"] == pytest.approx(75)
+
+
+def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
+    table = study.scores(made_up, ["new"], 5, samples=50).set_index("unit")
+    assert table.loc["average", "value"] == pytest.approx((50 + 100 + 25) / 3)
+    assert table.loc["average", "by seed"] == pytest.approx((50, 100, 25))
+    assert table.loc["average", "spread"] == pytest.approx(np.std([50, 100, 25], ddof=1))
+    assert table.loc["x_task0", "value"] == pytest.approx(100 * (2 + 2 + 1) / 6)
+
+
+def test_a_template_and_a_start_belong_to_what_is_measured(profile):
+    plain = Arm(group="main", trains="nothing", why="x")
+    marks = {
+        study.fingerprint(profile, a, 1, "b")
+        for a in (plain, plain.model_copy(update={"template": "eol"}), plain.model_copy(update={"start": "backbone"}))
+    }
+    assert len(marks) == 3
