@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce smoke test bench lint lab notebooks readme clean
+.PHONY: help setup reproduce study smoke test bench lint lab notebooks readme clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ setup: .venv/ready ## the environment in .venv
 
 reproduce: .venv/ready ## the whole chain [PROFILE=cpu] [SEED=17]; prints the result table
 	$(BIN)/python -m elva_core run $(PROFILE) --seed $(SEED)
+
+study: .venv/ready ## every arm of params/arms.yaml over several seeds [PROFILE=cpu]; resumable
+	$(BIN)/python -m elva_core study $(PROFILE) --seed $(SEED)
 
 smoke: ## the chain at plumbing size
 	$(MAKE) reproduce PROFILE=smoke

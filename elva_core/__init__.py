@@ -9,6 +9,7 @@ Modules import one way, from the bottom of this list to the top (held by tests/t
     rollout, retrieval, negatives, mrbench       what is built on an encoder
     contrastive, rlvr                            the three training stages
     evaluate, grains                             what a model is worth, and what it is blind to
+    study, comparisons                           many trainings side by side, over seeds
     claims, figures, report                      how it is shown
     workbook                                     the chain of notebooks and the command line
 """

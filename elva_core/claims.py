@@ -16,6 +16,7 @@ from elva_core import metrics, runtime, settings
 
 COLUMNS = ["claim", "source", "dataset", "metric", "paper", "ours", "ci_low", "ci_high", "n", "seeds", "baseline", "verdict"]
 VERDICTS = ("reproduced", "same direction", "not reproduced", "not run")
+GAIN = "stage 3 over stage 2"  # the paper's headline on MRBench
 MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
 
 
@@ -120,9 +121,8 @@ def measured(
         )
     for pair in pairs:
         key = f"{pair['new']} over {pair['old']}"
-        paper = tables["mrbench_gain"]["value"] if key == "stage 3 over stage 2" and pair["metric"] == "hit@5" else np.nan
+        paper = tables["mrbench_gain"]["value"] if key == GAIN and pair["metric"] == "hit@5" else np.nan
         scale = 100 / pair["old value"] if pair["old value"] else np.nan
-        verdict = "same direction" if pair["ci_low"] > 0 else "not reproduced"
         rows.append(
             {
                 "claim": key,
@@ -135,9 +135,9 @@ def measured(
                 "ci_high": scale * pair["ci_high"],
                 "n": pair["n"],
                 "baseline": pair["old"],
-                "verdict": verdict if evidence else "not run",
             }
         )
+        rows[-1]["verdict"] = verdict(rows[-1]) if evidence else "not run"
     means = distances.groupby("model", sort=False)["distance"].mean()
     counts = distances.groupby("model", sort=False)["qid"].nunique()
     for model, paper in tables["grain_distance"]["values"].items():
@@ -162,27 +162,75 @@ def measured(
     return rows
 
 
+def studied(scores: pd.DataFrame, differences: pd.DataFrame, tables: dict, dataset: str, evidence: bool) -> list[dict]:
+    """Rows for what the study measured over its seeds; they take the place of the chain's rows of the same claim and metric.
+
+    Args:
+        scores: percent; arm, unit, value, ci_low, ci_high, n, seeds, spread. differences: relative to `old`, in percent, with interval.
+    """
+    common = {"source": "ours", "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
+    rows = []
+    for r in scores.itertuples():
+        seeds = _seeds(r.seeds, r.spread)
+        numbers = {"ours": r.value, "ci_low": r.ci_low, "ci_high": r.ci_high, "n": r.n, "seeds": seeds}
+        rows.append(common | {"claim": f"{r.arm}, {r.unit}", "metric": "hit@5"} | numbers)
+    for r in differences.itertuples():
+        low, high = r[differences.columns.get_loc("relative low") + 1], r[differences.columns.get_loc("relative high") + 1]
+        row = common | {"claim": r.arm, "metric": "relative gain of hit@5, %", "baseline": r.old, "seeds": _seeds(r.seeds)}
+        row |= {"ours": r.relative, "ci_low": low, "ci_high": high, "n": r.n}
+        if r.arm == GAIN:
+            row |= {"paper": tables["mrbench_gain"]["value"], "source": tables["mrbench_gain"]["source"]}
+        rows.append(row | {"verdict": verdict(row) if evidence else "not run"})
+    return rows
+
+
+def verdict(row: dict) -> str:
+    """Of a gain: reproduced if it is above zero and the paper's value is not above its interval; same direction if above zero."""
+    if not row["ci_low"] > 0:
+        return "not reproduced"
+    paper = row.get("paper", np.nan)
+    return "reproduced" if paper == paper and row["ci_high"] >= paper and row["ours"] >= paper else "same direction"
+
+
+def _seeds(seeds: Sequence[int], spread: float = np.nan) -> str:
+    return f"{len(seeds)} ({', '.join(map(str, seeds))}){f', sd {spread:.1f}' if spread == spread else ''}"
+
+
 def assemble(rows: Sequence[dict], seed: int) -> pd.DataFrame:
-    """claims.csv: fixed columns, `not run` where nothing was measured."""
+    """claims.csv: fixed columns, `not run` where nothing was measured; a later row replaces an earlier one of its claim and metric."""
     table = pd.DataFrame(rows).reindex(columns=COLUMNS).astype(dict.fromkeys(("seeds", "verdict", "baseline"), object))
+    table = table[~table.duplicated(["claim", "metric", "dataset"], keep="last")].reset_index(drop=True)
     missing = table["ours"].isna()
     table.loc[missing, "verdict"] = "not run"
-    table["seeds"] = [f"1 ({seed})" if ours else "" for ours in ~missing]
+    table["seeds"] = table["seeds"].fillna(pd.Series(np.where(missing, "", f"1 ({seed})"), dtype=object))
     table["baseline"] = table["baseline"].fillna("")
     return table
 
 
 def markdown(table: pd.DataFrame, note: str) -> str:
-    """The result table of README and report: measured rows only, one line of provenance below."""
-    lines = ["| claim | dataset | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|--|"]
-    for r in table[table["ours"].notna()].itertuples():
-        digits = 3 if "distance" in r.metric else 1
-        interval = f" [{r.ci_low:.{digits}f}, {r.ci_high:.{digits}f}]" if r.ci_low == r.ci_low else ""
-        paper = "" if r.paper != r.paper else f"{r.paper:g}"
-        lines.append(
-            f"| {r.claim} | {r.dataset} | {r.metric} | {paper} | {r.ours:.{digits}f}{interval} | {int(r.n):,} | {r.seeds} | {r.verdict} |"
-        )
+    """The result table of README and report: hit@5 of every model, then gains and distances; one line of provenance below."""
+    own = table[table["ours"].notna()]
+    own = own[~own["metric"].str.contains("hit@1$|hit@1,", regex=True)]
+    models = own[own["metric"] == "hit@5"]
+    models = models.assign(model=models["claim"].str.rpartition(", ")[0], unit=models["claim"].str.rpartition(", ")[2])
+    units = [u for u in dict.fromkeys(models["unit"]) if u != "average"]
+    lines = [f"| hit@5, % | {' | '.join(units)} | average [95 %] | n | seeds |", "|" + "--|" * (len(units) + 4)]
+    for name, part in models.groupby("model", sort=False):
+        found = part.set_index("unit")
+        mean = found.loc["average"]
+        cells = [f"{found.loc[u, 'ours']:.1f}" for u in units]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_number(mean)} | {int(mean['n']):,} | {mean['seeds']} |")
+    lines += ["", "| claim | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|"]
+    for _, r in own[own["metric"] != "hit@5"].iterrows():
+        paper = "" if r["paper"] != r["paper"] else f"{r['paper']:g}"
+        lines.append(f"| {r['claim']} | {r['metric']} | {paper} | {_number(r)} | {int(r['n']):,} | {r['seeds']} | {r['verdict']} |")
     return "\n".join([*lines, "", note])
+
+
+def _number(row: pd.Series) -> str:
+    digits = 3 if "distance" in row["metric"] else 1
+    interval = f" [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]" if row["ci_low"] == row["ci_low"] else ""
+    return f"{row['ours']:.{digits}f}{interval}"
 
 
 def update_readme(readme: Path, block: str) -> None:

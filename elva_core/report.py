@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 
 import pandas as pd
@@ -16,6 +17,7 @@ GATHERED = (
     "30_pretrain_contrastive",
     "40_finetune_rlvr",
     "50_evaluate",
+    "60_ablate",
     "70_analyse_grains",
 )
 DEVIATIONS = (
@@ -39,12 +41,16 @@ def gather(run: Stage) -> Mapping[str, dict]:
 
 def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     """claims.csv of this run: what was measured, then the paper's claims that were not run."""
-    evaluated, analysed = run.require("50_evaluate"), run.require("70_analyse_grains")
+    evaluated, ablated, analysed = (run.require(stage) for stage in ("50_evaluate", "60_ablate", "70_analyse_grains"))
     mrbench = pd.read_csv(evaluated / "mrbench.csv").query("metric in ['hit@1', 'hit@5']")
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
     dataset = run.settings.data.name
     rows = claims.measured(mrbench, pairs, distances, reported, dataset, run.settings.evidence)
+    scores, differences = (
+        pd.read_csv(ablated / f"{name}.csv", converters={"seeds": ast.literal_eval}) for name in ("scores", "differences")
+    )
+    rows += claims.studied(scores, differences, reported, dataset, run.settings.evidence)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
 
 
@@ -58,7 +64,7 @@ def write(run: Stage, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.D
     """table.md (the README's block) and report.md."""
     evidence = "" if run.settings.evidence else " This profile tests plumbing; its numbers are no evidence."
     made_with = f"Profile {run.settings.profile}, seed {run.seed}, device {run.settings.device}"
-    note = f"{made_with}; hit rates in percent, 95 % intervals over queries, one training seed.{evidence}"
+    note = f"{made_with}; hit rates in percent, 95 % intervals over queries; several seeds: outputs/{run.settings.profile}/study.{evidence}"
     block = claims.markdown(table, note)
     runtime.write_whole(run.folder / "table.md", block + "\n")
     total = cost_table["wall_s"].sum()

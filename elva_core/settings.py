@@ -34,7 +34,7 @@ class EmojiSettings(Section):
 
     language: str
     size: Positive | None = None  # slice of the collection; None is all of it
-    vendors: dict[Literal["train", "val", "test"], tuple[str, ...]]
+    vendors: dict[Literal["pretraining", "train", "val", "test"], tuple[str, ...]]
     held_out_share: Share
     queries_per_unit: dict[Literal["train", "val", "test"], Positive]
     up_sample: int

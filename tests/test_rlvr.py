@@ -232,6 +232,77 @@ def test_an_interrupted_run_ends_with_the_same_weights(model_folder, smoke, rank
         assert torch.equal(a, b), name
 
 
+def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, monkeypatch):
+    settings = stage3(
+        smoke,
+        queries_per_step=2,
+        candidates="mined",
+        negatives=smoke.stage3.negatives.model_copy(update={"again_every": 2}),
+        optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.05}),
+    )
+
+    def run(name, changed=settings):
+        model, mined = encoder.load(model_folder, smoke.encoder), []
+
+        def mine():
+            mined.append(1)
+            return negatives.mine(model, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+
+        rlvr.train(model, ranked, changed, seed=4, folder=tmp_path / name, mine=mine)
+        return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), len(mined)
+
+    whole, times = run("whole")
+    assert times == 1  # of four steps, at the third
+    once, times = run("once", settings.model_copy(update={"negatives": smoke.stage3.negatives}))
+    assert times == 0 and not torch.equal(whole, once)
+    original, calls = rlvr.step, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(rlvr, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")
+    monkeypatch.setattr(rlvr, "step", original)
+    assert torch.equal(run("cut")[0], whole)
+
+
+def test_mining_again_between_checkpoints_is_refused(smoke):
+    with pytest.raises(ValueError, match="must be a multiple of negatives.again_every = 7"):
+        smoke.changed({"stage3": {"negatives": {"again_every": 7}}})
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason", "done"),
+    [("not a number", "gradient is not finite", 0), ("runaway", "is above its bound", 1), ("constant", "collapse", 1)],
+)
+def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_there(
+    model_folder, smoke, ranked, tmp_path, monkeypatch, cause, reason, done
+):
+    def with_rate(lr):
+        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1, "lr": lr})
+        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser=optimiser)
+
+    wild, calm = with_rate(0.3 if cause == "runaway" else 1e-4), with_rate(1e-5)
+    healthy = rewards.rank_reward
+    with monkeypatch.context() as broken:
+        if cause == "not a number":
+            broken.setattr(rewards, "rank_reward", lambda *a, **k: healthy(*a, **k) * float("nan"))
+        if cause == "constant":  # the same summary, whatever the noise
+            broken.setattr(rlvr, "COLLAPSE_WINDOW", 2)
+            broken.setattr(rollout, "sample", lambda log_p, noise: log_p.argmax(-1))
+        with pytest.raises(runtime.DivergedError, match=f"step {done}: .*{reason}.*resume from .*checkpoint"):
+            rlvr.train(encoder.load(model_folder, smoke.encoder), ranked, wild, seed=4, folder=tmp_path)
+    if cause == "runaway":  # its one step was too large to go on from; that is what rollbacks are for
+        return
+    rows = rlvr.train(encoder.load(model_folder, smoke.encoder), ranked, calm, seed=4, folder=tmp_path)
+    rates = [runtime.learning_rate(step, 4, (wild if step < done else calm).optimiser) for step in range(4)]
+    assert [r["lr"] for r in rows] == pytest.approx(rates)
+
+
 def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, smoke):
     weight = torch.nn.Parameter(torch.ones(2))
     settings = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1})

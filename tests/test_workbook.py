@@ -171,12 +171,33 @@ def test_without_evidence_every_verdict_is_not_run():
         "n": 9,
     }
     distances = pd.DataFrame({"model": ["stage 2", "stage 3"], "qid": ["a", "a"], "distance": [0.1, 0.2]})
-    for evidence, verdict in ((True, "same direction"), (False, "not run")):
+    for evidence, verdict in ((True, "reproduced"), (False, "not run")):
         rows = claims.measured(results, [pair], distances, claims.reported(), "x", evidence)
         table = claims.assemble([*rows, *claims.not_run(claims.reported())], 1)
         gain = table.set_index("claim").loc["stage 3 over stage 2"]
         assert gain["verdict"] == verdict and gain["ci_low"] == pytest.approx(12.5)
         assert (table.loc[table["ours"].isna(), "verdict"] == "not run").all() and list(table.columns) == claims.COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("ours", "low", "high", "verdict"),
+    [(14, 9, 19, "reproduced"), (8, 3, 15, "same direction"), (20, -1, 40, "not reproduced"), (-3, -9, 3, "not reproduced")],
+)
+def test_a_gain_is_reproduced_only_if_it_is_as_large_as_the_papers_and_above_zero(ours, low, high, verdict):
+    assert claims.verdict({"ours": ours, "ci_low": low, "ci_high": high, "paper": 13.1}) == verdict
+
+
+def test_rows_of_the_study_take_the_place_of_the_single_run():
+    single = {"claim": "stage 3, average", "metric": "hit@5", "dataset": "MRBench-x", "ours": 30.0, "n": 9}
+    scores = pd.DataFrame(
+        [{"arm": "stage 3", "unit": "average", "value": 31.0, "ci_low": 29.0, "ci_high": 33.0, "n": 9, "seeds": (1, 2), "spread": 0.5}]
+    )
+    columns = ["arm", "old", "relative", "relative low", "relative high", "n", "seeds"]
+    differences = pd.DataFrame([["stage 3 over stage 2", "stage 2", 15.0, 9.0, 20.0, 9, (1, 2)]], columns=columns)
+    table = claims.assemble([single, *claims.studied(scores, differences, claims.reported(), "x", True)], 7).set_index("claim")
+    assert table.loc["stage 3, average", "ours"] == 31 and table.loc["stage 3, average", "seeds"] == "2 (1, 2), sd 0.5"
+    gain = table.loc["stage 3 over stage 2"]
+    assert gain["paper"] == 13.1 and gain["ci_low"] == 9 and gain["verdict"] == "reproduced"
 
 
 def committed(path: str) -> str:

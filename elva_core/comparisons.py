@@ -1,0 +1,107 @@
+"""What a study says: arms side by side over seeds and queries, paired differences, sample efficiency. Percent throughout.
+
+table = comparisons.differences(found, [("stage 3", "stage 2")], k=5, samples=1000)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from elva_core import claims, evaluate, study
+from elva_core.settings import Settings
+
+
+def averaged(found: study.Study, names: Sequence[str], cutoffs: Sequence[int]) -> pd.DataFrame:
+    """Hits of each query, averaged over the seeds that all of `names` have: model, unit, qid, hit@k, as `claims.comparison` takes them."""
+    seeds = shared_seeds(found, names)
+    own = found.hits[found.hits["arm"].isin(names) & found.hits["seed"].isin(seeds)]
+    scores = pd.DataFrame({f"hit@{k}": (own["rank"] <= k).astype(float) for k in cutoffs})
+    table = pd.concat([own[["arm", "unit", "qid"]].rename(columns={"arm": "model"}), scores], axis=1)
+    return table.groupby(["model", "unit", "qid"], sort=False, as_index=False).mean()
+
+
+def shared_seeds(found: study.Study, names: Sequence[str]) -> list[int]:
+    """The seeds under which all of these arms were trained."""
+    return sorted(set.intersection(*(set(found.runs.loc[found.runs["arm"] == name, "seed"]) for name in names)))
+
+
+def scores(found: study.Study, names: Sequence[str], k: int, samples: int) -> pd.DataFrame:
+    """Each arm on every MRBench unit and on average; arms without a result are left out.
+
+    Returns:
+        arm, unit, value (mean over its seeds), ci_low and ci_high (over queries), by seed (tuple), spread (standard
+        deviation over seeds), n queries, seeds (tuple).
+    """
+    rows = []
+    for name in names:
+        seeds = shared_seeds(found, [name])
+        if not seeds:
+            continue
+        table = evaluate.mrbench_table(averaged(found, [name], [k]), [k], samples, 0)
+        single = [
+            evaluate.mrbench_table(averaged(replace(found, runs=found.runs[found.runs["seed"] == seed]), [name], [k]), [k], 1, 0)
+            for seed in seeds
+        ]
+        for r in table.itertuples():
+            by_seed = tuple(100 * float(t.loc[t["unit"] == r.unit, "value"].iloc[0]) for t in single)
+            spread = float(np.std(by_seed, ddof=1)) if len(seeds) > 1 else np.nan
+            value, low, high = (100 * x for x in (r.value, r.ci_low, r.ci_high))
+            rows.append([name, r.unit, value, low, high, by_seed, spread, r.n, tuple(seeds)])
+    return pd.DataFrame(rows, columns=["arm", "unit", "value", "ci_low", "ci_high", "by seed", "spread", "n", "seeds"])
+
+
+def differences(found: study.Study, pairs: Sequence[tuple[str, str]], k: int, samples: int) -> pd.DataFrame:
+    """Paired differences of the MRBench average, in percentage points, over the seeds that both arms have.
+
+    Returns:
+        arm ("new over old"), new, old, value, ci_low, ci_high (queries resampled inside each task), relative (percent
+        of old) with its interval, by seed (tuple), n, seeds (tuple).
+    """
+    rows = []
+    for new, old in pairs:
+        seeds = shared_seeds(found, [new, old])
+        if not seeds:
+            continue
+        pair = claims.comparison(averaged(found, [new, old], [k]), new, old, k, samples, 0)
+        by_seed = []
+        for seed in seeds:
+            one = replace(found, runs=found.runs[found.runs["seed"] == seed])
+            by_seed.append(100 * claims.comparison(averaged(one, [new, old], [k]), new, old, k, 1, 0)["difference"])
+        value, low, high = (100 * pair[x] for x in ("difference", "ci_low", "ci_high"))
+        relative = [x / pair["old value"] for x in (value, low, high)]
+        rows.append([f"{new} over {old}", new, old, value, low, high, *relative, tuple(by_seed), pair["n"], tuple(seeds)])
+    columns = ["arm", "new", "old", "value", "ci_low", "ci_high", "relative", "relative low", "relative high", "by seed", "n", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def pairs(chosen: dict[str, study.Arm], group: str) -> list[tuple[str, str]]:
+    """(new, old) of every comparison that the arms of a group ask for, among the arms there are."""
+    return [(name, old) for name, arm in chosen.items() if arm.group == group for old in arm.against if old in chosen]
+
+
+def beside_paper(table: pd.DataFrame, chosen: dict[str, study.Arm]) -> pd.DataFrame:
+    """`differences` with the difference that the paper's Tables 4 and 8 print for the same change, in points of the M-BEIR average."""
+    printed = [
+        chosen[new].paper - chosen[old].paper if chosen[new].paper is not None and chosen[old].paper is not None else np.nan
+        for new, old in zip(table["new"], table["old"], strict=True)
+    ]
+    return table.assign(paper=printed)
+
+
+def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> pd.DataFrame:
+    """Points of the sample-efficiency curves, first seed: run, queries seen, seconds of training, value, ci_low, ci_high (percent), n."""
+    rows = []
+    for name, arm in study.arms(settings).items():
+        own = found.runs[(found.runs["arm"] == name) & (found.runs["seed"] == settings.study.seeds[0])]
+        if arm.curve is None or own.empty:
+            continue
+        changed = settings.changed(arm.changes)
+        seen = {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.steps * changed.control.batch}[arm.trains]
+        table = scores(replace(found, runs=own), [name], k, samples)
+        last = table[table["unit"] == "average"].iloc[0]
+        rows.append([arm.curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]])
+    return pd.DataFrame(rows, columns=["run", "queries", "seconds", "value", "ci_low", "ci_high", "n"])
