@@ -93,15 +93,27 @@ def beside_paper(table: pd.DataFrame, chosen: dict[str, study.Arm]) -> pd.DataFr
 
 
 def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> pd.DataFrame:
-    """Points of the sample-efficiency curves, first seed: run, queries seen, seconds of training, value, ci_low, ci_high (percent), n."""
+    """Points of the sample-efficiency curves, first seed: run, queries seen, seconds of training, value, ci_low, ci_high, n."""
     rows = []
     for name, arm in study.arms(settings).items():
         own = found.runs[(found.runs["arm"] == name) & (found.runs["seed"] == settings.study.seeds[0])]
-        if arm.curve is None or own.empty:
+        if not arm.curves or own.empty:
             continue
         changed = settings.changed(arm.changes)
         seen = {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.steps * changed.control.batch}[arm.trains]
-        table = scores(replace(found, runs=own), [name], k, samples)
-        last = table[table["unit"] == "average"].iloc[0]
-        rows.append([arm.curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]])
+        last = scores(replace(found, runs=own), [name], k, samples).query("unit == 'average'").iloc[0]
+        rows += [[curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]] for curve in arm.curves]
     return pd.DataFrame(rows, columns=["run", "queries", "seconds", "value", "ci_low", "ci_high", "n"])
+
+
+def overtakes(curves: pd.DataFrame, new: str, old: str) -> int | None:
+    """Fewest queries, among the points measured, from which `new` stays above `old` (linear between its points); None if it does not.
+
+    >>> points = [["a", 0, 1.0], ["a", 10, 2.0], ["a", 20, 4.0], ["b", 0, 1.0], ["b", 20, 3.0]]
+    >>> overtakes(pd.DataFrame(points, columns=["run", "queries", "value"]), "a", "b")
+    20
+    """
+    ours, theirs = (curves[curves["run"] == name].sort_values("queries") for name in (new, old))
+    above = ours["value"].to_numpy() > np.interp(ours["queries"], theirs["queries"], theirs["value"])
+    last_below = np.flatnonzero(~above)[-1] if (~above).any() else -1
+    return int(ours["queries"].iloc[last_below + 1]) if last_below + 1 < len(ours) else None

@@ -274,7 +274,7 @@ def write_root(
     """Writes the collection in the M-BEIR layout: images, pools, queries, qrels, instructions, union train file.
 
     Args:
-        vendors: split -> vendors whose drawings it may use; val and test may be absent.
+        vendors: split -> vendors whose drawings it may use.
         held_out_share: share of the multi-grain compositions that are in no training row and no training pool.
         limits: split -> most queries per unit; "up_sample" -> rows every training unit reaches in the union file.
         seed: of the draws.
@@ -282,7 +282,7 @@ def write_root(
     Test and val queries are multi-grain. In task 4 a held-out split asks with a drawing of another vendor
     (test: val's, val: the first training vendor's) for the drawing of its own vendor.
     """
-    every_vendor = tuple(v for own in vendors.values() for v in own)
+    every_vendor = tuple(v for split in ("train", "val", "test") for v in vendors[split])
     answers = sorted({text for e in emojis if e.multi_grain for _, text in e.segments})
     ids = _Ids(tuple(emojis), every_vendor, tuple(answers), {e.codes: i for i, e in enumerate(emojis)})
     for vendor in every_vendor:
@@ -291,8 +291,8 @@ def write_root(
         for e in emojis:
             shutil.copyfile(image_folder() / vendor / f"{e.codes}.png", target / f"{e.codes}.png")
     root, unseen = mbeir.Root(folder), held_out(emojis, held_out_share)
-    asks_with = {"train": vendors["train"], "val": vendors["train"][:1], "test": vendors.get("val", ())}
-    for split in vendors:
+    asks_with = {"train": vendors["train"], "val": vendors["train"][:1], "test": vendors["val"]}
+    for split in ("train", "val", "test"):
         visible = [e for e in emojis if split != "train" or e.codes not in unseen]
         rng = random.Random(mbeir.stable_hash(seed, "emoji", split))
         pools = _candidates(ids, vendors[split], visible)

@@ -281,7 +281,8 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     """One line per arm: the mean over seeds with its 95 % interval over queries, and each seed as a dot.
 
     Args:
-        table: columns arm, value, ci_low, ci_high, by seed (tuple of values), n; in `unit`. Values may be differences.
+        table: columns arm, value, ci_low, ci_high, by seed (tuple of values), n, and paper where it printed one; in `unit`.
+            Values may be differences.
     """
     figure, ((axis,),) = _axes(size=(7.6, 0.34 * len(table) + 1.3))
     place = np.arange(len(table))
@@ -290,9 +291,11 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     for y, seeds in zip(place, table["by seed"], strict=True):
         if len(seeds) > 1:
             axis.plot(seeds, [y] * len(seeds), "|", color=PRINTED, markersize=9, label="one seed" if y == 0 else None)
-    if table["value"].min() < 0 or (table["ci_low"] <= 0).any():
+    if "paper" in table:
+        axis.plot(table["paper"], place, "D", color="#444444", markersize=4, label="paper")
+    if (table["ci_low"] <= 0).any():
         axis.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{r.arm}  ({len(r._asdict()['seeds'])} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
+    labels = [f"{r.arm}  ({len(r.seeds)} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
     axis.set(yticks=place, xlabel=unit, title=f"{title} (n = {table['n'].min():,} queries)")
     axis.set_yticklabels(labels)
     axis.invert_yaxis()

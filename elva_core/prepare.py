@@ -34,10 +34,7 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
     settings = data.emoji
     emojis = emoji_collection.sample(emoji_collection.load(settings.language), settings.size)
     limits = {**settings.queries_per_unit, "up_sample": settings.up_sample}
-    vendors = {split: names for split, names in settings.vendors.items() if split != "pretraining"}
-    earlier = {"train": settings.vendors["pretraining"]}
-    for place, drawn_by in ((root, vendors), (pretraining(folder).folder, earlier)):
-        emoji_collection.write_root(emojis, place, vendors=drawn_by, held_out_share=settings.held_out_share, limits=limits, seed=seed)
+    emoji_collection.write_root(emojis, root, vendors=settings.vendors, held_out_share=settings.held_out_share, limits=limits, seed=seed)
     emoji_collection.write_triplets(emojis, triplets, held_out_share=settings.held_out_share)
     return mbeir.Root(root), triplets
 
@@ -45,11 +42,6 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:
     """(root, NLI file) of a finished data stage."""
     return mbeir.Root(folder / "root"), folder / "nli.csv"
-
-
-def pretraining(folder: Path) -> mbeir.Root:
-    """What a small backbone is taught from. Retrieval trains on other drawings, as M-BEIR is new to a pretrained backbone."""
-    return mbeir.Root(folder / "pretraining")
 
 
 def counts(root: mbeir.Root) -> pd.DataFrame:

@@ -25,7 +25,7 @@ COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guar
 
 
 class Scored(NamedTuple):
-    """Rewards of one step, each (Q, G), or (Q, G, G) where every summary of the query meets every one of the positive."""
+    """Rewards of one step, each (Q, G)."""
 
     total: torch.Tensor
     margin: torch.Tensor
@@ -39,7 +39,7 @@ def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSett
     """Rewards of rollouts.
 
     Args:
-        positive: (Q, ...) cosines to the positive. negatives: (Q, ..., N) cosines to the negatives.
+        positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
     """
     margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
     rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction)
@@ -52,12 +52,8 @@ def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSett
 
 
 def sides(ranked: Ranked, which: str) -> list[Item]:
-    """Items of a query whose summaries are actions: itself, itself and its positive, or these and all its negatives."""
-    return {
-        "query": [ranked.item],
-        "pair": [ranked.item, ranked.positive],
-        "all": [ranked.item, ranked.positive, *ranked.negatives],
-    }[which]
+    """Items of a query whose summaries are actions: itself, or itself, its positive and all its negatives."""
+    return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
 
 
 def candidates_once(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,31 +76,16 @@ def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[tor
 
 
 def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rewards are computed from.
+    """What the rewards are computed from: cosines to the positive (Q, G) and to the negatives (Q, G, N).
 
     Args:
-        vectors: (Q, sides, G, D) embeddings of the rollouts.
-
-    Returns:
-        cosines to the positive (Q, G) and to the negatives (Q, G, N); with sides "pair" (Q, G, G) and (Q, G, G, N): summary
-        i of the query meets summary j of the positive, which takes the luck of one counterpart out of each one's reward.
+        vectors: (Q, sides, G, D) embeddings of the rollouts; one rollout of all sides is one action of the paper.
     """
     queries = vectors[:, 0]
-    if settings.rollout_sides == "all":  # one rollout embeds them all (the paper's action)
+    if settings.rollout_sides == "all":
         return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
     positives, negatives = (candidates_as_mined if settings.candidates == "mined" else candidates_once)(encoder, ranked)
-    s_n = torch.einsum("qgd,qnd->qgn", queries, negatives)
-    if settings.rollout_sides == "query":
-        return torch.einsum("qgd,qd->qg", queries, positives), s_n
-    s_p = torch.einsum("qgd,qjd->qgj", queries, vectors[:, 1])
-    return s_p, s_n[:, :, None].expand(*s_p.shape, -1)
-
-
-def earned(total: torch.Tensor, count: int) -> torch.Tensor:
-    """Reward of each rollout of each acting side, (Q, sides, G), from total rewards (Q, G) or (Q, G, G)."""
-    if total.ndim == 3:
-        return torch.stack([total.mean(2), total.mean(1)], dim=1)
-    return total[:, None].expand(-1, count, -1)
+    return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
 
 
 def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noise: torch.Tensor) -> dict[str, float]:
@@ -126,13 +107,13 @@ def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noi
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     grouped = vectors.unflatten(0, (len(mine), -1))
     scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
-    (slope,) = torch.autograd.grad(scored.total.flatten(1).mean(1).sum() / len(ranked), vectors)
+    (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
-    gains = earned(scored.total, grouped.shape[1])
-    spread = runtime.gathered(gains).std() if settings.advantage == "batch" else None
-    advantage = objectives.advantages(gains.flatten(0, 1), settings.advantage, spread)
-    learnt = learn(encoder, acting, sampled, advantage, slope, settings, share=len(mine) / len(ranked))
-    facts = _facts(encoder, scored, gains.flatten(0, 1), sampled)
+    spread = runtime.gathered(scored.total).std() if settings.advantage == "batch" else None
+    gain = objectives.advantages(scored.total, settings.advantage, spread)
+    gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
+    learnt = learn(encoder, acting, sampled, gain, slope, settings, share=len(mine) / len(ranked))
+    facts = _facts(encoder, scored, sampled)
     return learnt | runtime.summed({name: value * len(mine) / len(ranked) for name, value in facts.items()})
 
 
@@ -189,9 +170,9 @@ def _chunks(rows, settings: RlvrSettings) -> list:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _facts(encoder: Encoder, scored: Scored, gains: torch.Tensor, sampled: Sequence[rollout.Rollouts]) -> dict[str, float]:
-    """The log line of design.md. gains: (R, G) rewards of the acting inputs."""
-    spread = gains.std(dim=1)
+def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]) -> dict[str, float]:
+    """The log line of design.md."""
+    spread = scored.total.std(dim=1)
     actions = torch.cat([s.actions.flatten(0, 1).sum(1) for s in sampled]).float()
     ended = torch.cat([((s.tokens == encoder.end_id) & s.actions).any(-1).flatten() for s in sampled])
     groups = [{tuple(t) for t in group} for s in sampled for group in s.summaries(encoder.end_id)]
@@ -207,7 +188,7 @@ def _facts(encoder: Encoder, scored: Scored, gains: torch.Tensor, sampled: Seque
         "entropy": float(sum(s.entropy.sum() for s in sampled) / actions.sum()),
         "summary_length": float(actions.mean()),
         "no_natural_end": float(1 - ended.float().mean()),
-        "distinct_summaries": sum(map(len, groups)) / (len(groups) * gains.shape[1]),
+        "distinct_summaries": sum(map(len, groups)) / (len(groups) * scored.total.shape[1]),
     }
 
 

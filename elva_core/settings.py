@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
+NO_PROFILES = ("reported", "arms")  # the paper's numbers, and what the study changes
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -34,7 +35,7 @@ class EmojiSettings(Section):
 
     language: str
     size: Positive | None = None  # slice of the collection; None is all of it
-    vendors: dict[Literal["pretraining", "train", "val", "test"], tuple[str, ...]]
+    vendors: dict[Literal["train", "val", "test"], tuple[str, ...]]
     held_out_share: Share
     queries_per_unit: dict[Literal["train", "val", "test"], Positive]
     up_sample: int
@@ -161,7 +162,7 @@ class RlvrSettings(Section):
     queries: Positive  # seen in all; one epoch
     queries_per_step: Positive
     rollouts: Annotated[int, Field(ge=2)]
-    rollout_sides: Literal["query", "pair", "all"]  # whose summaries are actions: the query's, its positive's too, all
+    rollout_sides: Literal["query", "all"]  # whose summaries are actions
     candidates: Literal["step", "mined"]  # other sides are encoded once per step, or stay as mining encoded them
     temperature: Annotated[float, Field(gt=0)]
     clip: float
@@ -259,7 +260,7 @@ def load(profile: str) -> Settings:
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem != "reported")
+        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ class Arm(Section):
     every_seed: bool = False  # else the first seed alone
     changes: dict = Field(default_factory=dict)
     against: tuple[str, ...] = ()  # arms that it is compared with, paired
-    curve: str | None = None  # line of the sample-efficiency figure that it is a point of
+    curves: tuple[str, ...] = ()  # lines of the sample-efficiency figure that it is a point of
     paper: float | None = None  # what the paper reports for it, M-BEIR average of Tables 4 and 8
     why: str
 

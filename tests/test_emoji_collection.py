@@ -117,13 +117,3 @@ def test_broken_triplets_are_named(tmp_path, text, message):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(mbeir.ElvaDataError, match=message):
         nli.read(tmp_path / "n.csv")
-
-
-def test_the_backbone_is_taught_from_drawings_that_retrieval_never_trains_on(smoke, tmp_path):
-    root, _ = prepare.write(smoke.data, tmp_path, seed=1)
-    taught = prepare.pretraining(tmp_path)
-    vendors = [{c.image.split("/")[2] for c in r.pool("", "train", "global") if c.image} for r in (taught, root)]
-    assert vendors[0] and vendors[1] and not vendors[0] & vendors[1]
-    assert mbeir.lint(taught) == [] and not taught.units("test")
-    unseen = ec.held_out(ec.sample(ec.load("de"), smoke.data.emoji.size), smoke.data.emoji.held_out_share)
-    assert not unseen & {c.source["codes"] for c in taught.pool("", "train", "global") if "codes" in c.source}

@@ -194,10 +194,14 @@ def test_rows_of_the_study_take_the_place_of_the_single_run():
     )
     columns = ["arm", "old", "relative", "relative low", "relative high", "n", "seeds"]
     differences = pd.DataFrame([["stage 3 over stage 2", "stage 2", 15.0, 9.0, 20.0, 9, (1, 2)]], columns=columns)
-    table = claims.assemble([single, *claims.studied(scores, differences, claims.reported(), "x", True)], 7).set_index("claim")
+    columns = ["arm", "old", "value", "ci_low", "ci_high", "paper", "n", "seeds"]
+    rows = [["a over stage 3", "stage 3", -2.0, -3.0, -1.0, -1.5, 9, (1,)], ["b over stage 3", "stage 3", -2.0, -5.0, 1.0, -0.5, 9, (1,)]]
+    ablations = pd.DataFrame([*rows, ["c over stage 3", "stage 3", 1.0, 0.5, 2.0, np.nan, 9, (1,)]], columns=columns)
+    table = claims.assemble([single, *claims.studied(scores, differences, ablations, claims.reported(), "x", True)], 7).set_index("claim")
     assert table.loc["stage 3, average", "ours"] == 31 and table.loc["stage 3, average", "seeds"] == "2 (1, 2), sd 0.5"
     gain = table.loc["stage 3 over stage 2"]
     assert gain["paper"] == 13.1 and gain["ci_low"] == 9 and gain["verdict"] == "reproduced"
+    assert [table.loc[f"{a} over stage 3", "verdict"] for a in "abc"] == ["same direction", "not reproduced", ""]
 
 
 def committed(path: str) -> str:
