@@ -71,7 +71,8 @@ def rl_step(model: Encoder, paths: list[Path], optimiser: torch.optim.Optimizer,
     """One update: sampling, embeddings, two text candidates a query, rewards, policy gradient, KL, optimiser."""
     candidates = (Item("Ein Bild."), Item("Frau läuft."), Item("Hautfarbe."))
     query = mbeir.Query("1:1", None, None, "image", (), (), 3)
-    ranked = [negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], 0.0, (0.0, 0.0), None) for path in paths]
+    unused = (0.0, (0.0, 0.0), None, None, ())  # what mining leaves; this step encodes its candidates itself
+    ranked = [negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *unused) for path in paths]
     asked = PROFILE.stage3.model_copy(update={"rollouts": rollouts, "rollout_sides": "query", "candidates": "step"})
     noise = torch.rand(len(paths), 1, rollouts, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(seed))
     optimiser.zero_grad()

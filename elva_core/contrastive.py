@@ -152,15 +152,25 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
             return objectives.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
 
-        loss = objectives.backward_in_chunks(embed, len(slices), loss_fn, cache=settings.gradient_cache)
+        alone = runtime.processes().num_processes == 1
+        loss = objectives.backward_in_chunks(
+            embed,
+            runtime.own_share(len(slices)),
+            loss_fn,
+            cache=settings.gradient_cache or not alone,
+            exchange=None if alone else runtime.exchanged,
+        )
+        runtime.sum_gradients(parameters.values())
+        writing = runtime.summed({"loss": sum(written.values()), "chunks": len(written)})
         return {
             "loss": float(loss),
             "accuracy": accuracy[0],
             "ret": float(use_ret),
-            "summary_loss": sum(written.values()) / max(1, len(written)),
+            "summary_loss": writing["loss"] / max(1, writing["chunks"]),
         }
 
-    rows = runtime.optimise(encoder.trainable(), step_fn, settings.steps, settings.optimiser, folder)
+    parameters = encoder.trainable()
+    rows = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
     encoder.merge_lora()
     encoder.model.eval()
     return rows

@@ -21,8 +21,9 @@ from elva_core.settings import NegativeSettings
 class Ranked:
     """A query of stage 3 with one positive and its N negatives, as one model ranked them.
 
-    positive_cosine, cosines: that model's, of the positive and of the negatives. vectors: (1 + N, D) float32, L2-normalised,
-    of the positive and the negatives.
+    positive_cosine, cosines: that model's, of the positive and of the negatives.
+    near: (D,) its embedding of the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the
+    negatives are its `rows`.
     """
 
     query: mbeir.Query
@@ -32,7 +33,14 @@ class Ranked:
     negatives: tuple[Item, ...]
     positive_cosine: float
     cosines: tuple[float, ...]
-    vectors: np.ndarray
+    near: np.ndarray
+    bank: np.ndarray
+    rows: tuple[int, ...]
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """(1 + N, D) float32, L2-normalised: the positive, then the negatives."""
+        return np.concatenate([self.near[None], self.bank[list(self.rows)]])
 
 
 def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings, rng: np.random.Generator) -> list[int]:
@@ -93,7 +101,9 @@ def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSetti
                     tuple(items[i] for i in rows),
                     float(vector @ near),
                     tuple(float(scores[i]) for i in rows),
-                    np.concatenate([near[None], vectors[rows]]),
+                    near,
+                    vectors,
+                    tuple(rows),
                 )
             )
     order = runtime.rng_for(seed, "stage3 order").permutation(len(out))

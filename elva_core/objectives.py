@@ -44,7 +44,12 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
 
 
 def backward_in_chunks(
-    embed: Callable[[int], tuple[torch.Tensor, torch.Tensor]], chunks: int, loss_fn: Callable[[torch.Tensor], torch.Tensor], *, cache: bool
+    embed: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    chunks: Sequence[int],
+    loss_fn: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    cache: bool,
+    exchange: Callable[[dict[int, torch.Tensor]], dict[int, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """Backward of loss_fn(all embeddings) + the chunks' own losses, the embeddings being computed chunk by chunk.
 
@@ -54,7 +59,10 @@ def backward_in_chunks(
 
     Args:
         embed: number of a chunk -> ((rows, D) embeddings, scalar loss of the chunk alone), with gradient.
+        chunks: the numbers that are computed here; without `exchange` they are all there are.
         loss_fn: (all rows, D) -> scalar.
+        exchange: embeddings of the chunks computed here -> those of all processes. The gradients of all processes
+            then add up to that of the whole. Needs `cache`.
 
     Returns:
         the value of loss_fn, detached. Gradients are added to the parameters behind `embed`.
@@ -62,18 +70,20 @@ def backward_in_chunks(
     Source: Gao et al. 2021, GradCache.
     """
     if not cache:
-        parts = [embed(i) for i in range(chunks)]
+        parts = [embed(i) for i in chunks]
         loss = loss_fn(torch.cat([vectors for vectors, _ in parts]))
         (loss + sum(own for _, own in parts)).backward()
         return loss.detach()
     with torch.no_grad():
-        parts = [embed(i)[0] for i in range(chunks)]
-    leaf = torch.cat(parts).requires_grad_(True)
+        found = {i: embed(i)[0] for i in chunks}
+    found = dict(sorted((exchange(found) if exchange else found).items()))
+    leaf = torch.cat(list(found.values())).requires_grad_(True)
     loss = loss_fn(leaf)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    for i, part in enumerate(gradient.split([len(p) for p in parts])):
+    slopes = dict(zip(found, gradient.split([len(p) for p in found.values()]), strict=True))
+    for i in chunks:
         vectors, own = embed(i)
-        ((vectors * part).sum() + own).backward()
+        ((vectors * slopes[i]).sum() + own).backward()
     return loss.detach()
 
 

@@ -109,7 +109,8 @@ def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noi
     scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
     (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
-    spread = runtime.gathered(scored.total).std() if settings.advantage == "batch" else None
+    everywhere = runtime.exchanged(dict(zip(own, scored.total, strict=True))) if settings.advantage == "batch" else {}
+    spread = torch.stack(list(everywhere.values())).std() if everywhere else None
     gain = objectives.advantages(scored.total, settings.advantage, spread)
     gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
     learnt = learn(encoder, acting, sampled, gain, slope, settings, share=len(mine) / len(ranked))
@@ -231,6 +232,8 @@ def train(
     encoder.add_lora(settings.lora, seed=seed)
     encoder.model.eval()
     per_step, steps, again = settings.queries_per_step, settings.queries // settings.queries_per_step, settings.negatives.again_every
+    if per_step < runtime.processes().num_processes:
+        raise ValueError(f"stage3.queries_per_step = {per_step} is fewer than the {runtime.processes().num_processes} processes; raise it")
     draw = epochs(ranked, seed, "stage3")
     shape = (per_step, len(sides(ranked[0], settings.rollout_sides)), settings.rollouts, encoder.settings.max_summary_tokens)
 
@@ -238,8 +241,11 @@ def train(
         nonlocal draw
         if again and i and i % again == 0:
             draw = epochs(mine(), seed, "stage3")
-        return step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=runtime.torch_rng(seed, "rollout", i)))
+        row = step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=runtime.torch_rng(seed, "rollout", i)))
+        runtime.sum_gradients(parameters.values())
+        return row
 
-    rows = runtime.optimise(encoder.trainable(), step_fn, steps, settings.optimiser, folder, guard(settings))
+    parameters = encoder.trainable()
+    rows = runtime.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

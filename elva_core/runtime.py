@@ -65,9 +65,12 @@ def summed(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
-def gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, which may have different numbers of them; without gradient."""
-    return torch.cat([part.to(rows) for part in gather_object([rows.detach().cpu()])]) if processes().num_processes > 1 else rows.detach()
+def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Numbered tensors of all processes, of any sizes; without gradient."""
+    if processes().num_processes == 1:
+        return parts
+    everywhere = gather_object([{number: part.detach().cpu() for number, part in parts.items()}])
+    return {number: part.to(processes().device) for own in everywhere for number, part in own.items()}
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -138,7 +141,7 @@ def optimise(
 
     Args:
         optimisers: between them they hold every parameter; none means one AdamW over all.
-        step_fn: computes gradients of one step (calls backward) and returns what to log.
+        step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns what to log.
         check: returns the reason to stop, given the row that was logged.
 
     Returns:
@@ -166,7 +169,6 @@ def optimise(
             for group in optimiser.param_groups:
                 group["lr"] = rate
         row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
-        sum_gradients(parameters.values())
         row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:

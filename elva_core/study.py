@@ -9,6 +9,7 @@ trained anew per seed. An arm that is measured under the same values is never ru
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -16,7 +17,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,13 +47,12 @@ class Arm(Section):
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured, long: one row per arm and seed (runs), and with query (hits), grain (distances, errors), step (history)."""
+    """What was measured, long: one row per arm and seed (runs), and per query (hits), grain of a query (distances), kind (errors)."""
 
     runs: pd.DataFrame
     hits: pd.DataFrame
     distances: pd.DataFrame
     errors: pd.DataFrame
-    history: pd.DataFrame
 
 
 def arms(settings: Settings) -> dict[str, Arm]:
@@ -166,7 +165,7 @@ def train(
     """Trains the arm in place, on queries with their negatives; returns the log lines."""
     if arm.trains == "control":
         return contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
-    mine = partial(mined, model, settings, root, seed)
+    mine = functools.partial(mined, model, settings, root, seed)
     return rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine)
 
 
@@ -184,9 +183,8 @@ def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Ro
     queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
     grains.distances(measured.searcher, queries, unit).to_csv(folder / "distances.csv", index=False, float_format="%.5f")
     errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
-    errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"]).reset_index().to_csv(
-        folder / "errors.csv", index=False
-    )
+    missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
+    missed.reset_index().to_csv(folder / "errors.csv", index=False)
     at5 = measured.hits.groupby("unit")["hit@5"].mean()
     return {"hit@5": float(at5.mean())}
 
@@ -201,10 +199,8 @@ def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.
     if settings.study.in_chain:
         run(settings, root, triplets, bench, backbone, folder, work)
     elif todo := missing(settings, backbone, folder):
-        count = len(planned(settings))
-        log.warning(
-            "%d of %d trainings have no result of these values; run: python -m elva_core study %s", len(todo), count, settings.profile
-        )
+        lacking = f"{len(todo)} of {len(planned(settings))} trainings have no result of these values"
+        log.warning("%s; run: python -m elva_core study %s", lacking, settings.profile)
     return read(folder, settings)
 
 
@@ -224,7 +220,7 @@ def read(folder: Path, settings: Settings) -> Study:
     Raises:
         ProfileError: nothing has been measured yet; the message has the command.
     """
-    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "distances": [], "errors": [], "history": []}
+    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "distances": [], "errors": []}
     runs = []
     for name, arm, seed in planned(settings):
         place = result_folder(folder, name, seed)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elva_core import encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
-from elva_core.settings import NegativeSettings
+from elva_core import contrastive, encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
+from elva_core.settings import NegativeSettings, RlvrSettings
 
 STEP = 5e-3  # of finite differences, in the units of the weights
 
@@ -369,23 +369,30 @@ def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run
 
 
 def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, settings):
-    """What `accelerate launch --cpu --num_processes COUNT` starts."""
+    """What `accelerate launch --cpu --num_processes COUNT` starts: stage 3, or its InfoNCE control."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     model = encoder.load(model_folder, prompts)
-    rows = rlvr.train(model, ranked, settings, seed=4, folder=folder)
+    if isinstance(settings, RlvrSettings):
+        rows = rlvr.train(model, ranked, settings, seed=4, folder=folder)
+    else:
+        rows = contrastive.train(model, contrastive.ranked_pairs(ranked, seed=4), settings, seed=4, folder=folder)
     assert runtime.processes().num_processes == count
     if runtime.processes().is_main_process:
         save_file({n: p.detach().clone() for n, p in model.backbone.named_parameters()}, folder / "weights.safetensors")
         (folder / "rows.json").write_text(json.dumps(rows))
 
 
-@pytest.mark.parametrize(("aggregation", "advantage", "sides"), [("sequence", "group", "query"), ("dapo", "batch", "all")])
-def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, aggregation, advantage, sides):
+@pytest.mark.parametrize("what", ["score, sequence", "full, dapo, batch, all sides", "InfoNCE"])
+def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, what):
     """Three queries a step, so that the shares are uneven; weights after two steps, and the log, are those of one process."""
-    changes = {"queries": 6, "queries_per_step": 3, "aggregation": aggregation, "advantage": advantage, "rollout_sides": sides}
-    settings = stage3(smoke, **changes)
+    few = {"queries": 6, "queries_per_step": 3}
+    settings = {
+        "score, sequence": stage3(smoke, **few),
+        "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", aggregation="dapo", advantage="batch", rollout_sides="all"),
+        "InfoNCE": smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}),
+    }[what]
     start = multiprocessing.get_context("spawn")
     found = {}
     for count in (1, 2):
@@ -400,8 +407,11 @@ def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_p
         for one in work:
             one.start()
         for one in work:
-            one.join()
-        assert [one.exitcode for one in work] == [0] * count
+            one.join(timeout=300)  # a process that fails leaves the other waiting for it
+        codes = [one.exitcode for one in work]
+        for one in work:
+            one.kill()
+        assert codes == [0] * count
         found[count] = load_file(folder / "weights.safetensors"), json.loads((folder / "rows.json").read_text())
     before = dict(encoder.load(model_folder, smoke.encoder).backbone.named_parameters())
     moved = max(float((found[1][0][n] - p).abs().max()) for n, p in before.items())

@@ -117,7 +117,7 @@ def made_up():
     ]
     runs = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks])
     empty = pd.DataFrame()
-    return Study(runs, pd.DataFrame(rows), empty, empty, empty)
+    return Study(runs, pd.DataFrame(rows), empty, empty)
 
 
 def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):
