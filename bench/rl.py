@@ -9,7 +9,6 @@ ratio go to outputs/bench/rl.json. Every turn sees new images, so neither side p
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,7 @@ TARGETS = {
     "embedding, 16 visual tokens": 2,
     "embedding, 256 visual tokens": 2,
 }
-MEMORY_GROUPS = (4, 32)
+MEMORY_GROUPS, MEMORY_CHUNK = (4, 32), 32  # G, and rollouts a forward may hold
 FOLDER = artifacts.REPOSITORY / "outputs/bench"
 
 
@@ -67,13 +66,16 @@ def pictures(count: int, tokens: int, folder: Path, seed: int) -> list[Path]:
     return paths
 
 
-def rl_step(model: Encoder, paths: list[Path], optimiser: torch.optim.Optimizer, rollouts: int, seed: int) -> None:
-    """One update: sampling, embeddings, two text candidates a query, rewards, policy gradient, KL, optimiser."""
+def rl_step(
+    model: Encoder, paths: list[Path], optimiser: torch.optim.Optimizer, rollouts: int, seed: int, chunk: int = PROFILE.stage3.chunk
+) -> None:
+    """One update as the profile makes it: sampling, embeddings, rewards against mined candidates, policy gradient, KL, optimiser."""
     candidates = (Item("Ein Bild."), Item("Frau läuft."), Item("Hautfarbe."))
     query = mbeir.Query("1:1", None, None, "image", (), (), 3)
-    unused = (0.0, (0.0, 0.0), None, None, ())  # what mining leaves; this step encodes its candidates itself
-    ranked = [negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *unused) for path in paths]
-    asked = PROFILE.stage3.model_copy(update={"rollouts": rollouts, "rollout_sides": "query", "candidates": "step"})
+    near, *bank = np.eye(PROFILE.backbone.tiny.hidden, dtype=np.float32)[:3]
+    mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1))
+    ranked = [negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
+    asked = PROFILE.stage3.model_copy(update={"rollouts": rollouts, "chunk": chunk})
     noise = torch.rand(len(paths), 1, rollouts, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(seed))
     optimiser.zero_grad()
     rlvr.step(model, ranked, asked, noise)
@@ -169,16 +171,24 @@ def against_generate(tokens: int, folder: Path) -> dict[str, list[float]]:
     return {name: values[WARMUP:] for name, values in seconds.items()}
 
 
+def resident(line: str) -> float:
+    """MB of this process: "VmRSS" now, "VmHWM" at its peak."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(row.split()[1]) for row in text.splitlines() if row.startswith(line)) / 1024
+
+
 def step_memory(rollouts: int) -> None:
-    """Prints by how many MB one step with `rollouts` summaries a query raises the peak of this process."""
+    """Prints by how many MB one step with `rollouts` summaries a query rises above what the process holds before it."""
     with tempfile.TemporaryDirectory() as folder:
         model = tiny(256)
         model.add_lora(PROFILE.stage3.lora, seed=0)
         optimiser = torch.optim.AdamW(model.trainable().values(), lr=1e-4)
-        paths = pictures(2 * QUERIES, 256, Path(folder), seed=1)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rl_step(model, paths, optimiser, rollouts, seed=0)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        paths = pictures(2 * QUERIES + 1, 256, Path(folder), seed=1)
+        rl_step(model, paths[:1], optimiser, 2, seed=0)  # loads what the first step of a process loads
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the past
+        rl_step(model, paths[1:], optimiser, rollouts, seed=0, chunk=MEMORY_CHUNK)
+        print(resident("VmHWM") - before)
 
 
 def memory_growth() -> dict[int, float]:

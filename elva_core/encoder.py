@@ -41,9 +41,9 @@ def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, s
         (1, patches, H, d), None.
     """
     lengths = cu_seq_lens_q.diff()
-    owner, out = torch.repeat_interleave(lengths), torch.empty_like(query)
-    for length in lengths.unique().tolist():
-        rows = (lengths == length)[owner]
+    sizes, owner, out = lengths.unique().tolist(), torch.repeat_interleave(lengths), torch.empty_like(query)
+    for length in sizes:
+        rows = (lengths == length)[owner] if len(sizes) > 1 else slice(None)  # a slice copies nothing
         q, k, v = (x[0, :, rows].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))  # (images, H, n, d)
         found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
         out[0, :, rows] = found.transpose(0, 1).flatten(1, 2)
