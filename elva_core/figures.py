@@ -287,7 +287,9 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     figure, ((axis,),) = _axes(size=(7.6, 0.34 * len(table) + 1.3))
     place = np.arange(len(table))
     spread = np.vstack([table["value"] - table["ci_low"], table["ci_high"] - table["value"]]).clip(min=0)
-    axis.errorbar(table["value"], place, xerr=spread, fmt="o", color=CORRECTED, markersize=5, elinewidth=1.4, label="mean over seeds, 95 %")
+    axis.errorbar(
+        table["value"], place, xerr=spread, fmt="o", color=CORRECTED, markersize=5, elinewidth=1.4, label="mean, 95 % over queries"
+    )
     for y, seeds in zip(place, table["by seed"], strict=True):
         if len(seeds) > 1:
             axis.plot(seeds, [y] * len(seeds), "|", color=PRINTED, markersize=9, label="one seed" if y == 0 else None)
@@ -296,10 +298,11 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     if (table["ci_low"] <= 0).any():
         axis.axvline(0, color="black", linewidth=0.8)
     labels = [f"{r.arm}  ({len(r.seeds)} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
-    axis.set(yticks=place, xlabel=unit, title=f"{title} (n = {table['n'].min():,} queries)")
+    axis.set(yticks=place, xlabel=unit)
     axis.set_yticklabels(labels)
     axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{title} (n = {table['n'].min():,} queries)", fontsize=10)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
 
@@ -316,6 +319,6 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
             spread = np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
             axis.errorbar(own[column], own["value"], yerr=spread, marker="o", label=name, color=MODEL_COLOURS.get(name), capsize=2)
         axis.set(xlabel=label, ylabel="hit@5, %")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{title} (n = {table['n'].min():,} queries)", fontsize=10)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    figure.suptitle(f"{title} (n = {table['n'].min():,} queries, 95 % intervals)", fontsize=10)
     return figure
