@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,27 @@ def model_folder(root, smoke, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """`with interrupted(module, "name", call)`: that call of module.name is a keyboard interrupt, which must reach the top."""
+
+    @contextmanager
+    def at(module, name, call):
+        original, calls = getattr(module, name), []
+
+        def mortal(*args):
+            calls.append(1)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(module, name, mortal)
+            yield
+
+    return at
 
 
 @pytest.fixture(scope="session")

@@ -202,23 +202,13 @@ def test_constant_summaries_are_called_a_collapse(smoke):
     assert answers[:-1] == [None] * (rlvr.COLLAPSE_WINDOW - 1) and "collapse" in answers[-1]
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(model_folder, smoke, ranked, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_weights(model_folder, smoke, ranked, tmp_path, interrupted):
     settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
     whole = encoder.load(model_folder, smoke.encoder)
     rlvr.train(whole, ranked, settings, seed=4, folder=tmp_path / "whole")
 
-    original, calls = rlvr.step, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(rlvr, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(rlvr, "step", 4):
         rlvr.train(encoder.load(model_folder, smoke.encoder), ranked, settings, seed=4, folder=tmp_path / "cut")
-    monkeypatch.setattr(rlvr, "step", original)
     resumed = encoder.load(model_folder, smoke.encoder)
     rows = rlvr.train(resumed, ranked, settings, seed=4, folder=tmp_path / "cut")
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
@@ -226,7 +216,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(model_folder, smoke, rank
         assert torch.equal(a, b), name
 
 
-def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, monkeypatch):
+def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, interrupted):
     settings = stage3(
         smoke,
         queries_per_step=2,
@@ -249,18 +239,8 @@ def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_
     assert times == 1  # of four steps, at the third
     once, times = run("once", settings.model_copy(update={"negatives": smoke.stage3.negatives}))
     assert times == 0 and not torch.equal(whole, once)
-    original, calls = rlvr.step, []
-
-    def killed(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(rlvr, "step", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(rlvr, "step", 4):
         run("cut")
-    monkeypatch.setattr(rlvr, "step", original)
     assert torch.equal(run("cut")[0], whole)
 
 
