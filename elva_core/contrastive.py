@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -53,28 +54,27 @@ def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
 
 def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int) -> Draw:
     """Stage 2: rows of the union train file, one random positive and a random instruction per visit."""
-    queries = root.union_train()
-    pool = {c.did: c for c in root.pool("", "train", "global")}
-    by_task: dict[int, list[mbeir.Query]] = {}
-    for query in queries:
-        by_task.setdefault(query.task if settings.one_task_per_batch else 0, []).append(query)
-    draws = {task: epochs(rows, seed, f"stage2/{task}") for task, rows in sorted(by_task.items())}
+    queries, pool = root.union_train(), root.pool("", "train", "global")
+    tasks = queries.kinds if settings.one_task_per_batch else np.zeros(len(queries), int)
+    draws = {task: epochs(np.flatnonzero(tasks == task), seed, f"stage2/{task}") for task in np.unique(tasks).tolist()}
 
     def draw(step: int, size: int) -> list[Pair]:
         rng = runtime.rng_for(seed, "stage2", step)
         # tasks take turns, in a new order each round, so every task is seen equally often
         turn, place = divmod(step, len(draws))
         task = list(draws)[runtime.rng_for(seed, "turn", turn).permutation(len(draws))[place]]
-        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in draws[task](turn, size)]
+        drawn = [queries[row] for row in draws[task](turn, size)]
+        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in drawn]
 
     return draw
 
 
-def _pair(root: mbeir.Root, pool: dict[str, mbeir.Candidate], query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
+def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
     did = query.positives[choice]
-    if did not in pool:
+    row = pool.row(did)
+    if row is None:
         raise mbeir.ElvaDataError(f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint")
-    return Pair(query_item(root, query, seed=seed, scope=f"train/{step}"), candidate_item(root, pool[did]), did, query.positives)
+    return Pair(query_item(root, query, seed=seed, scope=f"train/{step}"), candidate_item(root, pool[row]), did, query.positives)
 
 
 def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:

@@ -70,19 +70,17 @@ def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSetti
 
     Negatives have the modality of the positive. The pool may be sampled (`settings.pool` per modality).
     """
-    queries = _equal_draw(list({q.qid: q for q in root.union_train()}.values()), count, seed)
-    pool = root.pool("", "train", "global")
-    by_did = {c.did: c for c in pool}
+    queries, pool = _equal_draw(root.union_train(), count, seed), root.pool("", "train", "global")
     out: list[Ranked] = []
     for modality in mbeir.MODALITIES:
         rng = runtime.rng_for(seed, "negatives", modality)
         asked = [q for q in queries if mbeir.CANDIDATE_MODALITY[q.task] == modality]
-        members = [c for c in pool if c.modality == modality]
+        members = pool.rows_of(modality)
         if not asked:
             continue
         kept = sorted(rng.permutation(len(members))[: settings.pool or len(members)])
-        chosen = [members[i] for i in kept]
-        positives = [by_did[q.positives[int(rng.integers(len(q.positives)))]] for q in asked]
+        chosen = [pool[row] for row in members[kept]]
+        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for q in asked]
         items = [candidate_item(root, c) for c in chosen]
         vectors, _ = encode(encoder, items, batch=batch)
         query_items = [query_item(root, q, seed=seed, scope="train/rl") for q in asked]
@@ -110,13 +108,24 @@ def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSetti
     return [out[i] for i in order]
 
 
-def _equal_draw(queries: Sequence[mbeir.Query], count: int, seed: int) -> list[mbeir.Query]:
-    """The same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled."""
-    groups: dict[tuple, list[mbeir.Query]] = {}
-    for q in queries:
-        groups.setdefault((mbeir.split_id(q.qid)[0], q.task), []).append(q)
+def _judged(pool: mbeir.Pool, did: str) -> mbeir.Candidate:
+    row = pool.row(did)
+    if row is None:
+        raise mbeir.ElvaDataError(f"{pool.path}: judged candidate {did} is not in the train pool; run lint")
+    return pool[row]
+
+
+def _equal_draw(queries: mbeir.Records[mbeir.Query], count: int, seed: int) -> list[mbeir.Query]:
+    """The same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
+
+    Rows that up-sampling repeats count once.
+    """
+    _, rows = np.unique(queries.ids, return_index=True)
+    groups: dict[tuple, list[int]] = {}
+    for row in rows.tolist():
+        groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(row)
     out = []
     for key in sorted(groups):
-        ranked = sorted(groups[key], key=lambda q: mbeir.stable_hash(seed, "stage3", q.qid))
-        out += ranked[: -(-count // len(groups))]
-    return out[:count] if len(out) > count else out
+        qids = {row: f"{key[0]}:{queries.ids[row] - key[0] * mbeir.QUERY_ID_BASE}" for row in groups[key]}
+        out += sorted(groups[key], key=lambda row, qids=qids: mbeir.stable_hash(seed, "stage3", qids[row]))[: -(-count // len(groups))]
+    return [queries[row] for row in out[:count]]

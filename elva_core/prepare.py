@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from elva_core import emoji_collection, mbeir
@@ -51,17 +52,18 @@ def counts(root: mbeir.Root) -> pd.DataFrame:
         for unit in root.units(split):
             queries = root.queries(unit, split)
             pool = root.pool(unit, split, "global" if split == "train" else "local")
-            by_task = {task: [q for q in queries if q.task == task] for task in sorted({q.task for q in queries})}
-            for task, own in by_task.items():
-                modality = mbeir.CANDIDATE_MODALITY[task]
+            positives = np.array([len(q.positives) for q in queries])
+            for task in np.unique(queries.kinds).tolist():
+                asked, modality = mbeir.MODALITIES_OF[task]
+                own = positives[queries.kinds == task]
                 rows.append(
                     {
                         "split": split,
                         "unit": unit if f"task{task}" in unit else f"{unit}_task{task}",
-                        "query -> candidate": f"{own[0].modality} -> {modality}",
+                        "query -> candidate": f"{asked} -> {modality}",
                         "queries": len(own),
-                        "positives per query": round(sum(len(q.positives) for q in own) / len(own), 2),
-                        "pool": sum(c.modality == modality for c in pool),
+                        "positives per query": round(own.mean(), 2),
+                        "pool": len(pool.rows_of(modality)),
                     }
                 )
     return pd.DataFrame(rows)
@@ -69,10 +71,10 @@ def counts(root: mbeir.Root) -> pd.DataFrame:
 
 def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[str, Path | None]]:
     """`count` queries of a unit, each followed by its positive, as captioned cells."""
-    queries, pool = root.queries(unit, split), {c.did: c for c in root.pool(unit, split)}
+    queries, pool = root.queries(unit, split), root.pool(unit, split)
     cells = []
     for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
-        positive = pool[next(d for d in query.positives if d in pool)]
+        positive = pool[next(row for did in query.positives if (row := pool.row(did)) is not None)]
         cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
         cells.append((f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None))
     return cells

@@ -228,11 +228,11 @@ def study(profile_name: str, seed: int) -> None:
         run(profile_name, seed=seed, only=stage)
 
 
-def lint(root: Path) -> int:
+def check(root: Path) -> int:
     """Prints every violation; the exit status is 1 if there is one."""
-    from elva_core import mbeir
+    from elva_core import lint, mbeir
 
-    problems = mbeir.lint(mbeir.Root(root))
+    problems = lint.check(mbeir.Root(root))
     for problem in problems:
         print(problem)
     print(f"{root}: {len(problems)} problems")
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "study":
             study(a.profile, a.seed)
         elif a.command == "lint":
-            return lint(a.root)
+            return check(a.root)
         elif a.command == "evaluate":
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile)
         elif a.command == "search":

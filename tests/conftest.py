@@ -6,11 +6,14 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from elva_core import backbone, emoji_collection, encoder, mbeir, settings
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
