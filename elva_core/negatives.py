@@ -6,7 +6,6 @@ threshold (likely an unjudged positive), keep the next `hard`; add `random` ones
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
