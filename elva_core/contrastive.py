@@ -93,8 +93,11 @@ class SummaryCache:
     def __call__(self, items: Sequence[Item]) -> list[list[int]]:
         missing = [i for i in dict.fromkeys(items) if i not in self._known]
         if missing:
+            training = self._encoder.model.training
+            self._encoder.model.eval()  # layers that checkpoint while they train keep no cache
             with self._encoder.model.disable_adapter():
                 out = rollout.generate(self._encoder, missing)
+            self._encoder.model.train(training)
             self._known.update((i, s) for i, (s,) in zip(missing, out.summaries(self._encoder.end_id), strict=True))
         return [self._known[i] for i in items]
 
@@ -119,16 +122,20 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
     """
     encoder.add_lora(settings.lora, seed=seed)
     encoder.model.train()
+    if settings.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     summaries = SummaryCache(encoder)
 
     def step_fn(step: int) -> dict[str, float]:
         pairs = draw(step, settings.batch)
         use_ret = ret_step(step, settings.ret_share)
         items = [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
-        endings = summaries(items) if use_ret else None
         # chunks never mix queries and candidates: rows of one modality need less padding
         starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
         slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
+        own = runtime.own_share(len(slices))
+        asked = [row for chunk in own for row in range(len(items))[slices[chunk]]] if use_ret else []
+        endings = dict(zip(asked, summaries([items[row] for row in asked]), strict=True))
         ignore = None
         if settings.mask_false_negatives:
             ignore = objectives.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
@@ -140,7 +147,7 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             rows = slices[chunk]
             if not use_ret:
                 return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
-            vectors, writing = encoder.embed_summaries(items[rows], endings[rows])
+            vectors, writing = encoder.embed_summaries(items[rows], [endings[row] for row in range(len(items))[rows]])
             share = settings.summary_weight * len(vectors) / len(items)
             written[chunk] = float(writing.detach())
             return vectors, share * writing
@@ -155,7 +162,7 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
         alone = runtime.processes().num_processes == 1
         loss = objectives.backward_in_chunks(
             embed,
-            runtime.own_share(len(slices)),
+            own,
             loss_fn,
             cache=settings.gradient_cache or not alone,
             exchange=None if alone else runtime.exchanged,
@@ -173,4 +180,5 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
     rows = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
     encoder.merge_lora()
     encoder.model.eval()
+    encoder.backbone.gradient_checkpointing_disable()
     return rows

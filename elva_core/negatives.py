@@ -7,13 +7,16 @@ threshold (likely an unjudged positive), keep the next `hard`; add `random` ones
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from elva_core import mbeir, runtime
 from elva_core.encoder import Encoder, Item, candidate_item, query_item
 from elva_core.retrieval import encode
-from elva_core.settings import NegativeSettings
+from elva_core.settings import NegativeSettings, RlvrSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,67 +58,105 @@ def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: Ne
         ElvaDataError: the pool has too few rows.
     """
     limit = settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
-    order = [int(i) for i in np.argsort(-scores, kind="stable") if int(i) not in excluded]
-    hard = [i for i in order if scores[i] <= limit][: settings.hard]
-    rest = [i for i in order if i not in set(hard)]
+    order = np.argsort(-scores, kind="stable")
+    order = order[~np.isin(order, list(excluded))]
+    hard = order[scores[order] <= limit][: settings.hard]
+    rest = order[~np.isin(order, hard)]
     wanted = settings.hard + settings.random
     if len(order) < wanted:
         raise mbeir.ElvaDataError(f"{len(order)} candidates for {wanted} negatives of a query; lower stage3.negatives or raise their pool")
-    return hard + [int(i) for i in rng.permutation(rest)[: wanted - len(hard)]]
+    return np.concatenate([hard, rng.permutation(rest)[: wanted - len(hard)]]).tolist()
 
 
-def mine(encoder: Encoder, root: mbeir.Root, count: int, settings: NegativeSettings, *, batch: int, seed: int) -> list[Ranked]:
-    """`count` train queries, the same number per task, with their negatives.
+class Mined(NamedTuple):
+    """What mining has chosen for M queries, N negatives each; everything else can be read from the root again.
 
-    Negatives have the modality of the positive. The pool may be sampled (`settings.pool` per modality).
+    queries: (M,) rows of the union train file. positives: (M,), negatives: (M, N) rows of the train pool.
+    rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the positives.
+    bank: (C, D) embeddings of all candidates that were ranked.
     """
-    queries, pool = _equal_draw(root.union_train(), count, seed), root.pool("", "train", "global")
-    out: list[Ranked] = []
+
+    queries: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+    rows: np.ndarray
+    positive_cosine: np.ndarray
+    cosines: np.ndarray
+    near: np.ndarray
+    bank: np.ndarray
+
+
+def select(encoder: Encoder, root: mbeir.Root, settings: RlvrSettings, *, batch: int, seed: int) -> Mined:
+    """`settings.queries` train queries, the same number per task, with the negatives that the model chooses.
+
+    Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per modality).
+    """
+    queries, pool = root.union_train(), root.pool("", "train", "global")
+    drawn = _equal_draw(queries, settings.queries, seed)
+    parts, banks, ranked_before = [], [], 0
     for modality in mbeir.MODALITIES:
         rng = runtime.rng_for(seed, "negatives", modality)
-        asked = [q for q in queries if mbeir.CANDIDATE_MODALITY[q.task] == modality]
-        members = pool.rows_of(modality)
+        asked = [(row, q) for row in drawn if mbeir.CANDIDATE_MODALITY[(q := queries[row]).task] == modality]
         if not asked:
             continue
-        kept = sorted(rng.permutation(len(members))[: settings.pool or len(members)])
-        chosen = [pool[row] for row in members[kept]]
-        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for q in asked]
-        items = [candidate_item(root, c) for c in chosen]
-        vectors, _ = encode(encoder, items, batch=batch)
-        query_items = [query_item(root, q, seed=seed, scope="train/rl") for q in asked]
-        asked_vectors, _ = encode(encoder, query_items, batch=batch)
-        positive_vectors, _ = encode(encoder, [candidate_item(root, p) for p in positives], batch=batch)
-        for query, item, positive, vector, near in zip(asked, query_items, positives, asked_vectors, positive_vectors, strict=True):
-            scores = vectors @ vector
-            same = {i for i, c in enumerate(chosen) if c.did in set(query.positives)}
-            rows = choose(scores, same, float(vector @ near), settings, rng)
-            out.append(
-                Ranked(
-                    query,
-                    item,
-                    candidate_item(root, positive),
-                    positive.did,
-                    tuple(items[i] for i in rows),
-                    float(vector @ near),
-                    tuple(float(scores[i]) for i in rows),
-                    near,
-                    vectors,
-                    tuple(rows),
-                )
-            )
-    order = runtime.rng_for(seed, "stage3 order").permutation(len(out))
-    return [out[i] for i in order]
+        members = pool.rows_of(modality)
+        kept = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
+        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for _, q in asked]
+        bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in kept], batch=batch)
+        vectors, _ = encode(encoder, [_asked(root, q, seed) for _, q in asked], batch=batch)
+        near, _ = encode(encoder, [candidate_item(root, pool[row]) for row in positives], batch=batch)
+        for (row, query), positive, vector, close in zip(asked, positives, vectors, near, strict=True):
+            scores = bank @ vector
+            same = {pool.row(did) for did in query.positives}
+            excluded = set(np.flatnonzero(np.isin(kept, [r for r in same if r is not None])).tolist())
+            chosen = choose(scores, excluded, float(vector @ close), settings.negatives, rng)
+            places = np.array(chosen)
+            parts.append((row, positive, kept[places], places + ranked_before, float(vector @ close), scores[places], close))
+        banks.append(bank)
+        ranked_before += len(bank)
+    order = runtime.rng_for(seed, "stage3 order").permutation(len(parts))
+    return Mined(*(np.array([parts[i][column] for i in order]) for column in range(len(parts[0]))), np.concatenate(banks))
 
 
-def _judged(pool: mbeir.Pool, did: str) -> mbeir.Candidate:
+def _asked(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
+    return query_item(root, query, seed=seed, scope="train/rl")
+
+
+def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[Ranked]:
+    """The queries with their texts and images, read from the root."""
+    queries, pool = root.union_train(), root.pool("", "train", "global")
+    out = []
+    for i, row in enumerate(mined.queries):
+        query, positive = queries[row], pool[mined.positives[i]]
+        others = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
+        cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
+        vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist())
+        out.append(Ranked(query, _asked(root, query, seed), candidate_item(root, positive), positive.did, others, *cosines, *vectors))
+    return out
+
+
+def write(mined: Mined, path: Path) -> None:
+    """One safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(mined._asdict(), partial)
+    partial.replace(path)
+
+
+def read(path: Path, root: mbeir.Root, seed: int) -> list[Ranked]:
+    """What `write` has kept, as queries with their negatives."""
+    return assemble(Mined(**load_file(path)), root, seed)
+
+
+def _judged(pool: mbeir.Pool, did: str) -> int:
     row = pool.row(did)
     if row is None:
         raise mbeir.ElvaDataError(f"{pool.path}: judged candidate {did} is not in the train pool; run lint")
-    return pool[row]
+    return row
 
 
-def _equal_draw(queries: mbeir.Records[mbeir.Query], count: int, seed: int) -> list[mbeir.Query]:
-    """The same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
+def _equal_draw(queries: mbeir.Records[mbeir.Query], count: int, seed: int) -> list[int]:
+    """Rows of the same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
 
     Rows that up-sampling repeats count once.
     """
@@ -127,4 +168,4 @@ def _equal_draw(queries: mbeir.Records[mbeir.Query], count: int, seed: int) -> l
     for key in sorted(groups):
         qids = {row: f"{key[0]}:{queries.ids[row] - key[0] * mbeir.QUERY_ID_BASE}" for row in groups[key]}
         out += sorted(groups[key], key=lambda row, qids=qids: mbeir.stable_hash(seed, "stage3", qids[row]))[: -(-count // len(groups))]
-    return [queries[row] for row in out[:count]]
+    return out[:count]

@@ -32,20 +32,22 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
     distinct = list(dict.fromkeys(items))
     # rows of one shape together: less padding, and the order does not depend on the caller
     order = sorted(range(len(distinct)), key=lambda i: (distinct[i].image is not None, len(distinct[i].text), str(distinct[i])))
-    vectors: list[np.ndarray] = [None] * len(distinct)  # type: ignore[list-item]
-    texts = [""] * len(distinct)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        part = [distinct[i] for i in rows]
+    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+    done = {}
+    for number in runtime.own_share(len(parts)):
+        part, summaries = [distinct[i] for i in parts[number]], [""] * len(parts[number])
         if template == "eol":
             embedded = encoder.embed_eol(part)
         else:
             out = rollout.generate(encoder, part)
             embedded = out.embeddings[:, 0]
-            for i, (summary,) in zip(rows, out.summaries(encoder.end_id), strict=True):
-                texts[i] = encoder.processor.tokenizer.decode(summary)
-        for i, vector in zip(rows, embedded.float().cpu().numpy(), strict=True):
-            vectors[i] = vector
+            summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in out.summaries(encoder.end_id)]
+        done[number] = embedded.float().cpu().numpy(), summaries
+    vectors: list[np.ndarray] = [None] * len(distinct)  # type: ignore[list-item]
+    texts = [""] * len(distinct)
+    for number, (embedded, summaries) in runtime.gathered(done).items():
+        for i, vector, summary in zip(parts[number], embedded, summaries, strict=True):
+            vectors[i], texts[i] = vector, summary
     place = {item: i for i, item in enumerate(distinct)}
     found = [place[item] for item in items]
     return np.stack([vectors[i] for i in found]), [texts[i] for i in found]

@@ -65,12 +65,19 @@ def summed(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist(), strict=True))
 
 
+def gathered(parts: dict[int, object]) -> dict[int, object]:
+    """Numbered objects of all processes."""
+    if processes().num_processes == 1:
+        return parts
+    return {number: part for own in gather_object([parts]) for number, part in own.items()}
+
+
 def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Numbered tensors of all processes, of any sizes; without gradient."""
     if processes().num_processes == 1:
         return parts
-    everywhere = gather_object([{number: part.detach().cpu() for number, part in parts.items()}])
-    return {number: part.to(processes().device) for own in everywhere for number, part in own.items()}
+    everywhere = gathered({number: part.detach().cpu() for number, part in parts.items()})
+    return {number: part.to(processes().device) for number, part in everywhere.items()}
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -233,6 +240,7 @@ def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Op
         parameter.data.copy_(state[name].pop("weight"))
         for optimiser in optimisers:
             if any(parameter is p for group in optimiser.param_groups for p in group["params"]):
-                optimiser.state[parameter] = state[name]
+                moments = {k: v if k == "step" else v.to(parameter.device) for k, v in state[name].items()}
+                optimiser.state[parameter] = moments  # the count of steps stays on the CPU
     log.info("resumed after step %d from %s", len(rows), path)
     return rows

@@ -9,13 +9,11 @@ trained anew per seed. An arm that is measured under the same values is never ru
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +22,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from elva_core import artifacts, contrastive, encoder, evaluate, grains, mbeir, negatives, nli, rlvr, runtime
+from elva_core import artifacts, encoder, evaluate, grains, mbeir, runtime, training
 from elva_core.settings import PARAMS, ProfileError, Section, Settings
 
 log = logging.getLogger("elva")
@@ -113,21 +111,22 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
         backbone: folder that every seed starts from. folder: results, one folder per arm and seed.
         work: checkpoints and stage-2 models, which results do not need.
     """
-    todo, shared = missing(settings, backbone, folder), ("", [])
+    todo = missing(settings, backbone, folder)
     for place, (name, arm, seed) in enumerate(todo, start=1):
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), settings.changed(arm.changes)
         mark = fingerprint(changed, arm, seed, backbone)
         earlier = settings.changed({stage: arm.changes[stage] for stage in ("stage1", "stage2") if stage in arm.changes})
         start = backbone if arm.start == "backbone" else retriever(earlier, root, triplets, backbone, seed, work)
-        model = encoder.load(start, changed.encoder, dtype=changed.dtype, device=changed.device)
-        rows = []
+        rows, trained = [], start
         if arm.trains != "nothing":
             # arms of one start differ in their training only; what they share is mined once
-            wanted = _hash(str(start), changed.encoder.model_dump(), changed.stage3.queries, changed.stage3.negatives.model_dump(), seed)
-            if wanted != shared[0]:
-                shared = wanted, mined(model, changed, root, seed)
-            rows = train(model, arm, changed, shared[1], root, seed, work / mark)
+            shared = _hash(str(start), changed.encoder.model_dump(), changed.stage3.queries, changed.stage3.negatives.model_dump(), seed)
+            mined = work / f"negatives-{shared}.safetensors"
+            job = training.Job(arm.trains, changed, seed, root, triplets, str(start), work / mark, mined)
+            training.launch(training.run, job)
+            rows, trained = training.history(job), job.model
+        model = encoder.load(trained, changed.encoder, dtype=changed.dtype, device=changed.device)
         target = result_folder(folder, name, seed)
         partial = target.with_name(target.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -149,30 +148,14 @@ def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: st
     folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
     if (folder / "elva.json").is_file():
         return folder
-    partial = folder.with_name(folder.name + ".partial")
-    model = encoder.load(backbone, settings.encoder, dtype=settings.dtype, device=settings.device)
-    contrastive.train(model, contrastive.triplet_pairs(nli.read(triplets), seed), settings.stage1, seed=seed, folder=partial / "stage1")
-    contrastive.train(model, contrastive.union_pairs(root, settings.stage2, seed), settings.stage2, seed=seed, folder=partial / "stage2")
-    model.save(partial / "model", stage="stage 2", parent=str(backbone))
-    (partial / "model").rename(folder)
+    partial, start = folder.with_name(folder.name + ".partial"), backbone
+    for stage in ("stage1", "stage2"):
+        job = training.Job(stage, settings, seed, root, triplets, str(start), partial / stage, partial / "none")
+        training.launch(training.run, job)
+        start = job.model
+    start.rename(folder)
     shutil.rmtree(partial)
     return folder
-
-
-def train(
-    model: encoder.Encoder, arm: Arm, settings: Settings, ranked: Sequence[negatives.Ranked], root: mbeir.Root, seed: int, folder: Path
-) -> list[dict[str, float]]:
-    """Trains the arm in place, on queries with their negatives; returns the log lines."""
-    if arm.trains == "control":
-        return contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
-    mine = functools.partial(mined, model, settings, root, seed)
-    return rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine)
-
-
-def mined(model: encoder.Encoder, settings: Settings, root: mbeir.Root, seed: int) -> list[negatives.Ranked]:
-    """The queries of stage 3 with the negatives that `model` chooses."""
-    stage3 = settings.stage3
-    return negatives.mine(model, root, stage3.queries, stage3.negatives, batch=settings.evaluation.batch, seed=seed)
 
 
 def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path) -> dict[str, float]:

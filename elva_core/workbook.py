@@ -228,6 +228,20 @@ def study(profile_name: str, seed: int) -> None:
         run(profile_name, seed=seed, only=stage)
 
 
+def train(stage: str, profile_name: str, seed: int) -> None:
+    """Trains one stage on the processes that `accelerate launch` has started; the notebook of the stage finds it done."""
+    from elva_core import runtime, training
+
+    profile, notebook = settings.load(profile_name), training.NOTEBOOKS[stage]
+    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=wanted_fingerprint(profile, seed, notebook))
+    with runtime.processes().main_process_first():
+        opened = artifacts.open_stage(notebook, profile_name, seed)
+        job = training.following(stage, opened)
+    training.run(job)
+    if runtime.processes().is_main_process:
+        print(f"{job.model}; goes on with: python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}")
+
+
 def check(root: Path) -> int:
     """Prints every violation; the exit status is 1 if there is one."""
     from elva_core import lint, mbeir
@@ -297,6 +311,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("study", help="train and measure the arms of params/arms.yaml that have no result yet")
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
+    p = commands.add_parser("train", help="train one stage, also under accelerate launch")
+    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control"))
+    p.add_argument("profile")
+    p.add_argument("--seed", type=int, default=17)
     p = commands.add_parser("lint", help="check an M-BEIR folder")
     p.add_argument("root", type=Path)
     p = commands.add_parser("evaluate", help="score a trained model on units of an M-BEIR folder")
@@ -324,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status(a.profile, a.seed)
         elif a.command == "study":
             study(a.profile, a.seed)
+        elif a.command == "train":
+            train(a.stage, a.profile, a.seed)
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":

@@ -21,7 +21,8 @@ STEP = 5e-3  # of finite differences, in the units of the weights
 
 @pytest.fixture
 def ranked(tiny, root, smoke):
-    return negatives.mine(tiny, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+    settings = smoke.stage3.model_copy(update={"queries": 8})
+    return negatives.assemble(negatives.select(tiny, root, settings, batch=32, seed=1), root, 1)
 
 
 def stage3(smoke, **changes):
@@ -230,7 +231,7 @@ def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_
 
         def mine():
             mined.append(1)
-            return negatives.mine(model, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+            return negatives.assemble(negatives.select(model, root, stage3(smoke), batch=32, seed=1), root, 1)
 
         rlvr.train(model, ranked, changed, seed=4, folder=tmp_path / name, mine=mine)
         return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), len(mined)

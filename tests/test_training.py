@@ -1,0 +1,131 @@
+"""A stage of training from folder to folder: on one process, on two, by accelerate's launchers, and from the chain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elva_core import artifacts, contrastive, encoder, negatives, prepare, training, workbook
+
+# what the test's processes start with: outputs in a folder of the test
+COMMAND_LINE = """
+import sys
+from pathlib import Path
+from elva_core import artifacts, workbook
+artifacts.OUTPUTS = Path(sys.argv[1])
+sys.exit(max(workbook.main(["train", stage, "smoke", "--seed", "1"]) for stage in sys.argv[2:]))
+"""
+NOTEBOOK = """
+import sys
+from pathlib import Path
+from elva_core import artifacts, training
+artifacts.OUTPUTS = Path(sys.argv[1])
+training.devices = lambda settings: 2
+job = training.following("stage1", artifacts.open_stage("30_pretrain_contrastive", "smoke", 1))
+training.launch(training.run, job)
+print(len(training.history(job)))
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    """Data stage and backbone of the smoke profile, done."""
+    folder = tmp_path_factory.mktemp("outputs")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(artifacts, "OUTPUTS", folder)
+        stage = artifacts.open_stage("10_prepare_data", "smoke", 1)
+        prepare.write(stage.settings.data, stage.folder, seed=1)
+        stage.close()
+        training.following("stage1", artifacts.open_stage("30_pretrain_contrastive", "smoke", 1))
+    return folder
+
+
+def started(script: str, folder: Path, tmp_path: Path, *arguments: str, processes: int | None = None) -> str:
+    """Output of a script run in processes of its own, by `accelerate launch` if their number is given."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
+    command = [sys.executable, *(launcher if processes else []), str(path), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def weights(folder: Path, stage: str) -> torch.Tensor:
+    path = folder / f"smoke/.30_pretrain_contrastive.partial/work/{stage}/model/model.safetensors"
+    return torch.cat([t.flatten().float() for _, t in sorted(load_file(path).items())])
+
+
+def test_two_processes_train_the_model_of_one(outputs, tmp_path):
+    """Stages 1 and 2 through the command line; batches, negatives and summaries are those of the whole step."""
+    models = {}
+    for count in (1, 2):
+        folder = shutil.copytree(outputs, tmp_path / f"of-{count}")
+        out = started(COMMAND_LINE, folder, tmp_path, "stage1", "stage2", processes=count)
+        assert out.count("--from 30") == 2  # one of the processes reports
+        models[count] = weights(folder, "stage2")
+    start = load_file(next((outputs / "cache").glob("backbone-*")) / "model.safetensors")
+    before = torch.cat([t.flatten() for _, t in sorted(start.items())])
+    assert (models[1] - before).abs().max() > 1e-3  # it has learnt something
+    torch.testing.assert_close(models[1], models[2], atol=1e-5, rtol=0)
+
+
+def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, tmp_path):
+    one, two = (shutil.copytree(outputs, tmp_path / name) for name in ("one", "two"))
+    started(COMMAND_LINE, one, tmp_path, "stage1")
+    out = started(NOTEBOOK, two, tmp_path)
+    assert "Launching training on 2" in out and out.strip().endswith("4")
+    torch.testing.assert_close(weights(one, "stage1"), weights(two, "stage1"), atol=1e-5, rtol=0)
+
+
+def test_a_stage_whose_start_is_missing_names_the_command(outputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(artifacts, "OUTPUTS", shutil.copytree(outputs, tmp_path / "fresh"))
+    assert workbook.main(["train", "stage2", "smoke", "--seed", "1"]) == 1
+    assert "train stage1 smoke --seed 1" in capsys.readouterr().err
+    assert workbook.main(["train", "stage3", "smoke", "--seed", "1"]) == 1
+    assert "run smoke --seed 1 --only 30" in capsys.readouterr().err
+
+
+def test_what_a_job_has_finished_is_not_done_again(root, smoke, model_folder, tmp_path, monkeypatch):
+    settings = smoke.changed({"stage3": {"queries": 4}, "control": {"steps": 2, "batch": 2}})
+    jobs = [
+        training.Job(name, settings, 1, root, tmp_path, str(model_folder), tmp_path / name, tmp_path / "mined.safetensors")
+        for name in ("stage3", "control")
+    ]
+    mined = []
+    monkeypatch.setattr(negatives, "select", lambda *a, select=negatives.select, **k: mined.append(1) or select(*a, **k))
+    for job in jobs:
+        training.run(job)
+    assert len(mined) == 1 and len(training.history(jobs[0])) == 1 and len(training.history(jobs[1])) == 2
+    monkeypatch.setattr(encoder, "load", lambda *_, **__: pytest.fail("a finished job loads no model"))
+    for job in jobs:
+        training.run(job)
+
+
+def test_kept_negatives_are_those_that_were_mined(tiny, root, smoke, tmp_path):
+    mined = negatives.select(tiny, root, smoke.stage3, batch=32, seed=1)
+    negatives.write(mined, tmp_path / "kept.safetensors")
+    for before, after in zip(negatives.assemble(mined, root, 1), negatives.read(tmp_path / "kept.safetensors", root, 1), strict=True):
+        assert (before.vectors == after.vectors).all()
+        for name in ("query", "item", "positive", "positive_did", "negatives", "positive_cosine", "cosines"):
+            assert getattr(before, name) == getattr(after, name)
+
+
+def test_checkpointing_changes_memory_not_weights(model_folder, root, smoke, tmp_path):
+    """Also while summaries are generated, whose cache a checkpointing layer would drop."""
+    ends = []
+    for on in (False, True):
+        model = encoder.load(model_folder, smoke.encoder)
+        settings = smoke.stage2.model_copy(update={"steps": 2, "gradient_checkpointing": on})
+        contrastive.train(model, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path / str(on))
+        ends.append(torch.cat([p.detach().flatten() for p in model.backbone.parameters()]))
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
