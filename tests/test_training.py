@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from elva_core import artifacts, contrastive, encoder, negatives, prepare, training, workbook
@@ -51,8 +52,17 @@ def started(script: str, folder: Path, tmp_path: Path, *arguments: str, processe
     """Output of a script run in processes of its own, by `accelerate launch` if their number is given."""
     path = tmp_path / "script.py"
     path.write_text(script)
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    configured = str(artifacts.REPOSITORY / "params/accelerate/cpu.yaml")
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        configured,
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
     command = [sys.executable, *(launcher if processes else []), str(path), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -77,6 +87,12 @@ def test_two_processes_train_the_model_of_one(outputs, tmp_path):
     before = torch.cat([t.flatten() for _, t in sorted(start.items())])
     assert (models[1] - before).abs().max() > 1e-3  # it has learnt something
     torch.testing.assert_close(models[1], models[2], atol=1e-5, rtol=0)
+
+
+def test_every_launch_file_is_one_that_accelerate_reads():
+    for path in (artifacts.REPOSITORY / "params/accelerate").glob("*.yaml"):
+        read = load_config_from_file(str(path))
+        assert read.num_processes % read.num_machines == 0 and str(read.mixed_precision) == "no"
 
 
 def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, tmp_path):
