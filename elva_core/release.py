@@ -38,7 +38,6 @@ Retrieval queries that have at least {min_grains} grains: atomic units of meanin
 ## Grains
 
 {annotator}
-Prompt and answer form: sha256 {prompt}. A query whose answer could not be read counts as unreadable and is not drawn.
 
 ## Verification
 
@@ -48,7 +47,7 @@ Prompt and answer form: sha256 {prompt}. A query whose answer could not be read 
 
 * `queries.parquet`: unit, qid, text, image, grains (kind and text), positives (dids).
 * `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, which holds {images:,} images
-  ({megabytes:,.0f} MB).
+  ({megabytes:,.1f} MB).
 
 A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with a positive among the first five.
 
@@ -115,7 +114,10 @@ def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement:
     if own.annotator.kind == "exact":
         annotator = "The grains come with the data; no model guessed them."
     else:
-        annotator = f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most {own.annotator.max_tokens} tokens)."
+        annotator = (
+            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most {own.annotator.max_tokens} tokens); sha256 of "
+            f"prompt and answer form: {annotate.prompt_hash()}. Queries whose answer could not be read are not drawn."
+        )
     checked = "Not verified: nobody has looked at the annotations of these queries."
     if agreement["checked"]:
         shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "always low", "always high", "wanted")}
@@ -132,7 +134,6 @@ def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement:
         share=int(counts["drawn"].min()),
         table="\n".join(_markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])),
         annotator=annotator,
-        prompt=annotate.prompt_hash() if own.annotator.kind != "exact" else "none was used",
         verification=checked,
         images=len(sizes),
         megabytes=sum(sizes) / 1e6,
