@@ -293,6 +293,17 @@ def test_a_model_without_training_writes_nothing_readable_and_that_is_counted(lo
     assert all(json.loads(p.read_text())["tries"] == 2 for p in (tmp_path / "answers").iterdir())
 
 
+def test_a_query_gets_the_answer_in_a_batch_that_it_gets_alone(qwen25, pictures):
+    talks = [[("user", "Hello", pictures[0].image_path(q.image))] for q in pictures[1]]
+    talks += [[("user", text, None)] for text in ("A dog.", "A long question about the colour of a small animal in the grass.")]
+
+    def said(batch: int) -> list[tuple[int, str | None]]:
+        own = AnnotatorSettings(kind="transformers", model=str(qwen25), batch=batch, max_tokens=8)
+        return list(annotate.loaded(own, "float32", "cpu")(talks))
+
+    assert said(4) == said(1) and len(set(said(1))) == 4
+
+
 def test_a_model_that_answers_well_is_read_in_the_order_of_the_queries(local, pictures, qwen25, monkeypatch):
     tokenizer = Qwen2_5_VLProcessor.from_pretrained(qwen25).tokenizer
     words, shapes = iter(["cat", "owl", "dog"]), []
