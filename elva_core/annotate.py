@@ -104,7 +104,7 @@ def answered(
             file = order[place]
             if text is None:
                 continue
-            reason = _unreadable(text, asked[file])
+            _, reason = _read(text, asked[file])
             if reason and attempt < settings.retries:
                 again[file] = [talks[file][0], ("assistant", text, None), ("user", REPAIR.format(reason=reason), None)]
                 continue
@@ -238,33 +238,27 @@ def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
 
 
 def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> str:
-    image = hashlib.sha256(_bytes(root.image_path(query.image))).hexdigest() if query.image else None
+    image = None
+    if query.image:
+        path = root.image_path(query.image)
+        if not path.is_file():
+            raise mbeir.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
+        image = hashlib.sha256(path.read_bytes()).hexdigest()
     return _hash(prompt_hash(), settings.kind, settings.model, settings.max_tokens, query.modality, query.text, image)
-
-
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
-        raise mbeir.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
-    return path.read_bytes()
 
 
 def _hash(*values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _unreadable(text: str, query: mbeir.Query) -> str | None:
+def _read(text: str, query: mbeir.Query) -> tuple[Grains | None, str]:
+    """Grains and "", or None and why the answer cannot be read."""
     try:
-        parse(text, query)
+        return parse(text, query), ""
     except ValueError as error:
-        return str(error)
-    return None
+        return None, str(error)
 
 
 def _kept(file: Path, query: mbeir.Query) -> Grains | None:
     """What a kept answer says; None where there is none, or none that can be read."""
-    if not file.is_file():
-        return None
-    try:
-        return parse(json.loads(file.read_text(encoding="utf-8"))["answer"], query)
-    except ValueError:
-        return None
+    return _read(json.loads(file.read_text(encoding="utf-8"))["answer"], query)[0] if file.is_file() else None
