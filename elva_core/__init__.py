@@ -6,7 +6,8 @@ Modules import one way, from the bottom of this list to the top (held by tests/t
     mbeir, emoji_collection, nli, prepare        data on disk
     objectives, rewards, metrics                 pure mathematics, import nothing of ours
     encoder, backbone                            Qwen2-VL as an embedder, and a small one to start from
-    rollout, retrieval, negatives, mrbench       what is built on an encoder
+    rollout, retrieval, negatives                what is built on an encoder
+    annotate, verification, mrbench, release     the benchmark: who names its grains, who checks them, how it is given away
     contrastive, rlvr                            the three training stages
     evaluate, grains                             what a model is worth, and what it is blind to
     study, comparisons                           many trainings side by side, over seeds

@@ -115,7 +115,7 @@ def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Roo
     if (folder / "config.json").is_file():
         return str(folder)
     work = folder.with_name(folder.name + ".partial")
-    queries, candidates = list(root.union_train()), list(root.pool("", "train", "global"))
+    queries, candidates = root.union_train(), root.pool("", "train", "global")
     texts = [c.text for c in candidates if c.text] + [root.query_text(q) for q in queries]
     # the prompt's own words must be whole tokens, as they are in a large vocabulary
     frame = [f"user\n{text}\n{request}\nassistant\n" for text in texts[:2000] for request in (prompts.eol_request, prompts.summary_request)]

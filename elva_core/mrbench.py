@@ -1,114 +1,113 @@
-"""MRBench: the multi-grain queries of an M-BEIR root, the same number per task, with local pools.
+"""MRBench: the multi-grain queries of an M-BEIR root, the same number per unit, with local pools.
 
-bench, counts, sheet = build(root, settings, annotate=mbeir.grains, folder=out)
+bench, counts, sheet = build(root, settings.mrbench, annotate=annotate.exact, folder=out, seed=17)
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from elva_core import mbeir
+from elva_core.annotate import Annotator, Grains
 from elva_core.settings import MrbenchSettings
-
-Grains = list[tuple[str, str]]  # (kind, text), for instance ("tone", "dark skin tone")
-Annotator = Callable[[mbeir.Query], Grains]
 
 
 def build(
     root: mbeir.Root, settings: MrbenchSettings, *, annotate: Annotator, folder: Path, seed: int, split: str = "test"
 ) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
-    """Draws the benchmark and writes it as an M-BEIR root (queries, qrels, local pools; images stay in `root`).
+    """Draws the benchmark and writes it as an M-BEIR root that stands alone.
+
+    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its unit.
 
     Args:
-        annotate: query -> its grains; exact for the embedded collection, a vision-language model for M-BEIR.
+        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for M-BEIR.
 
     Returns:
-        (benchmark root, counts per unit and step, sheet for human verification).
+        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human verification).
 
     Raises:
-        ElvaDataError: a task has fewer multi-grain queries than its share.
+        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer that can be read.
     """
-    units = [u for u in root.units(split) if int(u.rpartition("_task")[2]) in settings.tasks]
+    known, tasks = root.units(split), set(map(str, settings.tasks))
+    if lost := sorted(set(settings.units) - set(known)):
+        raise mbeir.ElvaDataError(f"{root.folder} has no {split} units {lost}, it has {known}; correct mrbench.units")
+    units = [u for u in known if u in settings.units or u.rpartition("_task")[2] in tasks]
     if not units:
         raise mbeir.ElvaDataError(f"{root.folder} has no {split} unit of tasks {settings.tasks}; correct mrbench.tasks")
     share = settings.queries // len(units)
     bench, counts, sheet = mbeir.Root(folder), [], []
     for unit in units:
-        queries = root.queries(unit, split)
-        grains = {q.qid: annotate(q) for q in queries}
-        multi = [q for q in queries if len(grains[q.qid]) >= settings.min_grains]
+        queries = sorted(root.queries(unit, split), key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid))
+        multi: list[tuple[mbeir.Query, Grains]] = []
+        annotated = unreadable = 0
+        while len(multi) < share and annotated < len(queries):
+            part = queries[annotated : annotated + max(share - len(multi), settings.annotator.batch)]
+            found = annotate(part)
+            annotated += len(part)
+            unreadable += sum(grains is None for grains in found)
+            if unreadable == annotated:
+                raise mbeir.ElvaDataError(
+                    f"{unit}: none of {annotated} answers can be read; the log has the reasons, see mrbench.annotator"
+                )
+            multi += [(q, grains) for q, grains in zip(part, found, strict=True) if grains and len(grains) >= settings.min_grains]
         if len(multi) < share:
             raise mbeir.ElvaDataError(
-                f"{unit}: {len(multi)} queries with {settings.min_grains} grains, {share} wanted; lower mrbench.queries"
+                f"{unit}: {len(multi)} queries with {settings.min_grains} grains, {share} wanted, "
+                f"{annotated} annotated, {unreadable} of them unreadable; lower mrbench.queries"
             )
-        drawn = sorted(multi, key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid))[:share]
-        drawn.sort(key=lambda q: mbeir.split_id(q.qid))
+        chosen = sorted(multi[:share], key=lambda pair: mbeir.split_id(pair[0].qid))
+        drawn = [replace(q, source=q.source | {"grains": [list(g) for g in grains]}) for q, grains in chosen]
         mbeir.write_jsonl(bench.query_path(unit, split), map(mbeir.query_record, drawn))
         mbeir.write_qrels(bench.qrels_path(unit, split), drawn)
         pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
         pool.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root.pool_path(unit, split), pool)
-        counts.append(
-            {"unit": unit, "queries": len(queries), "multi-grain": len(multi), "drawn": len(drawn), "pool": len(root.pool(unit, split))}
-        )
-        sheet += [_sheet_row(unit, q, grains[q.qid]) for q in drawn]
+        steps = {"queries": len(queries), "annotated": annotated, "multi-grain": len(multi), "unreadable": unreadable, "drawn": len(drawn)}
+        with pool.open("rb") as lines:
+            counts.append({"unit": unit, **steps, "pool": sum(1 for _ in lines)})
+        sheet += [_sheet_row(unit, q) for q in drawn]
+    complete(bench, root, split)
     rows = sorted(sheet, key=lambda r: mbeir.stable_hash(seed, "verify", r["unit"], r["qid"]))[: settings.verify]
     return bench, pd.DataFrame(counts), pd.DataFrame(rows)
 
 
-def _sheet_row(unit: str, query: mbeir.Query, grains: Grains) -> dict:
-    text = "; ".join(f"{kind}: {value}" for kind, value in grains)
-    return {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or "", "grains": text, "accept": ""}
+def _sheet_row(unit: str, query: mbeir.Query) -> dict:
+    text = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
+    return {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or "", "grains": text}
 
 
-def agreement(sheet: pd.DataFrame) -> dict[str, float]:
-    """Share of sampled queries that a person accepted, with a 95 % Wilson interval.
+def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
+    """What the benchmark needs to stand alone: the instructions, a global pool (the union of its local pools), every image.
 
-    Args:
-        sheet: `accept` holds yes, no, or nothing where nobody has looked yet.
-
-    Returns:
-        checked (count), precision, ci_low, ci_high; the last three are NaN while nothing is filled in.
+    Images are hard links where the file system allows, so that they take no room here; a copy of the folder has them whole.
     """
-    answers = sheet["accept"].fillna("").astype(str).str.strip().str.lower()
-    if odd := sorted(set(answers) - {"", "yes", "no"}):
-        raise mbeir.ElvaDataError(f'verification sheet: accept holds {odd}; write "yes", "no" or nothing')
-    n, accepted = int((answers != "").sum()), int((answers == "yes").sum())
-    if n == 0:
-        return {"checked": 0, "precision": np.nan, "ci_low": np.nan, "ci_high": np.nan}
-    z, p = 1.959964, accepted / n
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return {"checked": n, "precision": p, "ci_low": centre - half, "ci_high": centre + half}
+    (bench.folder / "instructions").mkdir(exist_ok=True)
+    shutil.copyfile(root.folder / "instructions/query_instructions.tsv", bench.folder / "instructions/query_instructions.tsv")
+    union = {c.did: c for unit in bench.units(split) for c in bench.pool(unit, split)}
+    ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
+    mbeir.write_jsonl(bench.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
+    images = {c.image for c in union.values()}
+    images |= {q.image for unit in bench.units(split) for q in bench.queries(unit, split)}
+    for name in sorted(filter(None, images)):
+        source, target = root.image_path(name), bench.folder / name
+        if not source.is_file():
+            raise mbeir.ElvaDataError(f"image {source} is missing; restore the file or drop the record")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
 
 
 def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
-    """How often each kind of grain occurs, and how many grains a query has."""
-    kinds = [kind for q in queries for kind, _ in mbeir.grains(q)]
-    sizes = [len(mbeir.grains(q)) for q in queries]
+    """How many queries have a grain of each kind."""
+    kinds = [kind for q in queries for kind in dict(mbeir.grains(q))]  # once a query, however many grains of a kind it has
     table = pd.Series(kinds, dtype=str).value_counts().rename_axis("kind").reset_index(name="queries")
-    return table.assign(share=table["queries"] / max(1, len(sizes)))
-
-
-def as_dataset(bench: mbeir.Root, split: str = "test"):
-    """The benchmark as a `datasets.Dataset`: one row per query with unit, text, image path, grains and positives."""
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    rows = [
-        {
-            "unit": unit,
-            "qid": q.qid,
-            "text": q.text or "",
-            "image": q.image or "",
-            "grains": [t for _, t in mbeir.grains(q)],
-            "positives": list(q.positives),
-        }
-        for unit in bench.units(split)
-        for q in bench.queries(unit, split)
-    ]
-    return Dataset.from_list(rows)
+    return table.assign(share=table["queries"] / max(1, len(queries)))

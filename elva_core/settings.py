@@ -188,11 +188,37 @@ class RlvrSettings(Section):
         return self
 
 
+class AnnotatorSettings(Section):
+    """Who names the grains of a query: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
+
+    kind: Literal["exact", "transformers", "openai"]
+    model: str | None = None  # folder or hub name; for a server the name it serves
+    base_url: str | None = None  # of the server, up to and with its /v1
+    key_variable: str | None = None  # environment variable that holds the server's key; None sends none
+    batch: Positive = 1  # queries per forward, or requests at once
+    retries: Annotated[int, Field(ge=0)] = 0  # of a request that failed, and of an answer that cannot be read
+    max_tokens: Positive = 512  # of an answer
+    timeout: Positive = 120  # seconds that a request may take
+
+    @model_validator(mode="after")
+    def _complete(self) -> AnnotatorSettings:
+        wanted = {"exact": (), "transformers": ("model",), "openai": ("model", "base_url")}[self.kind]
+        given = tuple(name for name in ("model", "base_url", "key_variable") if getattr(self, name) is not None)
+        allowed = {*wanted, "key_variable"} if self.kind == "openai" else set(wanted)
+        if not set(wanted) <= set(given) <= allowed:
+            raise ValueError(f"kind {self.kind} needs {wanted or 'no model'} and was given {given}")
+        return self
+
+
 class MrbenchSettings(Section):
-    tasks: tuple[int, ...]
+    tasks: tuple[int, ...] = ()  # every unit of these
+    units: tuple[str, ...] = ()  # and these
     queries: Positive
     min_grains: Positive
     verify: Positive  # rows of the human-verification sheet
+    precision: Annotated[float, Field(gt=0, lt=1)]  # share of right annotations that verification is to show
+    annotator: AnnotatorSettings
+    licence: str  # of the images, for the data card
 
 
 class EvaluationSettings(Section):

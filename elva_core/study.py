@@ -79,7 +79,13 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
     used |= {arm.trains} if arm.trains != "nothing" else set()
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
-    return _hash(settings.model_dump(mode="json", include=used), arm.start, arm.template, seed, Path(backbone).name)
+    bench = settings.mrbench
+    unused = {"precision", "licence"}  # what is said about the benchmark; and what draws it only where it is given
+    unused |= (set() if bench.units else {"units"}) | ({"annotator"} if bench.annotator.kind == "exact" else set())
+    memory = {"gradient_checkpointing"}  # changes no result
+    left_out = {"mrbench": unused, "stage1": memory, "stage2": memory, "control": memory}
+    values = settings.model_dump(mode="json", include=used, exclude=left_out)
+    return _hash(values, arm.start, arm.template, seed, Path(backbone).name)
 
 
 def _hash(*values: object) -> str:

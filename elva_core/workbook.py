@@ -110,6 +110,7 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fi
             progress_bar=False,
             stderr_file=sys.stderr,
             kernel_name="python3",
+            store_widget_state=False,  # a widget of a finished run has nothing behind its buttons
             extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of local TCP at every start
         )
     except papermill.PapermillExecutionError as error:

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Tokeni
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from elva_core import backbone, emoji_collection, encoder, evaluate, mbeir, mrbench, retrieval, settings, training
+from elva_core import annotate, backbone, emoji_collection, encoder, evaluate, mbeir, mrbench, retrieval, settings, training
 
 ROWS, WORDS = 151_936, 151_643  # rows of the embedding matrix, and tokens before the special ones
 SPECIAL = [
@@ -88,7 +88,7 @@ def trained(request, root, emojis, tmp_path_factory):
                 "negatives": {"hard": 2, "random": 2, "threshold": 2.0, "pool": 8},
                 "optimiser": {"lr": 0.01, "checkpoint_every": 2},
             },
-            "mrbench": {"queries": 8},
+            "mrbench": {"queries": 8, "units": [], "tasks": [0, 3, 4, 7], "annotator": {"kind": "exact", "model": None}},
             "evaluation": {"batch": 32, "cutoffs": [1, 5], "bootstrap": 10},
         }
     )
@@ -167,7 +167,7 @@ def test_peft_adds_saves_and_reloads_an_adapter(trained, tmp_path):
 
 def test_evaluation_and_mrbench(trained, root, tmp_path):
     profile, _, models = trained
-    bench, *_ = mrbench.build(root, profile.mrbench, annotate=mbeir.grains, folder=tmp_path / "bench", seed=1)
+    bench, *_ = mrbench.build(root, profile.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)
     loaded = encoder.load(models["stage3"], dtype=profile.dtype)
     measured = evaluate.measure("stage 3", loaded, root, bench, profile.evaluation, seed=1)
     assert set(measured.results["unit"]) == set(root.units("test")) and len(measured.hits) == 8

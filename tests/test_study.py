@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import comparisons, mbeir, mrbench, settings, study
+from elva_core import annotate, comparisons, mrbench, settings, study
 from elva_core.study import Arm, Study
 
 
@@ -21,7 +21,7 @@ def profile(smoke):
 @pytest.fixture(scope="module")
 def bench(root, profile, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    return mrbench.build(root, profile.mrbench, annotate=mbeir.grains, folder=folder, seed=1)[0]
+    return mrbench.build(root, profile.mrbench, annotate=annotate.exact, folder=folder, seed=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def test_every_arm_changes_values_that_a_profile_has_and_says_why():
         for arm in study.arms(loaded).values():
             assert (loaded.changed(arm.changes) != loaded) == bool(arm.changes)
             assert arm.why
+
+
+def test_what_is_said_about_a_benchmark_asks_for_no_arm_again_but_who_draws_it_does(profile):
+    def mark(**changes):
+        return study.fingerprint(profile.changed({"mrbench": changes}), Arm(group="", trains="nothing", why=""), 1, "b")
+
+    assert mark() == mark(precision=0.5, licence="x")
+    model = {"kind": "transformers", "model": "m"}
+    assert len({mark(), mark(annotator=model), mark(units=["u"]), mark(queries=8)}) == 4
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
