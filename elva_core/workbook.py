@@ -274,6 +274,13 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
 
 
+def plan(profile_name: str, gpu: str | None, devices: int) -> None:
+    """Prints what a profile costs on a named GPU; starts nothing, writes nothing."""
+    from elva_core import plan as costs
+
+    costs.show(settings.load(profile_name), gpu=gpu, devices=devices, console=Console())
+
+
 def readme(profile_name: str) -> None:
     """Writes the result table of the committed run between the README's markers."""
     from elva_core import claims
@@ -297,6 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = commands.add_parser("study", help="train and measure the arms of params/arms.yaml that have no result yet")
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
+    p = commands.add_parser("plan", help="what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
+    p.add_argument("profile")
+    p.add_argument("--gpu", help="a name of params/plan.yaml, for instance H100, A100, H20, L40S; default by the profile's device")
+    p.add_argument("--devices", type=int, default=1)
     p = commands.add_parser("lint", help="check an M-BEIR folder")
     p.add_argument("root", type=Path)
     p = commands.add_parser("evaluate", help="score a trained model on units of an M-BEIR folder")
@@ -324,6 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status(a.profile, a.seed)
         elif a.command == "study":
             study(a.profile, a.seed)
+        elif a.command == "plan":
+            plan(a.profile, a.gpu, a.devices)
         elif a.command == "lint":
             return lint(a.root)
         elif a.command == "evaluate":

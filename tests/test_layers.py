@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 ORDER = [
     "settings", "artifacts", "mbeir", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards", "metrics",
     "encoder", "backbone", "rollout", "retrieval", "negatives", "mrbench", "contrastive", "rlvr",
-    "evaluate", "grains", "claims", "study", "comparisons", "figures", "report", "workbook", "__main__",
+    "evaluate", "grains", "claims", "study", "comparisons", "figures", "report",
+    "sizes", "catalogue", "workload", "plan", "workbook", "__main__",
 ]  # fmt: skip
 
 
