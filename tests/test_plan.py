@@ -176,7 +176,7 @@ def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, 
     flops = counted(lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
     train, made = load.contrastive(s, load.side("query"), load.side("candidate"))
     assert rows == {"prompts": train.prompts + made.prompts, "rollouts": made.rollouts}
-    assert flops == pytest.approx(train.flops + made.flops, rel=0.1)  # greedy summaries may end early
+    assert flops == pytest.approx(train.flops + made.flops, rel=0.02)  # merging the adapter and the loss are not planned
 
 
 @pytest.mark.parametrize("sides", ["query", "all"])
@@ -198,7 +198,7 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, s
     flops = counted(lambda: rlvr.step(tiny, asked, s, noise))
     planned = load.rlvr(sides)
     assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
-    assert flops == pytest.approx(planned.flops, rel=0.1)  # a few summaries end early
+    assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
 def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path):
