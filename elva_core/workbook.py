@@ -281,6 +281,14 @@ def plan(profile_name: str, gpu: str | None, devices: int) -> None:
     costs.show(settings.load(profile_name), gpu=gpu, devices=devices, console=Console())
 
 
+def push(model: Path, to: str, profile_name: str | None, results: Path | None) -> None:
+    """Puts a trained model with its card into a folder or on the hub."""
+    from elva_core import publish
+
+    profile = settings.load(profile_name) if profile_name else None
+    print(f"{model} is now {publish.push(model, to, profile=profile, results=results)}")
+
+
 def readme(profile_name: str) -> None:
     """Writes the result table of the committed run between the README's markers."""
     from elva_core import claims
@@ -325,6 +333,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
     p.add_argument("--profile", default="cpu")
+    p = commands.add_parser("push", help="put a trained model with its model card into a folder or on the hub")
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="a folder (existing, or starting with . / ~), else a hub name")
+    p.add_argument("--profile", help="whose training values the card shows")
+    p.add_argument("--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card")
     p = commands.add_parser("readme", help="refresh the result table of README.md")
     p.add_argument("profile", nargs="?", default="cpu")
     a = parser.parse_args(arguments)
@@ -343,6 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile)
         elif a.command == "search":
             search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile)
+        elif a.command == "push":
+            push(a.model, a.to, a.profile, a.results)
         elif a.command == "readme":
             readme(a.profile)
     except (ChainError, settings.ProfileError, artifacts.MissingStageError, FileNotFoundError, ValueError) as error:

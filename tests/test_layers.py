@@ -10,7 +10,7 @@ ORDER = [
     "settings", "artifacts", "mbeir", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards", "metrics",
     "encoder", "backbone", "rollout", "retrieval", "negatives", "mrbench", "contrastive", "rlvr",
     "evaluate", "grains", "claims", "study", "comparisons", "figures", "report",
-    "sizes", "catalogue", "workload", "plan", "workbook", "__main__",
+    "sizes", "catalogue", "workload", "plan", "publish", "workbook", "__main__",
 ]  # fmt: skip
 
 
