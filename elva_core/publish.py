@@ -134,7 +134,7 @@ def training_values(profile: Settings) -> str:
 
 
 def results_table(path: Path) -> str:
-    """Hit rates in percent with interval and n, as a Markdown table.
+    """Hit rates in percent (claims: what the report shows first) with interval and n, as a Markdown table.
 
     Raises:
         PublishError: neither results.csv of `evaluate` nor claims.csv of a report.
@@ -142,18 +142,21 @@ def results_table(path: Path) -> str:
     table = pd.read_csv(path)
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
         rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
-        names, scale = ["model", "unit", "pool", "metric"], 100
+        names, scale, form = ["model", "unit", "pool", "metric"], 100, ".1f"
     elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
-        rows = table[table["ours"].notna()].rename(columns={"ours": "value"})
-        names, scale = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1
+        # the averages, gains and distances; units and other cut-offs stay in the file
+        average = table["claim"].str.endswith("average") & (table["metric"] == "hit@5")
+        rows = table[table["ours"].notna() & (average | table["metric"].str.contains("gain of hit@5|distance"))]
+        rows = rows.rename(columns={"ours": "value"})
+        names, scale, form = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1, ".3g"
     else:
         raise PublishError(f"{path}: columns {list(table)} are neither those of results.csv nor of claims.csv")
     header = [*names, "value [95 %]", "n"]
     lines = [header, ["--"] * len(header)]
     for row in rows.to_dict("records"):
-        interval = f" [{scale * row['ci_low']:.1f}, {scale * row['ci_high']:.1f}]" if pd.notna(row["ci_low"]) else ""
+        interval = f" [{scale * row['ci_low']:{form}}, {scale * row['ci_high']:{form}}]" if pd.notna(row["ci_low"]) else ""
         cells = ["" if pd.isna(row[c]) else str(row[c]) for c in names]
-        lines.append([*cells, f"{scale * row['value']:.1f}{interval}", "" if pd.isna(row["n"]) else f"{row['n']:.0f}"])
+        lines.append([*cells, f"{scale * row['value']:{form}}{interval}", "" if pd.isna(row["n"]) else f"{row['n']:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -218,3 +218,19 @@ def test_a_results_file_of_another_kind_is_refused(trained, tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(PublishError, match=r"columns \['a', 'b'\] are neither"):
         publish.push(trained, str(tmp_path / "out"), results=tmp_path / "x.csv")
+
+
+def test_claims_show_what_the_report_shows_first(tmp_path):
+    columns = ["claim", "source", "dataset", "metric", "paper", "ours", "ci_low", "ci_high", "n", "seeds", "baseline", "verdict"]
+    rows = [
+        ["stage 3, average", "ours", "B", "hit@5", None, 33.6, 31.1, 36.1, 1200, "3", "", ""],
+        ["stage 3, unit", "ours", "B", "hit@5", None, 35.9, 31.1, 36.1, 300, "3", "", ""],
+        ["stage 3 over stage 2", "text", "B", "relative gain of hit@5, %", 13.1, 0.7, -1.5, 2.7, 1200, "3", "", "not reproduced"],
+        ["Table 1", "text", "B", "hit@5", 58.7, None, None, None, None, "", "", "not run"],
+    ]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "claims.csv", index=False)
+    shown = publish.results_table(tmp_path / "claims.csv").splitlines()[2:]
+    assert shown == [
+        "| stage 3, average | B | hit@5 |  | 3 |  | 33.6 [31.1, 36.1] | 1200 |",
+        "| stage 3 over stage 2 | B | relative gain of hit@5, % | 13.1 | 3 | not reproduced | 0.7 [-1.5, 2.7] | 1200 |",
+    ]
