@@ -227,7 +227,10 @@ def _time(hours: float) -> str:
 
 
 def _reported_table(settings: Settings) -> Table:
-    table = _table("Beside reported times", ("stage", "devices", "reported, h", "ours, h", "ours over reported"))
+    table = _table(
+        "Beside reported times; stage 2 without the steps at [RET], as theirs",
+        ("stage", "devices", "reported, h", "ours, h", "ours over reported"),
+    )
     for row in beside_reported(settings):
         numbers = (f"{row['hours']}", f"{row['ours']:.3g}", f"{row['ours'] / row['hours']:.2f}")
         table.add_row(f"{row['by']}: {row['name']}", f"{row['devices']} x {row['gpu']}", *numbers)

@@ -139,7 +139,7 @@ def results_table(path: Path) -> str:
     Raises:
         PublishError: neither results.csv of `evaluate` nor claims.csv of a report.
     """
-    table = pd.read_csv(path)
+    table = pd.read_csv(path, dtype={"seeds": str})
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
         rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
         names, scale, form = ["model", "unit", "pool", "metric"], 100, ".1f"

@@ -201,6 +201,19 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, s
     assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
+def test_recomputed_layers_cost_a_forward_and_save_memory():
+    """The key may be in a profile or not: accepted either way."""
+    load = workload.make(settings.load("qwen2vl-7b"))
+    query, candidate, plain = load.side("query"), load.side("candidate"), load.settings.stage1
+    again = plain.model_copy(update={"gradient_checkpointing": True})
+    (once, _), (twice, _) = (load.contrastive(s, query, candidate) for s in (plain, again))
+    rows, padding, request = plain.steps * plain.batch, load.data.padding, load.settings.encoder.eol_request
+    lengths = [load.length(side, request) * padding for side in (query, candidate)]
+    assert twice.flops - once.flops == pytest.approx(sum(load.sizes.forward(rows * n, n, plain.lora.rank) for n in lengths))
+    kept, left = (load.sizes.activation_bytes(2, 64, dropout=True, checkpointing=c) for c in (False, True))
+    assert left < kept / 10
+
+
 def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path):
     with_root = smoke.changed({"data": {"root": str(own_root.folder), "nli": str(tmp_path / "nli.csv")}})
     data = catalogue.dataset(with_root.model_copy(update={"profile": "nowhere"}), catalogue.known())
