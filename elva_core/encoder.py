@@ -13,19 +13,24 @@ Batches are left-padded, so the last position of every row is the one that count
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import mbeir
+from elva_core import artifacts, mbeir
 from elva_core.settings import EncoderSettings, LoraSettings
 
+POOLING = "last position, L2-normalised"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # transformers hands the lengths of packed images only to implementations with "flash" in their name
 VISION_ATTENTION = "flash_by_sdpa"
@@ -261,11 +266,36 @@ class Encoder:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self, folder: Path, *, stage: str, parent: str) -> None:
-        """Safetensors, processor and elva.json (prompts, pooling, stage, hash of the model it came from)."""
+        """Safetensors, processor and elva.json (prompts, pooling, stage, and the models it came from).
+
+        Args:
+            parent: folder or hub name of the model that training started from; a folder is recorded by its hash alone.
+        """
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        card = {"encoder": self.settings.model_dump(), "pooling": "last position, L2-normalised", "stage": stage, "parent": parent}
+        card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "stage": stage, "parents": lineage(parent)}
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
+
+
+def lineage(parent: str | Path) -> list[dict[str, str]]:
+    """The models behind one that starts from `parent`, oldest first; no path among them.
+
+    Returns:
+        {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose weights are those
+        of the hub's copy on this machine.
+    """
+    folder, name = Path(parent), {}
+    if not folder.is_dir():
+        if not HUB_NAME.fullmatch(str(parent)):
+            return []
+        copy = try_to_load_from_cache(str(parent), "config.json")
+        folder, name = Path(copy).parent if isinstance(copy, str) else None, {"hub": str(parent)}
+    if folder is None:
+        return [name]
+    card = json.loads((folder / "elva.json").read_text()) if (folder / "elva.json").is_file() else {}
+    weights = "".join(f"{path.name} {artifacts.file_hash(path)}\n" for path in sorted(folder.glob("*.safetensors")))
+    own = {"stage": card.get("stage", "backbone"), "sha256": hashlib.sha256(weights.encode()).hexdigest()}
+    return [*card.get("parents", []), own | name]
 
 
 def banned_ids(tokenizer, end_id: int, rows: int) -> torch.Tensor:

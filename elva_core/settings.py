@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
-NO_PROFILES = ("reported", "arms")  # the paper's numbers, and what the study changes
+NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 

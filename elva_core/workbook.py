@@ -289,6 +289,21 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
 
 
+def plan(profile_name: str, gpu: str | None, devices: int) -> None:
+    """Prints what a profile costs on a named GPU; starts nothing, writes nothing."""
+    from elva_core import plan as costs
+
+    costs.show(settings.load(profile_name), gpu=gpu, devices=devices, console=Console())
+
+
+def push(model: Path, to: str, profile_name: str | None, results: Path | None) -> None:
+    """Puts a trained model with its card into a folder or on the hub."""
+    from elva_core import publish
+
+    profile = settings.load(profile_name) if profile_name else None
+    print(f"{model} is now {publish.push(model, to, profile=profile, results=results)}")
+
+
 def readme(profile_name: str) -> None:
     """Writes the result table of the committed run between the README's markers."""
     from elva_core import claims
@@ -316,6 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control"))
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17)
+    p = commands.add_parser("plan", help="what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
+    p.add_argument("profile")
+    p.add_argument("--gpu", help="a name of params/plan.yaml, for instance H100, A100, H20, L40S; default by the profile's device")
+    p.add_argument("--devices", type=int, default=1)
     p = commands.add_parser("lint", help="check an M-BEIR folder")
     p.add_argument("root", type=Path)
     p = commands.add_parser("evaluate", help="score a trained model on units of an M-BEIR folder")
@@ -333,6 +352,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
     p.add_argument("--profile", default="cpu")
+    p = commands.add_parser("push", help="put a trained model with its model card into a folder or on the hub")
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="a folder (existing, or starting with . / ~), else a hub name")
+    p.add_argument("--profile", help="whose training values the card shows")
+    p.add_argument("--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card")
     p = commands.add_parser("readme", help="refresh the result table of README.md")
     p.add_argument("profile", nargs="?", default="cpu")
     a = parser.parse_args(arguments)
@@ -345,12 +369,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             study(a.profile, a.seed)
         elif a.command == "train":
             train(a.stage, a.profile, a.seed)
+        elif a.command == "plan":
+            plan(a.profile, a.gpu, a.devices)
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile)
         elif a.command == "search":
             search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile)
+        elif a.command == "push":
+            push(a.model, a.to, a.profile, a.results)
         elif a.command == "readme":
             readme(a.profile)
     except (ChainError, settings.ProfileError, artifacts.MissingStageError, FileNotFoundError, ValueError) as error:

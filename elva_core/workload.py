@@ -1,0 +1,242 @@
+"""How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
+
+Arithmetic on the profile, the backbone's sizes and the assumptions of params/plan.yaml; nothing is loaded. It counts what
+the loops of contrastive.py, rlvr.py, negatives.py and retrieval.py do, every summary being as long as its cap.
+
+    load = make(settings.load("qwen2vl-2b"), gpu="H20")
+    load.rlvr("all").rollouts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from elva_core import mbeir
+from elva_core.catalogue import Dataset, Gpu, Known, architecture, backbone, dataset, known
+from elva_core.settings import PARAMS, ContrastiveSettings, ProfileError, Settings
+from elva_core.sizes import Sizes
+
+MODALITIES_OF = {task: pair for pair, task in mbeir.TASKS.items()}
+SEARCH_PASSES = 3  # Searcher.evaluate multiplies queries and pool for the top k, the ranks and the pessimistic ranks
+VISION_CALL = 64  # images per call of Encoder._vision_features
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Inputs of one kind: mean text tokens, share that has an image."""
+
+    text: float
+    image: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
+
+    waiting: those of the seconds in which the device waits for Python to start the next layer.
+    """
+
+    prompts: float = 0
+    rollouts: float = 0
+    tokens: float = 0
+    flops: float = 0
+    seconds: float = 0
+    waiting: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(*(getattr(self, n) * times for n in self.__slots__))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A profile on `devices` of one kind."""
+
+    settings: Settings
+    known: Known
+    sizes: Sizes
+    data: Dataset
+    gpu: Gpu
+    kind: str  # cuda or cpu
+    devices: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.settings.dtype == "bfloat16" else 4
+
+    @property
+    def cap(self) -> int:
+        return self.settings.encoder.max_summary_tokens
+
+    @property
+    def image_tokens(self) -> float:
+        return self.sizes.image_tokens(min(self.data.image_pixels, self.settings.encoder.max_pixels or self.data.image_pixels))
+
+    def length(self, side: Side, request: str) -> float:
+        """Mean tokens of a prompt."""
+        text = min(side.text, self.settings.encoder.max_text_tokens)
+        frame = self.known.assumed.chat_tokens[self.kind] + len(request) / self.known.assumed.characters_per_token
+        return frame + text + side.image * (self.image_tokens + 2)
+
+    def side(self, which: str, weight: str | None = None) -> Side:
+        """Mean query or candidate over the units, weighted by a count of theirs, or alike."""
+        units = {name: getattr(u, weight) if weight else 1 for name, u in self.data.units.items()}
+        total, place = sum(units.values()), ("query", "candidate").index(which)
+        text = sum(n * getattr(self.data.units[name], which) for name, n in units.items())
+        image = sum(n for name, n in units.items() if "image" in MODALITIES_OF[task_of(name)][place])
+        return Side(text / total, image / total)
+
+    def _seconds(self, flops: float, layers: float, read: float = 0.0) -> tuple[float, float]:
+        """The slowest of computing, reading memory, and starting layers from Python; and again if it is the last."""
+        assumed = self.known.assumed
+        computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
+        reading = read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share)
+        starting = layers * assumed.seconds_per_layer[self.kind]
+        return max(computing, reading, starting), starting if starting > max(computing, reading) else 0.0
+
+    def read(
+        self,
+        rows: float,
+        side: Side,
+        request: str,
+        *,
+        per_call: float,
+        rank: int = 0,
+        backward: bool = False,
+        checkpointing: bool = False,
+        continuations: int = 0,
+        ending: int = 0,
+        logits: int = 0,
+        mixed: bool = True,
+    ) -> Cost:
+        """Prompts run through tower and language model, with the way back if asked.
+
+        Args:
+            continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is part of the row).
+            logits: positions per row, or per continuation. mixed: padded rows of different lengths.
+        """
+        sizes, length = self.sizes, self.length(side, request) + (0 if continuations else ending)
+        padding = self.data.padding if mixed else 1.0
+        parts = [(rows * length * padding, length * padding)]
+        if continuations:
+            parts.append((rows * continuations * ending, length * padding + ending))
+        positions = rows * max(1, continuations) * logits
+        forward = sum(sizes.forward(t, c, rank) for t, c in parts) * (2 if backward and checkpointing else 1)
+        flops = forward + sizes.logits(positions) * (2 if backward else 1)
+        flops += sum(sizes.backward(t, c, rank) for t, c in parts) if backward else 0
+        images = rows * side.image * (min(1.0, self.data.train_pool / rows) if self.settings.encoder.cache_vision else 1.0)
+        flops += sizes.vision(images, self.image_tokens)
+        passes = len(parts) * (1 + (2 if backward else 0) + (1 if backward and checkpointing else 0))
+        layers = rows / per_call * sizes.layers * passes + images / min(per_call, VISION_CALL) * sizes.vision_layers
+        tokens = rows * (length + continuations * ending)
+        return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers))
+
+    def write(self, rows: float, side: Side, rollouts: int, *, per_call: float, rank: int = 0, mixed: bool = True) -> Cost:
+        """`rollout.generate`: each prompt once, then one token of all its rollouts at a time, and [RET]."""
+        request, per_call = self.settings.encoder.summary_request, min(per_call, rows)
+        prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
+        steps, together, context = self.cap + 1, per_call * rollouts, self.length(side, request) + (self.cap + 2) / 2
+        flops = self.sizes.forward(together, context, rank) + self.sizes.logits(together)
+        weights = (self.sizes.linear + self.sizes.adapter(rank) + self.sizes.hidden * self.sizes.vocabulary) * self.width
+        read = weights + together * context * self.sizes.kv_bytes(self.width)
+        made, one_step = rows * rollouts, Cost(0, 0, 0, flops, *self._seconds(flops, self.sizes.layers, read))
+        return prefill + Cost(0, made, made * steps) + one_step * (steps * rows / per_call)
+
+    def contrastive(
+        self, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives: int = 0, distinct: float = float("inf")
+    ) -> tuple[Cost, Cost]:
+        """(training, writing the summaries it trains on). Every process writes all summaries, so the second part is not divided."""
+        ret_steps, encoder = int(s.steps * s.ret_share), self.settings.encoder
+        cache, recompute = s.gradient_cache or self.devices > 1, getattr(s, "gradient_checkpointing", False)
+        train, made = Cost(), Cost()
+        for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
+            for steps, request, ending in (
+                (s.steps - ret_steps, encoder.eol_request, 0),
+                (ret_steps, encoder.summary_request, self.cap + 1),
+            ):
+                if steps:
+                    shape = {"per_call": min(s.chunk, n), "rank": s.lora.rank, "ending": ending, "logits": ending}
+                    train += self.read(steps * n, side, request, backward=True, checkpointing=recompute, **shape)
+                    train += self.read(steps * n, side, request, **shape) if cache else Cost()
+            if ret_steps:
+                made += self.write(min(ret_steps * n, distinct if side is candidate else ret_steps * n), side, 1, per_call=n)
+        return train, made
+
+    def rlvr(self, rollout_sides: str) -> Cost:
+        """Stage 3: sampling, candidates of the step, reference and policy."""
+        s, cost = self.settings.stage3, Cost()
+        steps, others = s.queries // s.queries_per_step, 1 + s.negatives.hard + s.negatives.random
+        rows, per_call = steps * s.queries_per_step, max(1, s.chunk // s.rollouts)
+        acting = [(self.side("query"), rows)] + ([(self.side("candidate"), rows * others)] if rollout_sides == "all" else [])
+        for side, n in acting:
+            cost += self.write(n, side, s.rollouts, per_call=per_call, rank=s.lora.rank)
+            scored = {"per_call": per_call, "continuations": s.rollouts, "ending": self.cap + 1, "logits": self.cap}
+            cost += self.read(n, side, self.settings.encoder.summary_request, **scored)
+            cost += self.read(n, side, self.settings.encoder.summary_request, rank=s.lora.rank, backward=True, **scored)
+        if rollout_sides == "query" and s.candidates == "step":
+            per_call = s.queries_per_step * others / 2  # texts and images apart
+            cost += self.write(rows * others, self.side("candidate"), 1, per_call=per_call, rank=s.lora.rank)
+        return cost
+
+    def mining(self) -> Cost:
+        """Negatives of stage 3: a pool per modality, the queries and their positives; as often as it is repeated."""
+        s, batch = self.settings.stage3, self.settings.evaluation.batch
+        again = s.negatives.again_every
+        rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
+        pool = min(self.data.train_pool, len(mbeir.MODALITIES) * (s.negatives.pool or self.data.train_pool))
+        cost = self.write(pool + s.queries, self.side("candidate"), 1, per_call=batch, mixed=False)
+        return (cost + self.write(s.queries, self.side("query"), 1, per_call=batch, mixed=False)) * rounds
+
+    def evaluation(self) -> Cost:
+        """One model: every test query and every candidate once, whatever pool asks for it."""
+        queries, pool = (sum(getattr(u, n) for u in self.data.units.values()) for n in ("test", "pool"))
+        asked = self.write(queries, self.side("query", "test"), 1, per_call=self.settings.evaluation.batch, mixed=False)
+        return asked + self.write(pool, self.side("candidate", "pool"), 1, per_call=self.settings.evaluation.batch, mixed=False)
+
+    def search(self, pool: str) -> Cost:
+        """Exact search of one model, on the host."""
+        units = self.data.units.values()
+        pairs = sum(u.test * u.pool for u in units) if pool == "local" else sum(u.test for u in units) * sum(u.pool for u in units)
+        flops = SEARCH_PASSES * 2 * self.sizes.hidden * pairs
+        return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
+
+    def annotator(self) -> Workload:
+        """The same devices with the model that annotates MRBench, and the units whose queries it reads."""
+        a, units = self.known.annotation, {n: u for n, u in self.data.units.items() if task_of(n) in self.settings.mrbench.tasks}
+        return replace(
+            self,
+            sizes=architecture(a.model, self.known),
+            data=self.data.model_copy(update={"units": units}),
+            settings=self.settings.changed({"encoder": {"max_summary_tokens": a.new_tokens}}),
+        )
+
+    def annotation(self) -> Cost:
+        """MRBench: a larger model lists the grains of every test query of its tasks."""
+        annotator = self.annotator()
+        asked = sum(u.test for u in annotator.data.units.values())
+        return annotator.write(asked, annotator.side("query", "test"), 1, per_call=self.known.annotation.batch)
+
+
+def task_of(unit: str) -> int:
+    return int(unit.rpartition("_task")[2])
+
+
+def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Workload:
+    """The workload of a profile.
+
+    Args:
+        gpu: a name of params/plan.yaml; None takes the default of the profile's device.
+
+    Raises:
+        ProfileError: an unknown GPU, backbone or data set; names what there is.
+    """
+    table = known()
+    name = gpu or table.default_gpu[settings.device.partition(":")[0]]
+    if name not in table.gpus:
+        raise ProfileError(f"no GPU {name!r} in {PARAMS / 'plan.yaml'}; it has {', '.join(table.gpus)}")
+    return Workload(
+        settings, table, backbone(settings, table), dataset(settings, table), table.gpus[name], "cpu" if name == "cpu" else "cuda", devices
+    )
