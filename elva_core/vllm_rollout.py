@@ -88,6 +88,9 @@ class VllmSampler:
     ) -> list[rollout.Rollouts]:
         """Rollouts of each part under the weights of this moment, all asked of vLLM at once.
 
+        Args:
+            noises: (items, G, T) of each part, G at least 2; vLLM's seeds are taken from it.
+
         Raises:
             ValueError: vLLM read another prompt than the trainer.
         """
@@ -114,6 +117,7 @@ class VllmSampler:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wanted(self, encoder: Encoder, noise: torch.Tensor, temperature: float):
+        """One item's request, a SamplingParams."""
         return self._vllm.SamplingParams(
             n=len(noise),
             seed=seed_of(noise),
@@ -127,7 +131,10 @@ class VllmSampler:
         )
 
     def _push(self, encoder: Encoder):
-        """Hands over the weights of this moment. Name, number and path are new each time: vLLM caches prompts by them."""
+        """Hands over the weights of this moment; returns their LoRARequest.
+
+        Name, number and path are new each time: vLLM reads an adapter once per number and caches prompts by name and path.
+        """
         from vllm.lora.request import LoRARequest
 
         number = next(self._pushes)

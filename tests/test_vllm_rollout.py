@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import socket
 import sys
@@ -238,6 +239,40 @@ def test_the_engine_keeps_room_for_the_rank(engine, policy, tmp_path, rank, room
     made = vllm_rollout.VllmSampler(policy, LoraSettings(rank=rank, alpha=1, dropout=0), VllmSettings(), tmp_path / "vllm")
     assert made._engine._max_rank == room
     made.close()
+
+
+def test_the_real_vllm_takes_what_is_handed_over(policy, items, smoke, tmp_path, monkeypatch):
+    """Where vllm is installed, without its engine: its arguments, its processor of prompts, its loader of adapters."""
+    pytest.importorskip("vllm")
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora import lora_model, peft_helper, request
+    from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing import ProcessorInputs, context
+
+    for ours, theirs in (("SamplingParams", SamplingParams), ("LLM", EngineArgs), ("LoRARequest", request.LoRARequest)):
+        asked, known = (set(inspect.signature(made).parameters) for made in (getattr(vllm_stand_in, ours), theirs))
+        assert asked <= known, ours
+    policy.model.save_pretrained(tmp_path / "base")
+    policy.processor.save_pretrained(tmp_path / "base")
+    processor = MULTIMODAL_REGISTRY.create_processor(EngineArgs(model=str(tmp_path / "base"), dtype="float32").create_model_config())
+    rows = vllm_rollout.token_rows(policy, items)
+    for row, prompt in zip(rows, vllm_rollout.prompts(policy, items, rows), strict=True):
+        if "multi_modal_data" in prompt:
+            image = processor.info.parse_mm_data(prompt["multi_modal_data"])
+            read = processor.apply(ProcessorInputs(prompt["prompt_token_ids"], image), context.TimingContext())
+            assert read["prompt_token_ids"] == row
+    policy.add_lora(smoke.stage3.lora, seed=0)
+    vllm_rollout.write_adapter(policy, tmp_path / "adapter")
+    monkeypatch.setattr(lora_model, "PIN_MEMORY", False)
+    helper = peft_helper.PEFTHelper.from_local_dir(str(tmp_path / "adapter"), None)
+    names = Qwen2VLForConditionalGeneration.hf_to_vllm_mapper.get_rename_mapper()
+    loaded = lora_model.LoRAModel.from_local_checkpoint(
+        str(tmp_path / "adapter"), vllm_stand_in.MODULES, helper, lora_model_id=1, device="cpu", weights_mapper=names
+    )
+    layers = range(policy.backbone.config.get_text_config().num_hidden_layers)
+    assert {name.rsplit(".", 2)[0] for name in loaded.loras} == {f"language_model.model.layers.{i}" for i in layers}
 
 
 def with_the_stand_in(*asked):
