@@ -10,12 +10,13 @@ merged stage-2 model: the adapter of this stage, disabled.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from elva_core import objectives, rewards, rollout, runtime
+from elva_core import objectives, rewards, rollout, runtime, vllm_rollout
 from elva_core.contrastive import epochs
 from elva_core.encoder import Encoder, Item
 from elva_core.negatives import Ranked
@@ -88,7 +89,13 @@ def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, s
     return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
 
 
-def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noise: torch.Tensor) -> dict[str, float]:
+def step(
+    encoder: Encoder,
+    ranked: Sequence[Ranked],
+    settings: RlvrSettings,
+    noise: torch.Tensor,
+    sampler: rollout.Sampler = rollout.in_process,
+) -> dict[str, float]:
     """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged.
 
     Each process takes its share of the queries; the sum of their gradients is that of the whole step.
@@ -100,10 +107,7 @@ def step(encoder: Encoder, ranked: Sequence[Ranked], settings: RlvrSettings, noi
     mine = [ranked[i] for i in own]
     acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
     noises = noise[own].flatten(0, 1)
-    sampled = [
-        rollout.generate(encoder, part, noise=numbers, temperature=settings.temperature)
-        for part, numbers in zip(_chunks(acting, settings), _chunks(noises, settings), strict=True)
-    ]
+    sampled = sampler(encoder, _chunks(acting, settings), _chunks(noises, settings), settings.temperature)
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     grouped = vectors.unflatten(0, (len(mine), -1))
     scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
@@ -177,6 +181,7 @@ def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]
     actions = torch.cat([s.actions.flatten(0, 1).sum(1) for s in sampled]).float()
     ended = torch.cat([((s.tokens == encoder.end_id) & s.actions).any(-1).flatten() for s in sampled])
     groups = [{tuple(t) for t in group} for s in sampled for group in s.summaries(encoder.end_id)]
+    apart = [(s.engine_log_p - s.log_p).abs().sum() for s in sampled if s.engine_log_p is not None]
     return {
         "reward": float(scored.total.mean()),
         "reward_margin": float(scored.margin.mean()),
@@ -190,16 +195,18 @@ def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[rollout.Rollouts]
         "summary_length": float(actions.mean()),
         "no_natural_end": float(1 - ended.float().mean()),
         "distinct_summaries": sum(map(len, groups)) / (len(groups) * scored.total.shape[1]),
-    }
+    } | ({"sampler_drift": float(sum(apart) / actions.sum())} if apart else {})
 
 
 def guard(settings: RlvrSettings):
-    """The reason to stop, if there is one: reward or KL not finite, KL above its bound, constant summaries."""
+    """The reason to stop, if there is one: reward or KL not finite, KL above its bound, constant summaries, another sampler."""
     flat = 0
 
     def check(row: dict[str, float]) -> str | None:
         nonlocal flat
         flat = flat + 1 if row["frac_reward_zero_std"] == 1 else 0
+        if not row.get("sampler_drift", 0.0) <= settings.vllm.drift_bound:
+            return f"vLLM is {row['sampler_drift']:.3f} nats a token from the trainer, above its bound {settings.vllm.drift_bound}"
         if row["reward"] != row["reward"]:
             return "reward is not a number"
         if not row["kl"] <= settings.kl_bound:
@@ -209,6 +216,13 @@ def guard(settings: RlvrSettings):
         return None
 
     return check
+
+
+def sampler_of(encoder: Encoder, settings: RlvrSettings, folder: Path) -> AbstractContextManager[rollout.Sampler]:
+    """Who writes the summaries of a run that starts from `encoder`, without an adapter yet; `folder` is for what vLLM reads."""
+    if settings.sampler == "vllm":
+        return closing(vllm_rollout.VllmSampler(encoder, settings.lora, settings.vllm, folder))
+    return nullcontext(rollout.in_process)
 
 
 def train(
@@ -229,8 +243,6 @@ def train(
     Returns:
         the log lines, one per step.
     """
-    encoder.add_lora(settings.lora, seed=seed)
-    encoder.model.eval()
     per_step, steps, again = settings.queries_per_step, settings.queries // settings.queries_per_step, settings.negatives.again_every
     if per_step < runtime.processes().num_processes:
         raise ValueError(f"stage3.queries_per_step = {per_step} is fewer than the {runtime.processes().num_processes} processes; raise it")
@@ -241,11 +253,14 @@ def train(
         nonlocal draw
         if again and i and i % again == 0:
             draw = epochs(mine(), seed, "stage3")
-        row = step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=runtime.torch_rng(seed, "rollout", i)))
+        row = step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=runtime.torch_rng(seed, "rollout", i)), sampler)
         runtime.sum_gradients(parameters.values())
         return row
 
-    parameters = encoder.trainable()
-    rows = runtime.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
+    with sampler_of(encoder, settings, folder / "vllm") as sampler:
+        encoder.add_lora(settings.lora, seed=seed)
+        encoder.model.eval()
+        parameters = encoder.trainable()
+        rows = runtime.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

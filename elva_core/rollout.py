@@ -8,7 +8,7 @@ two pieces are used: `prefill` and a continuation on the cache, so their log-pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,8 @@ class Rollouts:
 
     tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn counts,
     [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action. entropy: (B, G, T) nats.
-    embeddings: (B, G, D) float32, L2-normalised state at [RET].
+    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine, which
+    sampled the tokens, says of them; None where the trainer sampled them itself.
     """
 
     tokens: torch.Tensor
@@ -31,6 +32,7 @@ class Rollouts:
     log_p: torch.Tensor
     entropy: torch.Tensor
     embeddings: torch.Tensor
+    engine_log_p: torch.Tensor | None = None
 
     def summaries(self, end_id: int) -> list[list[list[int]]]:
         """Token ids of each summary without the end of turn."""
@@ -38,6 +40,10 @@ class Rollouts:
             [[t for t, a in zip(row, act, strict=True) if a and t != end_id] for row, act in zip(group, acts, strict=True)]
             for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
         ]
+
+
+# (encoder, items in parts, (items, G, T) noise of each part, temperature) -> the rollouts of each part
+Sampler = Callable[[Encoder, Sequence[Sequence[Item]], Sequence[torch.Tensor], float], list[Rollouts]]
 
 
 @dataclass(slots=True)
@@ -121,16 +127,15 @@ def generate(encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | N
     return Rollouts(*stack, embeddings.unflatten(0, (-1, rollouts)))
 
 
-def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Teacher-forced log-probabilities and embeddings of given rollouts, with gradient.
+def in_process(encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float) -> list[Rollouts]:
+    """The sampler of transformers: the model that is trained writes the summaries, one part after another."""
+    return [generate(encoder, part, noise=noise, temperature=temperature) for part, noise in zip(parts, noises, strict=True)]
 
-    The prompt is computed once per item, gradients included; its G continuations share the cache.
 
-    Returns:
-        log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
-    """
-    groups = rollouts.tokens.shape[1]
-    tokens, actions = rollouts.tokens.flatten(0, 1), rollouts.actions.flatten(0, 1)
+def _forced(encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) that chose each of the N actions, and embeddings (B, G, D), of given summaries; see `score`."""
+    groups = tokens.shape[1]
+    tokens, actions = tokens.flatten(0, 1), actions.flatten(0, 1)
     prefix = prefill(encoder, items, groups)
     first = prefix.last
     lengths = (actions & (tokens != encoder.end_id)).sum(1)
@@ -140,8 +145,34 @@ def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temper
     inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
     states = _advance(encoder, prefix, inputs, column <= lengths[:, None])
     before = torch.cat([first[:, None], states[:, :-1]], dim=1)[:, : tokens.shape[1]]
-    log_p = torch.zeros(tokens.shape, device=tokens.device)
-    chosen = torch.log_softmax(encoder.logits(before[actions]) / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
-    log_p = log_p.masked_scatter(actions, chosen)
     embeddings = normalised(states[torch.arange(len(states)), lengths])
-    return log_p.unflatten(0, (-1, groups)), embeddings.unflatten(0, (-1, groups))
+    return encoder.logits(before[actions]), embeddings.unflatten(0, (-1, groups))
+
+
+def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced log-probabilities and embeddings of given rollouts, with gradient.
+
+    The prompt is computed once per item, gradients included; its G continuations share the cache.
+
+    Returns:
+        log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
+    """
+    tokens, actions = rollouts.tokens, rollouts.actions
+    logits, embeddings = _forced(encoder, items, tokens, actions)
+    chosen = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(actions, chosen), embeddings
+
+
+@torch.no_grad()
+def completed(
+    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor, *, temperature: float = 1.0
+) -> Rollouts:
+    """The rollouts that `generate` gives where it samples these tokens; one forward, without gradient.
+
+    Args:
+        tokens, actions: (B, G, T), as in `Rollouts`.
+    """
+    logits, embeddings = _forced(encoder, items, tokens, actions)
+    log_p, nothing = torch.log_softmax(logits / temperature, dim=-1), torch.zeros(tokens.shape, device=tokens.device)
+    chosen, entropy = log_p.gather(-1, tokens[actions][:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1)
+    return Rollouts(tokens, actions, nothing.masked_scatter(actions, chosen), nothing.masked_scatter(actions, entropy), embeddings)

@@ -157,6 +157,13 @@ class RewardSettings(Section):
     weights: Literal["fixed", "adaptive"] = "fixed"  # adaptive: by the share of rollouts that put the positive first
 
 
+class VllmSettings(Section):
+    """Values of `sampler: vllm`; every process has an engine of its own on its own GPU."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35  # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
+    drift_bound: float = 0.2  # nats a token, the guard stops above it; ours: bf16 alone gives some 0.05 (TRL issue 6789)
+
+
 class RlvrSettings(Section):
     """Stage 3."""
 
@@ -164,6 +171,9 @@ class RlvrSettings(Section):
     queries_per_step: Positive
     rollouts: Annotated[int, Field(ge=2)]
     rollout_sides: Literal["query", "all"]  # whose summaries are actions
+    # left out of the dump where they are not asked for, so that results of before keep their fingerprint
+    sampler: Literal["transformers", "vllm"] = Field("transformers", exclude_if=lambda sampler: sampler == "transformers")
+    vllm: VllmSettings = Field(VllmSettings(), exclude_if=lambda values: values == VllmSettings())
     candidates: Literal["step", "mined"]  # other sides are encoded once per step, or stay as mining encoded them
     temperature: Annotated[float, Field(gt=0)]
     clip: float

@@ -27,6 +27,13 @@ def test_extending_changes_only_what_it_names():
     assert smoke.digest() != cpu.digest() == settings.load("cpu").digest()
 
 
+def test_a_sampler_that_is_not_asked_for_leaves_the_dump_and_so_every_fingerprint():
+    cpu = settings.load("cpu")
+    assert not {"sampler", "vllm"} & set(cpu.model_dump()["stage3"])
+    changed = cpu.changed({"stage3": {"sampler": "vllm", "vllm": {"drift_bound": 0.1}}})
+    assert changed.stage3.sampler == "vllm" and changed.changed({}) == changed and changed.digest() != cpu.digest()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

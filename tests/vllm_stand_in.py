@@ -1,0 +1,140 @@
+"""A stand-in for vllm 0.33.0 with the arguments that its source has, and a transformers model where the engine would be.
+
+Read there: entrypoints/llm.py, engine/arg_utils.py, sampling_params.py, lora/{request,peft_helper,lora_model,utils,
+worker_manager}.py, v1/engine/{parallel_sampling,detokenizer,output_processor}.py, v1/executor/uniproc_executor.py. What
+is kept of it: one placeholder an image, which the engine expands with the processor of its own folder; adapters read
+from disk, once per id, with the names, ranks and refusals of vLLM's loader; child i of a request has its seed plus i;
+the stop token is the last of the tokens; the log-probability of the sampled token stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+MODULES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@dataclass
+class SamplingParams:
+    n: int = 1
+    temperature: float = 1.0
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    detokenize: bool = True
+    logit_bias: dict[int, float] | None = None
+
+
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+
+
+@dataclass
+class Logprob:
+    logprob: float
+
+
+class LLM:
+    def __init__(
+        self,
+        model: str,
+        *,
+        gpu_memory_utilization: float = 0.92,
+        distributed_executor_backend: str | None = None,
+        enable_lora: bool = False,
+        max_lora_rank: int = 16,
+        limit_mm_per_prompt: dict[str, int] | None = None,
+        logprobs_mode: str = "raw_logprobs",
+    ) -> None:
+        assert distributed_executor_backend == "external_launcher" and enable_lora and logprobs_mode == "processed_logprobs"
+        assert {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+        assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) and limit_mm_per_prompt["image"] == 1
+        self._hf = AutoModelForImageTextToText.from_pretrained(model).eval()
+        self._processor, self._max_rank = AutoProcessor.from_pretrained(model), max_lora_rank
+        self._peft, self._loaded = None, set()
+
+    def apply_model(self, func) -> list:
+        model = SimpleNamespace(get_language_model=lambda: SimpleNamespace(model=self._hf.model.language_model))
+        return [func(model)]
+
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None) -> list:
+        self._use(lora_request)
+        return [self._complete(prompt, wanted) for prompt, wanted in zip(prompts, sampling_params, strict=True)]
+
+    def _use(self, request: LoRARequest) -> None:
+        name = f"adapter{request.lora_int_id}"
+        if request.lora_int_id not in self._loaded:
+            check_adapter(Path(request.lora_path), self._max_rank)
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self._hf, request.lora_path, adapter_name=name)
+            else:
+                self._peft.load_adapter(request.lora_path, adapter_name=name)
+            self._loaded.add(request.lora_int_id)
+        self._peft.set_adapter(name)
+
+    @torch.no_grad()
+    def _complete(self, prompt: dict, wanted: SamplingParams) -> SimpleNamespace:
+        ids, image_id, vision = list(prompt["prompt_token_ids"]), self._hf.config.image_token_id, {}
+        if "multi_modal_data" in prompt:
+            inputs = self._processor.image_processor([prompt["multi_modal_data"]["image"]], return_tensors="pt")
+            size = int(inputs.image_grid_thw.prod()) // self._hf.config.vision_config.spatial_merge_size**2
+            (at,) = [i for i, t in enumerate(ids) if t == image_id]  # a second one would be an image that is not there
+            ids[at : at + 1] = [image_id] * size
+            pixels = inputs.pixel_values.bfloat16().float()  # as an engine in bf16 has them, and the trainer
+            vision = {"pixel_values": pixels.repeat(wanted.n, 1), "image_grid_thw": inputs.image_grid_thw.repeat(wanted.n, 1)}
+        bias = torch.zeros(self._hf.config.get_text_config().vocab_size)
+        bias[list(wanted.logit_bias)] = torch.tensor(list(wanted.logit_bias.values()))
+        generators = [torch.Generator().manual_seed(wanted.seed + i) for i in range(wanted.n)]
+        rows, found = torch.tensor([ids] * wanted.n), [SimpleNamespace(token_ids=[], logprobs=[], done=False) for _ in generators]
+        for _ in range(wanted.max_tokens):
+            logits = self._hf(input_ids=rows, mm_token_type_ids=(rows == image_id).int(), **vision).logits[:, -1].float()
+            log_p = torch.log_softmax((logits + bias) / wanted.temperature, dim=-1)
+            tokens = torch.stack([torch.multinomial(p, 1, generator=g) for p, g in zip(log_p.exp(), generators, strict=True)])
+            rows = torch.cat([rows, tokens], dim=1)
+            for one, token, chances in zip(found, tokens[:, 0].tolist(), log_p, strict=True):
+                if not one.done:
+                    one.token_ids.append(token)
+                    one.logprobs.append({token: Logprob(float(chances[token]))})
+                    one.done = token in wanted.stop_token_ids
+            if all(one.done for one in found):
+                break
+        return SimpleNamespace(prompt_token_ids=ids, outputs=found)
+
+
+def check_adapter(folder: Path, max_rank: int) -> None:
+    """What vLLM's loader refuses."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config["r"] > max_rank or config["bias"] != "none" or config["modules_to_save"] or config["use_dora"]:
+        raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank {max_rank}, or another feature that vLLM lacks")
+    for name in load_file(folder / "adapter_model.safetensors"):
+        *module, kind, last = name.removeprefix("base_model.model.").split(".")
+        if kind not in ("lora_A", "lora_B") or last != "weight":
+            raise ValueError(f"{name} is unsupported LoRA weight")
+        if module[:2] != ["model", "language_model"] or module[-1] not in MODULES:
+            raise ValueError(f"expected target modules in {MODULES} but received {'.'.join(module)}")
+
+
+def modules() -> dict[str, ModuleType]:
+    """What `import vllm` finds."""
+    vllm, lora, request = (ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request"))
+    vllm.LLM, vllm.SamplingParams, vllm.lora, vllm.__version__ = LLM, SamplingParams, lora, "0.33.0"
+    lora.request, request.LoRARequest = request, LoRARequest
+    return {"vllm": vllm, "vllm.lora": lora, "vllm.lora.request": request}
+
+
+def install() -> None:
+    sys.modules |= modules()
