@@ -57,14 +57,13 @@ def sides(ranked: Ranked, which: str) -> list[Item]:
     return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
 
 
-def candidates_once(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once."""
+def candidates_once(encoder: Encoder, ranked: Sequence[Ranked], chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once, `chunk` of them at a time."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
-    for part in (texts, images):
-        if part:
-            vectors.update(zip(part, rollout.generate(encoder, part).embeddings[:, 0], strict=True))
+    for part in (kind[i : i + chunk] for kind in (texts, images) for i in range(0, len(kind), chunk)):
+        vectors.update(zip(part, rollout.generate(encoder, part).embeddings[:, 0], strict=True))
     positives = torch.stack([vectors[r.positive] for r in ranked])
     negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
     return positives, negatives
@@ -85,7 +84,10 @@ def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, s
     queries = vectors[:, 0]
     if settings.rollout_sides == "all":
         return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
-    positives, negatives = (candidates_as_mined if settings.candidates == "mined" else candidates_once)(encoder, ranked)
+    if settings.candidates == "mined":
+        positives, negatives = candidates_as_mined(encoder, ranked)
+    else:
+        positives, negatives = candidates_once(encoder, ranked, settings.chunk)
     return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
 
 

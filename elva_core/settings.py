@@ -126,7 +126,8 @@ class ContrastiveSettings(Section):
     batch: Positive
     chunk: Positive  # rows per forward
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
-    gradient_checkpointing: bool = False  # one layer's activations in memory at a time; same gradient, one more forward
+    # one layer's activations in memory at a time; same gradient, one more forward. Left out of the dump where it is off
+    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
     temperature: Annotated[float, Field(gt=0)]
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
     summary_weight: float  # of the cross-entropy that keeps the model writing its first summaries

@@ -82,9 +82,7 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     bench = settings.mrbench
     unused = {"precision", "licence"}  # what is said about the benchmark; and what draws it only where it is given
     unused |= (set() if bench.units else {"units"}) | ({"annotator"} if bench.annotator.kind == "exact" else set())
-    memory = {"gradient_checkpointing"}  # changes no result
-    left_out = {"mrbench": unused, "stage1": memory, "stage2": memory, "control": memory}
-    values = settings.model_dump(mode="json", include=used, exclude=left_out)
+    values = settings.model_dump(mode="json", include=used, exclude={"mrbench": unused})
     return _hash(values, arm.start, arm.template, seed, Path(backbone).name)
 
 

@@ -116,6 +116,7 @@ def run(wanted: Job) -> None:
         return
     settings, seed, folder = wanted.settings, wanted.seed, wanted.folder
     runtime.start(settings.threads)
+    runtime.processes()  # each takes its own device before anything is loaded
     if wanted.name in ("stage3", "control"):
         mine(wanted)
     model = _loaded(wanted)

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from elva_core import backbone, emoji_collection, encoder, mbeir, settings
+from elva_core import backbone, emoji_collection, encoder, mbeir, negatives, settings
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -61,6 +61,12 @@ def model_folder(root, smoke, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
+
+
+def mined(model, root, smoke, queries: int) -> list[negatives.Ranked]:
+    """`queries` train queries with the negatives that the model chooses."""
+    settings = smoke.stage3.model_copy(update={"queries": queries})
+    return negatives.assemble(negatives.select(model, root, settings, batch=32, seed=1), root, 1)
 
 
 @pytest.fixture

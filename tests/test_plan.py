@@ -8,12 +8,13 @@ import io
 import pytest
 import torch
 import yaml
+from conftest import mined
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from elva_core import catalogue, contrastive, encoder, mbeir, negatives, plan, rlvr, rollout, settings, sizes, workbook, workload
+from elva_core import catalogue, contrastive, encoder, mbeir, plan, rlvr, rollout, settings, sizes, workbook, workload
 from elva_core.settings import ProfileError
 from elva_core.workload import Side, Workload
 
@@ -186,10 +187,10 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, s
     s = load.settings.stage3.model_copy(update=changes)
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
     per_query = 2 + s.negatives.hard + s.negatives.random
-    mined = negatives.mine(tiny, root, 8, smoke.stage3.negatives, batch=32, seed=1)[:2]
+    ranked = mined(tiny, root, smoke, 8)[:2]
     asked = [
         dataclasses.replace(r, item=own[0], positive=own[1], negatives=tuple(own[2:]))
-        for r, own in zip(mined, (pictures[:per_query], pictures[per_query : 2 * per_query]), strict=True)
+        for r, own in zip(ranked, (pictures[:per_query], pictures[per_query : 2 * per_query]), strict=True)
     ]
     tiny.add_lora(s.lora, seed=0)
     lengths(monkeypatch, tiny, pictures[0])

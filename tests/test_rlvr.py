@@ -11,6 +11,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import mined
 from safetensors.torch import load_file, save_file
 
 from elva_core import contrastive, encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
@@ -21,8 +22,7 @@ STEP = 5e-3  # of finite differences, in the units of the weights
 
 @pytest.fixture
 def ranked(tiny, root, smoke):
-    settings = smoke.stage3.model_copy(update={"queries": 8})
-    return negatives.assemble(negatives.select(tiny, root, settings, batch=32, seed=1), root, 1)
+    return mined(tiny, root, smoke, 8)
 
 
 def stage3(smoke, **changes):
@@ -78,7 +78,7 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
 
 
 def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
-    for stored, fresh in zip(rlvr.candidates_as_mined(tiny, ranked), rlvr.candidates_once(tiny, ranked), strict=True):
+    for stored, fresh in zip(rlvr.candidates_as_mined(tiny, ranked), rlvr.candidates_once(tiny, ranked, 3), strict=True):
         torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
 
 
@@ -227,14 +227,14 @@ def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_
     )
 
     def run(name, changed=settings):
-        model, mined = encoder.load(model_folder, smoke.encoder), []
+        model, times = encoder.load(model_folder, smoke.encoder), []
 
         def mine():
-            mined.append(1)
-            return negatives.assemble(negatives.select(model, root, stage3(smoke), batch=32, seed=1), root, 1)
+            times.append(1)
+            return mined(model, root, smoke, 8)
 
         rlvr.train(model, ranked, changed, seed=4, folder=tmp_path / name, mine=mine)
-        return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), len(mined)
+        return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), len(times)
 
     whole, times = run("whole")
     assert times == 1  # of four steps, at the third

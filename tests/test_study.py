@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import annotate, comparisons, mrbench, settings, study
+from elva_core import annotate, comparisons, mrbench, settings, study, training
 from elva_core.study import Arm, Study
 
 
@@ -83,7 +83,7 @@ def test_arms_of_every_seed_run_first_and_the_others_once(profile):
 
 def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run, tmp_path, interrupted):
     names = len(study.planned(profile))
-    with interrupted(study, "train", 2):
+    with interrupted(training, "run", 4):
         run()
     done = len(list((tmp_path / "study").glob("*/seed-*/manifest.json")))
     assert 0 < done < names and len(list((tmp_path / "study").glob("*/seed-*"))) == done

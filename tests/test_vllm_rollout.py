@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 import vllm_stand_in
+from conftest import mined
 from safetensors.torch import load_file
 from test_rlvr import noise as numbers
 from test_rlvr import stage3, train_as_one_of
 from transformers import AutoProcessor
 
-from elva_core import encoder, negatives, objectives, rlvr, rollout, runtime, vllm_rollout
+from elva_core import encoder, objectives, rlvr, rollout, runtime, vllm_rollout
 from elva_core.settings import LoraSettings, VllmSettings
 
 
@@ -141,7 +142,7 @@ def test_a_step_leaves_the_gradient_of_the_transformers_side(policy, sampler, ro
     """Gains are given: dividing by the tiny spread of an untrained model's rewards would blow up rounding."""
     monkeypatch.setattr(objectives, "advantages", lambda r, *_: torch.arange(r.numel()).float().view_as(r) - 2)
     settings = stage3(smoke, gradient="full", candidates="mined", chunk=6)
-    ranked = negatives.mine(policy, root, 4, smoke.stage3.negatives, batch=32, seed=1)
+    ranked = mined(policy, root, smoke, 4)
     drawn = []
 
     def watched(*asked):
@@ -169,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_leaves_no_folder(
         optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.01} | changes)
         settings = stage3(smoke, queries_per_step=2, sampler="vllm", candidates="mined", optimiser=optimiser)
         model = encoder.load(model_folder, prompting)
-        ranked = negatives.mine(model, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+        ranked = mined(model, root, smoke, 8)
         rows = rlvr.train(model, ranked, settings, seed=4, folder=tmp_path / name)
         return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), rows
 
@@ -211,7 +212,7 @@ def test_a_sampler_far_from_the_trainer_stops_training_by_name(smoke):
 def test_a_wrong_engine_is_noticed(engine, model_folder, prompting, root, smoke, tmp_path, monkeypatch):
     """Its base is not the merged stage-2 model: nothing but the drift shows it."""
     model = encoder.load(model_folder, prompting)
-    ranked = negatives.mine(model, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+    ranked = mined(model, root, smoke, 8)
     load = vllm_stand_in.AutoModelForImageTextToText.from_pretrained
 
     def perturbed(folder, **options):
@@ -228,7 +229,7 @@ def test_a_wrong_engine_is_noticed(engine, model_folder, prompting, root, smoke,
 
 def test_without_vllm_the_message_has_both_ways_out_and_nothing_is_written(policy, root, smoke, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    ranked = negatives.mine(policy, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+    ranked = mined(policy, root, smoke, 8)
     with pytest.raises(ModuleNotFoundError, match=r"pip install vllm==\d.*or set stage3\.sampler: transformers"):
         rlvr.train(policy, ranked, stage3(smoke, sampler="vllm"), seed=4, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -282,7 +283,7 @@ def with_the_stand_in(*asked):
 
 def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, tiny, root, smoke, tmp_path):
     """Three queries a step, so that the shares are uneven."""
-    ranked = negatives.mine(tiny, root, 8, smoke.stage3.negatives, batch=32, seed=1)
+    ranked = mined(tiny, root, smoke, 8)
     settings = stage3(smoke, queries=6, queries_per_step=3, sampler="vllm", candidates="mined")
     one = encoder.load(model_folder, prompting)
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}

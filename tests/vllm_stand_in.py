@@ -94,7 +94,7 @@ class LLM:
             size = int(inputs.image_grid_thw.prod()) // self._hf.config.vision_config.spatial_merge_size**2
             (at,) = [i for i, t in enumerate(ids) if t == image_id]  # a second one would be an image that is not there
             ids[at : at + 1] = [image_id] * size
-            pixels = inputs.pixel_values.bfloat16().float()  # as an engine in bf16 has them, and the trainer
+            pixels = inputs.pixel_values
             vision = {"pixel_values": pixels.repeat(wanted.n, 1), "image_grid_thw": inputs.image_grid_thw.repeat(wanted.n, 1)}
         bias = torch.zeros(self._hf.config.get_text_config().vocab_size)
         bias[list(wanted.logit_bias)] = torch.tensor(list(wanted.logit_bias.values()))
