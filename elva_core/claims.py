@@ -95,7 +95,7 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
 
 
 def measured(
-    results: pd.DataFrame, pairs: Sequence[dict], distances: pd.DataFrame, tables: dict, dataset: str, evidence: bool
+    results: pd.DataFrame, pairs: Sequence[dict], distances: pd.DataFrame, tables: dict, dataset: str, evidence: bool, samples: int
 ) -> list[dict]:
     """Rows for what this run measured; a verdict only where the paper has a number to compare the direction with.
 
@@ -103,6 +103,7 @@ def measured(
         results: MRBench rows with model, unit, metric, value, ci_low, ci_high, n; unit "average" is the mean over tasks.
         pairs: `comparison` dictionaries. distances: model, kind, distance, qid.
         evidence: False (smoke) makes every verdict "not run": such a run tests plumbing.
+        samples: of the bootstrap.
     """
     rows = []
     for r in results.itertuples():
@@ -139,27 +140,23 @@ def measured(
             }
         )
         rows[-1]["verdict"] = verdict(rows[-1]) if evidence else "not run"
-    means = distances.groupby("model", sort=False)["distance"].mean()
-    counts = distances.groupby("model", sort=False)["qid"].nunique()
-    for model, paper in tables["grain_distance"]["values"].items():
-        if model in means:
-            rows.append(
-                {
-                    "claim": f"grain distance, {model}",
-                    "source": tables["grain_distance"]["source"],
-                    "dataset": f"MRBench-{dataset}",
-                    "metric": "mean cosine distance",
-                    "paper": paper,
-                    "ours": means[model],
-                    "n": counts[model],
-                    "baseline": "",
-                    "verdict": "",
-                }
-            )
-    grew = means.get("stage 3", np.nan) > means.get("stage 2", np.nan)
-    for row in rows[-2:]:
-        if row["claim"] == "grain distance, stage 3":
-            row.update(verdict=("same direction" if grew else "not reproduced") if evidence else "not run", baseline="stage 2")
+    return rows + _distances(distances, tables["grain_distance"], dataset, evidence, samples)
+
+
+def _distances(distances: pd.DataFrame, reported: dict, dataset: str, evidence: bool, samples: int) -> list[dict]:
+    """Mean distance of each model, and the paired growth from stage 2 to stage 3, with intervals over queries."""
+    of_query = distances.groupby(["qid", "model"])["distance"].mean().unstack("model")
+    values = {name: (of_query[name], paper) for name, paper in reported["values"].items() if name in of_query}
+    if {"stage 2", "stage 3"} <= values.keys():
+        (old, before), (new, after) = values["stage 2"], values["stage 3"]
+        values["stage 3 over stage 2"] = new - old, after - before
+    rows = []
+    for name, (own, paper) in values.items():
+        low, high = metrics.bootstrap_interval(own.to_numpy(), samples, runtime.rng_for(0, "grain distance", name))
+        row = {"claim": f"grain distance, {name}", "source": reported["source"], "dataset": f"MRBench-{dataset}"}
+        row |= {"metric": "mean cosine distance", "paper": paper, "ours": own.mean(), "ci_low": low, "ci_high": high, "n": len(own)}
+        gain = "over" in name
+        rows.append(row | {"baseline": "stage 2" if gain else "", "verdict": (verdict(row) if evidence else "not run") if gain else ""})
     return rows
 
 

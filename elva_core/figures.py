@@ -290,9 +290,10 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     axis.errorbar(
         table["value"], place, xerr=spread, fmt="o", color=CORRECTED, markersize=5, elinewidth=1.4, label="mean, 95 % over queries"
     )
-    for y, seeds in zip(place, table["by seed"], strict=True):
-        if len(seeds) > 1:
-            axis.plot(seeds, [y] * len(seeds), "|", color=PRINTED, markersize=9, label="one seed" if y == 0 else None)
+    several = [(y, seeds) for y, seeds in zip(place, table["by seed"], strict=True) if len(seeds) > 1]
+    if several:
+        values, rows = [v for _, seeds in several for v in seeds], [y for y, seeds in several for _ in seeds]
+        axis.plot(values, rows, "|", color=PRINTED, markersize=9, label="one seed")
     if "paper" in table:
         axis.plot(table["paper"], place, "D", color="#444444", markersize=4, label="paper")
     if (table["ci_low"] <= 0).any():

@@ -50,7 +50,7 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
     dataset = run.settings.data.name
-    rows = claims.measured(mrbench, pairs, distances, reported, dataset, run.settings.evidence)
+    rows = claims.measured(mrbench, pairs, distances, reported, dataset, run.settings.evidence, run.settings.evaluation.bootstrap)
     tables = [study_table(run, name) for name in ("scores", "differences", "ablations")]
     rows += claims.studied(*tables, reported, dataset, run.settings.evidence)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)

@@ -170,12 +170,15 @@ def test_without_evidence_every_verdict_is_not_run():
         "relative %": 25.0,
         "n": 9,
     }
-    distances = pd.DataFrame({"model": ["stage 2", "stage 3"], "qid": ["a", "a"], "distance": [0.1, 0.2]})
+    far = [0.1, 0.3, 0.2, 0.4]  # of two queries, under two models
+    distances = pd.DataFrame({"model": ["stage 2"] * 2 + ["stage 3"] * 2, "qid": ["a", "b"] * 2, "distance": far})
     for evidence, verdict in ((True, "reproduced"), (False, "not run")):
-        rows = claims.measured(results, [pair], distances, claims.reported(), "x", evidence)
+        rows = claims.measured(results, [pair], distances, claims.reported(), "x", evidence, 20)
         table = claims.assemble([*rows, *claims.not_run(claims.reported())], 1)
         gain = table.set_index("claim").loc["stage 3 over stage 2"]
         assert gain["verdict"] == verdict and gain["ci_low"] == pytest.approx(12.5)
+        grown = table.set_index("claim").loc["grain distance, stage 3 over stage 2"]
+        assert grown["verdict"] == verdict and grown["ours"] == pytest.approx(0.1) and grown["paper"] == pytest.approx(0.08)
         assert (table.loc[table["ours"].isna(), "verdict"] == "not run").all() and list(table.columns) == claims.COLUMNS
 
 
