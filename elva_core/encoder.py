@@ -109,7 +109,8 @@ class Batch:
 class Encoder:
     """A vision-language model of transformers with its processor and the prompts of `EncoderSettings`."""
 
-    def __init__(self, model, processor, settings: EncoderSettings) -> None:
+    def __init__(self, model, processor, settings: EncoderSettings, source: str = "") -> None:
+        self.source = source  # folder or hub name that it was loaded from
         self.model = model
         self.processor = processor
         self.settings = settings
@@ -333,7 +334,7 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
     model.requires_grad_(False)
-    return Encoder(model.eval(), processor, settings)
+    return Encoder(model.eval(), processor, settings, str(folder))
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ measured = measure("stage 2", encoder, root, bench, settings.evaluation, seed=17
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from elva_core import mbeir, metrics, prepare, runtime
+from elva_core import artifacts, mbeir, metrics, prepare, retrieval, runtime
 from elva_core.encoder import Encoder
-from elva_core.retrieval import Searcher, UnitResult
+from elva_core.retrieval import Embedded, Searcher, UnitResult
 from elva_core.settings import EvaluationSettings
+from elva_core.store import Store
+
+EMBEDDINGS = artifacts.OUTPUTS / "cache/embeddings"
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ def measure(
     pools: Sequence[str] = ("local", "global"),
 ) -> Measured:
     """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools."""
-    searcher = Searcher(encoder, root, split, settings, template=template)
+    searcher = searcher_of(encoder, root, split, settings, template)
     rows = []
     for pool in pools:
         for unit in root.units(split):
@@ -57,6 +62,87 @@ def measure(
     table = pd.DataFrame(rows)
     table.insert(0, "model", model)
     return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
+
+
+def searcher_of(encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str) -> Searcher:
+    """A searcher that keeps its embeddings where the profile says."""
+    kept = Store(EMBEDDINGS, encoder, batch=settings.batch, template=template) if settings.on_disk else None
+    return Searcher(encoder, root, split, settings, template=template, store=kept)
+
+
+def score(searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str, spread: bool = False) -> pd.DataFrame:
+    """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
+
+    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them), out/table.csv and
+    out/table.md (`official_table`).
+
+    Args:
+        model: name in the tables. spread: also the hit rate under each of the four instructions.
+
+    Returns:
+        the long table.
+    """
+    settings, split, parts = searcher.settings, searcher.split, []
+    for pool in pools:
+        for unit in units:
+            asked = searcher.embedded(unit, pool=pool)
+            path = out / "units" / f"{unit}_{pool}_{_key(asked, settings, spread)}.csv"
+            if not path.is_file():
+                result = searcher.rank(asked)
+                rows = result.table(settings.cutoffs, settings.bootstrap, 0)
+                if spread:
+                    rows += _spread_rows(searcher, unit, pool, len(result.queries))
+                retrieval.write_run(result, out / "runs", model, split)
+                retrieval.write_qrels(searcher.root, unit, split, out / "runs")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                runtime.write_whole(path, retrieval.tabulate([row | {"model": model} for row in rows]).to_csv(index=False))
+            parts.append(pd.read_csv(path))
+    results = pd.concat(parts, ignore_index=True)
+    runtime.write_whole(out / "results.csv", results.to_csv(index=False))
+    table = official_table(results)
+    runtime.write_whole(out / "table.csv", table.to_csv(index=False))
+    runtime.write_whole(out / "table.md", markdown(table))
+    return results
+
+
+def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
+    """What the scores of a unit depend on."""
+    values = [asked.query_vectors.content, asked.pool_vectors.content, asked.relevant, settings.model_dump_json(), spread]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def _spread_rows(searcher: Searcher, unit: str, pool: str, n: int) -> list[dict]:
+    k = mbeir.OFFICIAL_UNITS.get(unit, 5)
+    (found,) = prompt_spread(searcher, [unit], k, pool).to_dict("records")
+    row = {"unit": unit, "pool": pool, "ci_low": np.nan, "ci_high": np.nan, "n": n}
+    return [row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]} for name in ("mean", "lowest", "highest")]
+
+
+def official_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Hit rates in percent, a row per model and pool.
+
+    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them; then
+    others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
+    """
+    rows = []
+    for (model, pool), own in results.groupby(["model", "pool"], sort=False):
+        units = [u for u in mbeir.OFFICIAL_UNITS if u in set(own["unit"])]
+        others = [u for u in own["unit"].unique() if u not in mbeir.OFFICIAL_UNITS]
+        row: dict[str, object] = {"model": model, "pool": pool}
+        for unit in [*(mbeir.OFFICIAL_UNITS if units else ()), *others]:
+            k = mbeir.OFFICIAL_UNITS.get(unit, 5)
+            found = own[(own["unit"] == unit) & (own["metric"] == f"hit@{k}")]["value"]
+            row[f"{unit} @{k}"] = 100 * found.iloc[0] if len(found) else np.nan
+        complete = len(units) == len(mbeir.OFFICIAL_UNITS)
+        row["Avg"] = float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()])) if complete else "partial"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """One decimal, as papers print; nothing where nothing was measured."""
+    cells = [["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]) + "\n"
 
 
 def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
@@ -93,11 +179,11 @@ def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
     return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[["model", "composition", f"hit@{k}", "n"]]
 
 
-def prompt_spread(searcher: Searcher, units: Sequence[str], k: int) -> pd.DataFrame:
+def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
     for unit in units:
-        values = [metrics.hit_rate_at_k(searcher.evaluate(unit, prompt_index=i).ranks, k).mean() for i in range(4)]
+        values = [metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean() for i in range(4)]
         rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
     return pd.DataFrame(rows)
 

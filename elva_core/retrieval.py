@@ -1,20 +1,20 @@
-"""Encoding items and exact search with a stated tie rule.
+"""Encoding items, and the positives of a unit ranked against a pool.
 
-vectors = encode(encoder, items, batch=256)
-ranking = relevant_ranks(queries, pool, relevant)
+result = Searcher(encoder, root, "test", settings).evaluate("mscoco_task0", pool="global")
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
-from elva_core import mbeir, metrics, rollout, runtime
+from elva_core import mbeir, metrics, rollout, runtime, search
 from elva_core.encoder import Encoder, Item, candidate_item, query_item
 from elva_core.settings import EvaluationSettings
 
@@ -53,70 +53,32 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
     return np.stack([vectors[i] for i in found]), [texts[i] for i in found]
 
 
-def top_k(queries: np.ndarray, pool: np.ndarray, k: int, *, shard: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
-    """Exact cosine search in shards with a running top-k.
-
-    Args:
-        queries: (Q, D), pool: (C, D), both L2-normalised. k <= C.
-
-    Returns:
-        rows of the pool (Q, k) int64 and their cosines (Q, k), best first; ties in pool order.
-    """
-    if k > len(pool):
-        raise ValueError(f"k = {k} exceeds the pool of {len(pool)}; lower the cut-off")
-    q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-    best_scores = torch.empty(len(q), 0)
-    best_rows = torch.empty(len(q), 0, dtype=torch.long)
-    for start in range(0, len(pool), shard):
-        part = torch.from_numpy(np.asarray(pool[start : start + shard], dtype=np.float32))
-        scores = torch.cat([best_scores, q @ part.T], dim=1)
-        rows = torch.cat([best_rows, torch.arange(start, start + len(part)).expand(len(q), -1)], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best_scores, best_rows = scores[:, :k], rows.gather(1, order[:, :k])
-    return best_rows.numpy(), best_scores.numpy()
-
-
-def relevant_ranks(
-    queries: np.ndarray, pool: np.ndarray, relevant: Sequence[Sequence[int]], *, pessimistic: bool = False
-) -> list[list[int]]:
-    """1-based ranks of the relevant pool rows of each query.
-
-    Args:
-        relevant: per query the pool rows judged relevant; may be empty.
-        pessimistic: a tie puts the relevant candidate last instead of in pool order.
-    """
-    out = []
-    for start in range(0, len(queries), 256):
-        block = queries[start : start + 256] @ pool.T
-        for scores, rows in zip(block, relevant[start : start + 256], strict=True):
-            found = []
-            for row in rows:
-                ahead = int((scores > scores[row]).sum())
-                tied = scores == scores[row]
-                found.append(ahead + int(tied.sum() if pessimistic else tied[: row + 1].sum()))
-            out.append(sorted(found))
-    return out
-
-
 @dataclass(frozen=True)
 class UnitResult:
-    """Ranks of the positives of one unit under one model. `queries` are in the order of the ranks."""
+    """Ranks of the positives of one unit under one model. `queries` are in the order of the ranks, `candidates` in that of the pool."""
 
     unit: str
     pool: str
-    queries: tuple[mbeir.Query, ...]
+    queries: Sequence[mbeir.Query]
     ranks: list[list[int]]
     pessimistic: list[list[int]]
     relevant: list[int]
     top: np.ndarray  # (Q, k) pool rows
     scores: np.ndarray  # (Q, k)
-    candidates: tuple[mbeir.Candidate, ...]
+    candidates: Sequence[mbeir.Candidate]
+
+    def wrong_modality(self) -> np.ndarray:
+        """1 where the first answer has another modality than the task asks for, per query."""
+        asked = [mbeir.CANDIDATE_MODALITY[query.task] for query in self.queries]
+        return np.array([float(self.candidates[top[0]].modality != m) for top, m in zip(self.top, asked, strict=True)])
 
     def table(self, cutoffs: Sequence[int], samples: int, seed: int) -> list[dict]:
-        """One row per metric with a bootstrap interval over queries."""
+        """One row per metric with a bootstrap interval over queries; a unit of M-BEIR also at the cut-off it is reported at."""
+        cutoffs = sorted({*cutoffs, *([mbeir.OFFICIAL_UNITS[self.unit]] if self.unit in mbeir.OFFICIAL_UNITS else [])})
         measured = {f"hit@{k}": metrics.hit_rate_at_k(self.ranks, k) for k in cutoffs}
         measured |= {f"recall@{k}": metrics.recall_at_k(self.ranks, k, self.relevant) for k in cutoffs}
         measured |= {f"hit@{k} pessimistic": metrics.hit_rate_at_k(self.pessimistic, k) for k in cutoffs}
+        measured |= {"wrong modality@1": self.wrong_modality()}
         measured |= {"mrr@10": metrics.reciprocal_rank(self.ranks), "ndcg@10": metrics.ndcg_at_k(self.ranks, 10, self.relevant)}
         rows = []
         for name, values in measured.items():
@@ -135,17 +97,43 @@ class UnitResult:
         return rows
 
 
+class Embedded(NamedTuple):
+    """The queries and candidates of a unit with their vectors (Q, D), (C, D). relevant: per query the pool rows judged relevant."""
+
+    unit: str
+    pool: str
+    queries: Sequence[mbeir.Query]
+    candidates: Sequence[mbeir.Candidate]
+    relevant: list[list[int]]
+    query_vectors: Sequence
+    pool_vectors: Sequence
+
+
 class Searcher:
-    """One encoder over one root and split: encodes each distinct query and candidate once, whatever asks for it."""
+    """One encoder over one root and split: embeds each distinct query and candidate once, whatever asks for it.
+
+    Args:
+        store: where embeddings are kept (store.Store); None keeps them, and the summaries, in memory.
+    """
 
     def __init__(
-        self, encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, *, template: str = "summary", seed: int = 0
+        self,
+        encoder: Encoder,
+        root: mbeir.Root,
+        split: str,
+        settings: EvaluationSettings,
+        *,
+        template: str = "summary",
+        seed: int = 0,
+        store: Callable[[Iterable[Item]], Sequence] | None = None,
     ) -> None:
         self.encoder, self.root, self.split, self.settings, self.template, self.seed = encoder, root, split, settings, template, seed
         self._known: dict[Item, tuple[np.ndarray, str]] = {}
+        self.vectors = store or self._in_memory
 
-    def vectors(self, items: Sequence[Item]) -> np.ndarray:
+    def _in_memory(self, items: Iterable[Item]) -> np.ndarray:
         """(N, D) embeddings."""
+        items = list(items)
         missing = [i for i in dict.fromkeys(items) if i not in self._known]
         if missing:
             vectors, texts = encode(self.encoder, missing, batch=self.settings.batch, template=self.template)
@@ -161,7 +149,11 @@ class Searcher:
         return query_item(self.root, query, seed=self.seed, scope=f"{self.split}/{unit}", prompt_index=prompt_index)
 
     def evaluate(self, unit: str, *, pool: str = "local", root: mbeir.Root | None = None, prompt_index: int | None = None) -> UnitResult:
-        """Ranks every judged query of a unit against a pool.
+        """Ranks every judged query of a unit against a pool; arguments and errors as `embedded` has them."""
+        return self.rank(self.embedded(unit, pool=pool, root=root, prompt_index=prompt_index))
+
+    def embedded(self, unit: str, *, pool: str = "local", root: mbeir.Root | None = None, prompt_index: int | None = None) -> Embedded:
+        """A unit and a pool, as vectors.
 
         Args:
             root: where queries and qrels come from (a benchmark); None is this searcher's root.
@@ -170,42 +162,56 @@ class Searcher:
             ElvaDataError: a query without judgement, or (global pool) a judged did that the pool lacks.
         """
         asked = root or self.root
-        queries, judged = asked.queries(unit, self.split), asked.qrels(unit, self.split)
-        candidates = asked.pool(unit, self.split, pool)
-        row = {c.did: i for i, c in enumerate(candidates)}
+        queries, judged, candidates = asked.queries(unit, self.split), asked.qrels(unit, self.split), asked.pool(unit, self.split, pool)
         relevant = []
         for query in queries:
             if query.qid not in judged:
                 raise mbeir.ElvaDataError(f"{asked.qrels_path(unit, self.split)}: query {query.qid} has no judgement")
             own = [d for d in judged[query.qid] if pool == "global" or d.partition(":")[0] == query.qid.partition(":")[0]]
-            if lost := [d for d in own if d not in row]:
+            rows = [candidates.row(d) for d in own]
+            if None in rows:
                 raise mbeir.ElvaDataError(
-                    f"{asked.qrels_path(unit, self.split)}: {query.qid} is judged with {lost[0]}, which the {pool} pool lacks; run lint"
+                    f"{asked.qrels_path(unit, self.split)}: {query.qid} is judged with {own[rows.index(None)]}, "
+                    f"which the {pool} pool lacks; run lint"
                 )
-            relevant.append([row[d] for d in own])
-        q = self.vectors([self.query(query, unit, prompt_index) for query in queries])
-        c = self.vectors([candidate_item(self.root, x) for x in candidates])
-        k = min(max(self.settings.cutoffs), len(candidates))
-        top, scores = top_k(q, c, k)
-        ranks = relevant_ranks(q, c, relevant)
-        worst = relevant_ranks(q, c, relevant, pessimistic=True)
-        return UnitResult(unit, pool, tuple(queries), ranks, worst, [len(r) for r in relevant], top, scores, tuple(candidates))
+            relevant.append(rows)
+        q = self.vectors(self.query(query, unit, prompt_index) for query in queries)
+        return Embedded(unit, pool, queries, candidates, relevant, q, self.vectors(candidate_item(self.root, x) for x in candidates))
+
+    def rank(self, asked: Embedded) -> UnitResult:
+        """Where the positives stand, and the best candidates."""
+        k = min(max(self.settings.cutoffs), len(asked.candidates))
+        found = search.exact(asked.query_vectors[:], asked.pool_vectors, k, asked.relevant)
+        sizes = [len(rows) for rows in asked.relevant]
+        return UnitResult(
+            asked.unit, asked.pool, asked.queries, found.ranks, found.pessimistic, sizes, found.rows, found.scores, asked.candidates
+        )
 
 
-def write_run(result: UnitResult, folder: Path, run_id: str) -> list[Path]:
-    """TREC's six columns and UniIR's seven (the last is the task), `qid Q0 did rank score run [task]`."""
+def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test") -> list[Path]:
+    """The ranked lists as trec_eval reads them, six columns, and as UniIR names and writes them, seven: the last is the task.
+
+    Columns: qid Q0 did rank score run [task].
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines: Mapping[str, list[str]] = {"trec": [], "uniir": []}
-    for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True):
-        for rank, (row, value) in enumerate(zip(rows, scores, strict=True), start=1):
-            line = f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}"
-            lines["trec"].append(line)
-            lines["uniir"].append(f"{line} {query.task}")
-    paths = []
-    for form, text in lines.items():
-        paths.append(folder / f"{result.unit}_{result.pool}_{form}.txt")
-        runtime.write_whole(paths[-1], "\n".join(text) + "\n")
-    return paths
+    depth, place = result.top.shape[1], "single" if result.pool == "local" else "union"
+    forms = {f"{result.unit}_{result.pool}_trec.txt": False, f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt": True}
+    for name, with_task in forms.items():
+        lines = (
+            f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}" + (f" {query.task}" if with_task else "")
+            for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
+            for rank, (row, value) in enumerate(zip(rows, scores, strict=True), start=1)
+        )
+        runtime.write_whole(folder / name, "\n".join(lines) + "\n")
+    return [folder / name for name in forms]
+
+
+def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:
+    """The judgements of a unit in trec_eval's four columns; the root's own file has UniIR's fifth, the task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"{qid} 0 {did} {relevance}" for qid, dids in root.qrels(unit, split).items() for did, relevance in dids.items()]
+    runtime.write_whole(folder / f"{unit}_qrels_trec.txt", "\n".join(lines) + "\n")
+    return folder / f"{unit}_qrels_trec.txt"
 
 
 def tabulate(rows: Sequence[dict]) -> pd.DataFrame:

@@ -234,6 +234,8 @@ class MrbenchSettings(Section):
 
 class EvaluationSettings(Section):
     batch: Positive
+    # embeddings go to disk instead of memory; left out of the dump where it is off
+    on_disk: bool = Field(False, exclude_if=lambda on: not on)
     cutoffs: tuple[int, ...]
     bootstrap: Positive
     grain_queries: Positive

@@ -254,27 +254,28 @@ def check(root: Path) -> int:
     return int(bool(problems))
 
 
-def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str) -> None:
-    """Scores a trained model on units of any M-BEIR root; writes results.csv and run files."""
-    from elva_core import encoder, mbeir, retrieval, runtime
+def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str, template: str, spread: bool) -> None:
+    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again."""
+    from elva_core import encoder, mbeir, retrieval, runtime, store
+    from elva_core import evaluate as evaluation
 
-    profile = settings.load(profile_name)
+    profile, pools = settings.load(profile_name), ("local", "global") if pool == "both" else (pool,)
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
-    searcher = retrieval.Searcher(loaded, mbeir.Root(root), "test", profile.evaluation)
-    rows = []
-    for unit in units or searcher.root.units("test"):
-        result = searcher.evaluate(unit, pool=pool)
-        retrieval.write_run(result, out / "runs", model.name)
-        rows += [row | {"model": model.name} for row in result.table(profile.evaluation.cutoffs, profile.evaluation.bootstrap, 0)]
-    table = retrieval.tabulate(rows)
-    runtime.write_whole(out / "results.csv", table.to_csv(index=False))
-    print(table.to_string(index=False))
+    kept = store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
+    searcher = retrieval.Searcher(loaded, mbeir.Root(root), "test", profile.evaluation, template=template, store=kept)
+    known = searcher.root.units("test")
+    if lost := sorted(set(units) - set(known)):
+        raise ValueError(f"{root} has no test units {lost}; it has {known}")
+    results = evaluation.score(searcher, units or known, pools, out, model=model.name, spread=spread)
+    print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
+    print((out / "table.md").read_text())
 
 
 def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k: int, profile_name: str) -> None:
     """Prints the best candidates of a unit's pool for a free query."""
     from elva_core import encoder, mbeir, retrieval, runtime
+    from elva_core import search as exact_search
 
     profile, store = settings.load(profile_name), mbeir.Root(root)
     runtime.start(profile.threads)
@@ -282,9 +283,9 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
     candidates = store.pool(unit, "test")
     pool, _ = retrieval.encode(loaded, [encoder.candidate_item(store, c) for c in candidates], batch=profile.evaluation.batch)
     query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
-    rows, scores = retrieval.top_k(query, pool, min(k, len(pool)))
+    answers = exact_search.exact(query, pool, min(k, len(pool)))
     print(f"summary: {summary!r}")
-    for rank, (row, value) in enumerate(zip(rows[0], scores[0], strict=True), start=1):
+    for rank, (row, value) in enumerate(zip(answers.rows[0], answers.scores[0], strict=True), start=1):
         found = candidates[row]
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
 
@@ -341,7 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--root", type=Path, required=True)
     p.add_argument("--unit", nargs="*", default=[])
     p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--pool", choices=("local", "global"), default="local")
+    p.add_argument("--pool", choices=("local", "global", "both"), default="local")
+    p.add_argument("--template", choices=("summary", "eol"), default="summary", help="read at [RET] after a summary, or in one pass")
+    p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
     p = commands.add_parser("search", help="search a unit's pool with a text, an image, or both")
@@ -374,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":
-            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile)
+            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread)
         elif a.command == "search":
             search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile)
         elif a.command == "push":

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import artifacts, claims, settings, workbook
+from elva_core import artifacts, claims, evaluate, settings, workbook
 from elva_core.workbook import ChainError
 
 
@@ -224,14 +224,16 @@ def test_the_readme_shows_the_committed_reference_run():
     assert claims.markdown(table.fillna(texts), "").strip() in readme
 
 
-def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys):
+def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "EMBEDDINGS", tmp_path / "kept")
     tiny.save(tmp_path / "model", stage="test", parent="none")
     common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
     assert workbook.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out/results.csv")
     assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
-    assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 2
-    capsys.readouterr()
+    assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
+    assert workbook.main(["evaluate", *common[:4], "--unit", "nowhere_task0", "--out", str(tmp_path / "out")]) == 1
+    assert "no test units ['nowhere_task0']" in capsys.readouterr().err
     assert workbook.main(["search", *common, "--k", "3", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
 
