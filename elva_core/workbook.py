@@ -273,17 +273,17 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
 
 
 def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k: int, profile_name: str) -> None:
-    """Prints the best candidates of a unit's pool for a free query."""
-    from elva_core import encoder, mbeir, retrieval, runtime
-    from elva_core import search as exact_search
+    """Prints the best candidates of a unit's pool for a free query; the pool is embedded once and kept."""
+    from elva_core import encoder, evaluate, mbeir, retrieval, runtime, store
+    from elva_core import search as searching
 
-    profile, store = settings.load(profile_name), mbeir.Root(root)
+    profile, data = settings.load(profile_name), mbeir.Root(root)
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
-    candidates = store.pool(unit, "test")
-    pool, _ = retrieval.encode(loaded, [encoder.candidate_item(store, c) for c in candidates], batch=profile.evaluation.batch)
+    candidates = data.pool(unit, "test")
+    kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template="summary")
     query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
-    answers = exact_search.exact(query, pool, min(k, len(pool)))
+    answers = searching.exact(query, kept(encoder.candidate_item(data, c) for c in candidates), min(k, len(candidates)))
     print(f"summary: {summary!r}")
     for rank, (row, value) in enumerate(zip(answers.rows[0], answers.scores[0], strict=True), start=1):
         found = candidates[row]
