@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -203,16 +204,16 @@ def _requests(prompts) -> tuple[str, str]:
     return prompts.eol_request, prompts.summary_request
 
 
-@pytest.mark.parametrize("ret_share", [0.0, 1.0])
-@pytest.mark.parametrize("cache", [False, True])
-def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, monkeypatch, tmp_path, ret_share, cache):
-    changes = {"steps": 1, "batch": 4, "chunk": 4, "ret_share": ret_share, "gradient_cache": cache}
+@pytest.mark.parametrize(("ret_share", "cache", "negatives"), [(0.0, False, 0), (0.0, True, 0), (1.0, False, 0), (1.0, True, 1)])
+def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives):
+    changes = {"steps": 1, "batch": 4, "chunk": 3, "ret_share": ret_share, "gradient_cache": cache}
     s = load.settings.stage2.model_copy(update=changes)
     lengths(monkeypatch, tiny, pictures[0])
     rows.update(prompts=0)
-    pairs = [contrastive.Pair(q, c, str(i), (str(i),)) for i, (q, c) in enumerate(zip(pictures[:4], pictures[4:8], strict=True))]
+    distinct = iter(pictures)
+    pairs = [contrastive.Pair(next(distinct), next(distinct), str(i), (str(i),), tuple(islice(distinct, negatives))) for i in range(4)]
     flops = counted(lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
-    train, made = load.contrastive(s, load.side("query"), load.side("candidate"))
+    train, made = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
     assert rows == {"prompts": train.prompts + made.prompts, "rollouts": made.rollouts}
     assert flops == pytest.approx(train.flops + made.flops, rel=0.02)  # merging the adapter and the loss are not planned
 
