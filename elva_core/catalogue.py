@@ -1,6 +1,6 @@
 """What `plan` knows besides a profile: GPUs, sizes of models, counts of data sets, assumptions (params/plan.yaml).
 
-Files on this machine come before the table: config.json of the backbone, the lines of the data.
+Counts come from the files of the data where they are on this machine.
 
     table = known()
     dataset(settings.load("qwen2vl-2b"), table).units["cirr_task7"].pool
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from elva_core import artifacts, mbeir
 from elva_core.settings import PARAMS, ProfileError, Section, Settings
-from elva_core.sizes import Sizes, of_config, of_tiny
+from elva_core.sizes import Sizes, of_config
 
 
 class Gpu(Section):
@@ -30,6 +30,7 @@ class Assumed(Section):
     seconds_per_layer: dict[str, float]
     memory_share: float
     host_tflops: float
+    seconds_per_megapixel: float
     logit_copies: int
     chat_tokens: dict[str, float]
     characters_per_token: float
@@ -51,16 +52,11 @@ class Dataset(Section):
     nli_rows: int
     nli_tokens: float
     images_gb: float
+    multi_grain: float = 1.0  # share of the queries of MRBench's units
     union_rows: int = 0
     train_pool: int = 0
     collection: int = 0
     units: dict[str, Unit]
-
-
-class Annotation(Section):
-    model: str
-    new_tokens: int
-    batch: int
 
 
 class Known(Section):
@@ -72,7 +68,6 @@ class Known(Section):
     architectures: dict[str, dict]
     tiny_tokens: int
     evaluated_models: int
-    annotation: Annotation
     datasets: dict[str, Dataset]
 
 
@@ -84,29 +79,22 @@ def known() -> Known:
         raise ProfileError(f"{path}: " + "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
 
 
-def backbone(settings: Settings, table: Known) -> Sizes:
-    if settings.backbone.path:
-        return architecture(settings.backbone.path, table)
-    return of_tiny(settings.backbone.tiny, table.tiny_tokens)
-
-
 def architecture(name: str, table: Known) -> Sizes:
-    """Sizes from config.json of a folder or of the hub's copy on this machine, else from params/plan.yaml.
+    """Sizes from params/plan.yaml, else from config.json of a folder or of the hub's copy on this machine.
 
     Raises:
         ProfileError: neither has it, or it is no Qwen2-VL.
     """
+    if name in table.architectures:
+        return Sizes(**table.architectures[name])
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        return of_config(AutoConfig.from_pretrained(name, local_files_only=True))
     except OSError:
-        if name not in table.architectures:
-            raise ProfileError(
-                f"no config.json of {name} on this machine and no entry in {PARAMS / 'plan.yaml'}: architectures; add its sizes there"
-            ) from None
-        return Sizes(**table.architectures[name])
-    return of_config(config)
+        raise ProfileError(
+            f"no entry for {name} in {PARAMS / 'plan.yaml'}: architectures, and no config.json on this machine; add its sizes there"
+        ) from None
 
 
 def dataset(settings: Settings, table: Known) -> Dataset:
@@ -122,13 +110,12 @@ def dataset(settings: Settings, table: Known) -> Dataset:
     if not root.union_train_path().is_file():
         return data
     nli = Path(settings.data.nli or folder / "nli.csv")
-    mean = Unit(query=_mean(data, "query"), candidate=_mean(data, "candidate"), train=1)
-    units = {
-        unit: data.units.get(unit, mean).model_copy(
-            update={"test": lines(root.query_path(unit, "test")), "pool": lines(root.pool_path(unit, "test"))}
-        )
-        for unit in root.units("test")
-    }
+    known_units = data.units.values()
+    mean = Unit(train=1, **{side: sum(getattr(u, side) for u in known_units) / len(known_units) for side in ("query", "candidate")})
+    units = {}
+    for unit in root.units("test"):
+        counts = {"test": lines(root.query_path(unit, "test")), "pool": lines(root.pool_path(unit, "test"))}
+        units[unit] = data.units.get(unit, mean).model_copy(update=counts)
     changes = {"units": units, "union_rows": lines(root.union_train_path()), "train_pool": lines(root.pool_path("", "train", "global"))}
     return data.model_copy(update=changes | ({"nli_rows": lines(nli) - 1} if nli.is_file() else {}))
 
@@ -145,13 +132,6 @@ def _asked_for(data: Dataset, settings: Settings) -> Dataset:
     return data.model_copy(update=changes)
 
 
-def _mean(data: Dataset, which: str) -> float:
-    return sum(getattr(u, which) for u in data.units.values()) / len(data.units)
-
-
 def lines(path: Path) -> int:
-    """Lines of a file, 0 if there is none."""
-    if not path.is_file():
-        return 0
     with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        return sum(1 for _ in file)

@@ -8,6 +8,7 @@ rollouts of the query and in the paper's literal reading, and the paper's own ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """GB of one device at its fullest, by part; `lower` is the key that shrinks the largest of them."""
+    """GB of one device at its fullest, by part; `lower` is the key of the rows per call."""
 
     parts: Mapping[str, float]
     lower: str
@@ -37,32 +38,37 @@ class Peak:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One row: what is computed in all, the devices it is divided among, the fullest of them, the key for rows per call."""
+    """One row: what is computed in all, the devices that it keeps busy on average, the fullest of them (none: the host)."""
 
     name: str
     cost: Cost
-    devices: int
+    devices: float
     peak: Peak | None = None
-    rows: str = ""
 
     @property
     def hours(self) -> float:
         return self.cost.seconds / self.devices / 3600
 
+    @property
+    def waiting(self) -> float:
+        """Share of the time."""
+        return self.cost.waiting / self.cost.seconds
+
 
 def stages(load: Workload) -> list[Stage]:
     """The rows of the plan, in the order of the chain."""
-    s, data, n = load.settings, load.data, load.devices
-    rows = []
-    if not s.data.emoji:
-        rows.append(_alone("MRBench, annotation", load.annotation(), _annotating(load)))
+    s, data, rows = load.settings, load.data, []
+    if s.mrbench.annotator.kind == "transformers":
+        peak = _writing(load.annotator(), s.mrbench.annotator.batch, "mrbench.annotator.batch")
+        rows.append(Stage("MRBench, annotation", load.annotation(), 1, peak))
     sentence = Side(data.nli_tokens, 0.0)
     rows += _contrastive(load, "stage 1", s.stage1, sentence, sentence)
     rows += _contrastive(load, "stage 2", s.stage2, load.side("query", "train"), load.side("candidate", "train"), distinct=data.train_pool)
-    batch = _writing(load, s.evaluation.batch, "evaluation.batch")
-    rows.append(_alone("mining", load.mining(), batch))
+    batch, mining = _writing(load, s.evaluation.batch, "evaluation.batch"), load.mining()
+    rows.append(Stage("mining", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
     for sides in ("query", "all"):
-        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), n, _rlvr_peak(load, sides), "stage3.chunk"))
+        dealt = load.dealt(s.stage3.queries_per_step)
+        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, _rlvr_peak(load, sides)))
     negatives = s.stage3.negatives
     rows += _contrastive(
         load,
@@ -74,21 +80,20 @@ def stages(load: Workload) -> list[Stage]:
         distinct=s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool)),
     )
     models = load.known.evaluated_models
-    rows.append(_alone(f"evaluation of {models} models", load.evaluation() * models, batch))
-    rows += [_alone(f"their search, {pool} pool", load.search(pool) * models, None) for pool in ("local", "global")]
-    return rows
+    rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
+    return rows + [Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")]
 
 
-def _alone(name: str, cost: Cost, peak: Peak | None) -> Stage:
-    """What one process does, however many devices there are."""
-    return Stage(name, cost, 1, peak, peak.lower if peak else "")
-
-
-def _contrastive(load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, **pairs) -> list[Stage]:
-    (train, made), key = load.contrastive(s, query, candidate, **pairs), name.replace(" ", "")
-    items = s.batch * (2 + pairs.get("negatives", 0))
-    rows = [Stage(name, train, load.devices, _training_peak(load, key, s, items, candidate), f"{key}.chunk")]
-    return rows + ([_alone(f"{name}, its summaries", made, _writing(load, items, f"{key}.batch"))] if made.rollouts else [])
+def _contrastive(
+    load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives: int = 0, distinct: float = math.inf
+) -> list[Stage]:
+    """Training, and the summaries that it trains on; both are divided by chunks, which never mix queries and candidates."""
+    train, made = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
+    dealt = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
+    key = name.replace(" ", "")
+    rows = [Stage(name, train, dealt, _training_peak(load, key, s, s.batch * (2 + negatives), candidate))]
+    peak = _writing(load, s.chunk, f"{key}.chunk", s.lora.rank)
+    return rows + ([Stage(f"{name}, its summaries", made, dealt, peak)] if made.rollouts else [])
 
 
 def _weights(load: Workload, rank: int = 0) -> dict[str, float]:
@@ -101,36 +106,33 @@ def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int,
     ending = load.cap + 1 if s.ret_share else 0
     rows = s.chunk if s.gradient_cache or load.devices > 1 else items
     request = load.settings.encoder.summary_request if ending else load.settings.encoder.eol_request
-    length = load.length(candidate, request) * load.data.padding + ending
-    recompute = getattr(s, "gradient_checkpointing", False)
-    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=recompute)
-    parts = _weights(load, s.lora.rank) | {"activations": rows * length * kept / 1e9, "logits": _logits(load, rows * ending)}
-    return Peak(parts, f"{key}.chunk" if rows == s.chunk else f"{key}.batch, or set {key}.gradient_cache")
+    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    parts = _weights(load, s.lora.rank) | {
+        "activations": rows * (load.longest(candidate, request) + ending) * kept / 1e9,
+        "logits": _logits(load, rows * ending),
+    }
+    return Peak(parts, f"{key}.chunk" if rows == s.chunk else f"{key}.chunk with gradient_cache: true")
 
 
 def _rlvr_peak(load: Workload, sides: str) -> Peak:
-    """The larger of learning from one chunk and writing the candidates of a step, which is one call per modality."""
-    s, others = load.settings.stage3, 1 + load.settings.stage3.negatives.hard + load.settings.stage3.negatives.random
-    inputs, side = max(1, s.chunk // s.rollouts), load.side("candidate" if sides == "all" else "query")
-    prompt = load.length(side, load.settings.encoder.summary_request) * load.data.padding
-    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0)
-    rollouts = inputs * s.rollouts
+    """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
+    s, sizes = load.settings.stage3, load.sizes
+    inputs, side = load.inputs(sides), load.side("candidate" if sides == "all" else "query")
+    rollouts, prompt, ending = inputs * s.rollouts, load.longest(side, load.settings.encoder.summary_request), load.cap + 1
+    activations = (inputs * prompt + rollouts * ending) * sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0)
+    cache = (prompt + ending) * sizes.kv_bytes(load.width) + prompt * sizes.kv_bytes(load.width, repeated=True)
     parts = _weights(load, s.lora.rank) | {
-        "activations": (inputs * prompt + rollouts * (load.cap + 1)) * kept / 1e9,
-        "key/value cache": rollouts * (prompt + load.cap + 1) * load.sizes.kv_bytes(load.width) / 1e9,
+        "activations": activations / 1e9,
+        "key/value cache": rollouts * cache / 1e9,
         "logits": _logits(load, rollouts * load.cap),
+        "vLLM": load.gpu.memory * s.vllm.gpu_memory_utilization if s.sampler == "vllm" else 0.0,
     }
-    learning = Peak(parts, "stage3.chunk")
-    if sides == "all" or s.candidates == "mined":
-        return learning
-    image = load.side("candidate").image
-    together = s.queries_per_step * others * max(image, 1 - image)
-    return max(learning, _writing(load, together, "stage3.queries_per_step", s.lora.rank), key=lambda p: p.total)
+    return Peak(parts, "stage3.chunk")
 
 
 def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
     """Summaries written in one call: the inside of one layer, the cache of all, and the logits of one position."""
-    length = load.length(load.side("candidate"), load.settings.encoder.summary_request) * load.data.padding
+    length = load.longest(load.side("candidate"), load.settings.encoder.summary_request)
     inside = (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
     parts = _weights(load, rank) | {
         "activations": rows * length * inside / 1e9,
@@ -140,10 +142,6 @@ def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
     return Peak(parts, lower)
 
 
-def _annotating(load: Workload) -> Peak:
-    return _writing(load.annotator(), load.known.annotation.batch, "annotation.batch in params/plan.yaml")
-
-
 def _logits(load: Workload, positions: float) -> float:
     return load.known.assumed.logit_copies * 4 * load.sizes.vocabulary * positions / 1e9
 
@@ -151,28 +149,13 @@ def _logits(load: Workload, positions: float) -> float:
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    ranks = {"stage 1": s.stage1.lora.rank, "stage 2": s.stage2.lora.rank, "stage 3": s.stage3.lora.rank, "control": s.control.lora.rank}
-    pool = sum(u.pool for u in load.data.units.values())
+    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control))
     return {
         "images": load.data.images_gb,
-        f"weights of {SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,
-        "largest checkpoint while training": CHECKPOINT_BYTES * max(map(sizes.adapter, ranks.values())) / 1e9,
-        "embeddings of all pools, float16, if kept": 2 * pool * sizes.hidden / 1e9,
+        f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,
+        "largest checkpoint": CHECKPOINT_BYTES * sizes.adapter(rank) / 1e9,
+        "embeddings of all pools in float16, a model": 2 * sum(u.pool for u in load.data.units.values()) * sizes.hidden / 1e9,
     }
-
-
-def beside_reported(settings: Settings) -> list[dict]:
-    """The reported hours of the same stages, and ours on the same devices.
-
-    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET]; the layers
-    that they compute again cost what our gradient cache costs, one more forward.
-    """
-    runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
-    eol_only, rows = settings.changed({"stage2": {"ret_share": 0.0}}), []
-    for run in runs:
-        planned = {s.name: s.hours for s in stages(workload.make(eol_only, gpu=run["gpu"], devices=run["devices"]))}
-        rows += [run | {"name": name, "ours": hours} for name, hours in planned.items() if name.startswith(run["stage"])]
-    return rows
 
 
 def show(settings: Settings, *, gpu: str | None, devices: int, console: Console) -> None:
@@ -181,23 +164,22 @@ def show(settings: Settings, *, gpu: str | None, devices: int, console: Console)
     planned, name = stages(load), gpu or load.known.default_gpu[settings.device.partition(":")[0]]
     work = _table(
         f"{settings.profile} on {devices} x {name}, every summary {load.cap} tokens long",
-        ("stage", "prompts", "summaries", "tokens", "FLOP", "devices", "time", "GB a device"),
+        ("stage", "prompts", "summaries", "tokens", "FLOP", "devices", "time", "waiting", "GB a device"),
     )
     for s in planned:
         counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)] + [_scaled(s.cost.tokens), _scaled(s.cost.flops)]
-        work.add_row(s.name, *counts, str(s.devices) if s.peak else "host", _time(s.hours), f"{s.peak.total:,.3g}" if s.peak else "")
+        where, full = (f"{s.devices:.3g}", f"{s.peak.total:,.3g}") if s.peak else ("host", "")
+        work.add_row(s.name, *counts, where, _time(s.hours), f"{s.waiting:.0%}" if s.peak else "", full)
     parts = list(dict.fromkeys(part for s in planned if s.peak for part in s.peak.parts))
     memory = _table("Memory of the fullest device, GB", ("stage", *parts))
     for s in planned:
         if s.peak:
             memory.add_row(s.name, *(f"{s.peak.parts[p]:,.3g}" if s.peak.parts.get(p) else "" for p in parts))
-    storage = _table("Disk, GB", ("what", "GB"))
-    for what, size in disk(load).items():
-        storage.add_row(what, f"{size:,.3g}")
     wide = Console(file=console.file, width=max(console.width, 150))
-    for shown in (work, memory, storage, *([] if settings.data.emoji else [_reported_table(settings)])):
+    for shown in (work, memory, *([] if settings.data.emoji else [_reported(settings)])):
         wide.print(shown)
-    for line in (*advice(load, planned, name), *_assumptions(load)):
+    room = "disk, GB: " + ", ".join(f"{what} {size:,.3g}" for what, size in disk(load).items())
+    for line in (*advice(load, planned, name), room, *_assumptions(load)):
         wide.print(line, highlight=False, soft_wrap=True)
 
 
@@ -226,26 +208,42 @@ def _time(hours: float) -> str:
     return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
 
 
-def _reported_table(settings: Settings) -> Table:
-    table = _table(
-        "Beside reported times; stage 2 without the steps at [RET], as theirs",
-        ("stage", "devices", "reported, h", "ours, h", "ours over reported"),
-    )
-    for row in beside_reported(settings):
-        numbers = (f"{row['hours']}", f"{row['ours']:.3g}", f"{row['ours'] / row['hours']:.2f}")
-        table.add_row(f"{row['by']}: {row['name']}", f"{row['devices']} x {row['gpu']}", *numbers)
+def _reported(settings: Settings) -> Table:
+    """The reported hours of the same stages, and ours on the same devices.
+
+    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET]. Their layers
+    are computed again, one forward more, and ours are in the gradient cache as well, two: here it is one.
+    """
+    runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
+    once = {"gradient_checkpointing": False}
+    theirs = settings.changed({"stage1": once, "stage2": once | {"ret_share": 0.0}})
+    title = "Beside reported times, with one forward more as theirs, stage 2 without the steps at [RET]"
+    table = _table(title, ("stage", "devices", "reported, h", "ours, h", "ours over reported"))
+    for run in runs:
+        for s in stages(workload.make(theirs, gpu=run["gpu"], devices=run["devices"])):
+            if s.name.startswith(run["stage"]):
+                numbers = (f"{run['hours']}", f"{s.hours:.3g}", f"{s.hours / run['hours']:.2f}")
+                table.add_row(f"{run['by']}: {s.name}", f"{run['devices']} x {run['gpu']}", *numbers)
     return table
 
 
 def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
-    """What does not fit and which key to lower; what leaves the device idle although there is room, and which key to raise."""
-    room, out = load.gpu.memory * load.known.assumed.memory_share, []
-    for s in (s for s in planned if s.peak):
+    """What cannot run and which key to change; what leaves the device idle although there is room, and which key to raise."""
+    room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
+    if s3.queries_per_step < load.devices:
+        out.append(f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step")
+    vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, _weights(load)["weights"]
+    if s3.sampler == "vllm" and vllm < weights:
+        out.append(f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization")
+    other = f"stage 3, rollout_sides: {'query' if s3.rollout_sides == 'all' else 'all'}"
+    asked = [s for s in planned if s.peak and s.name != other]
+    for s in asked:
+        fullest = max(x.peak.total for x in asked if x.peak.lower == s.peak.lower)
         if s.peak.total > room:
             out.append(f"does not fit: {s.name} needs {s.peak.total:.0f} GB, {name} has {room:.0f} GB free; lower {s.peak.lower}")
-        elif s.cost.waiting > s.cost.seconds / 2 and s.peak.total < room / 2 and load.kind != "cpu":
-            share = s.cost.waiting / s.cost.seconds
-            out.append(f"mostly idle: {s.name} waits for Python {share:.0%} of its time and uses {s.peak.total:.0f} GB; raise {s.rows}")
+        elif s.waiting > 1 / 2 and fullest < room / 2 and load.kind != "cpu":
+            used = f"waits {s.waiting:.0%} of its time and uses {s.peak.total:.0f} GB"
+            out.append(f"mostly idle: {s.name} {used}; raise {s.peak.lower}")
     return out
 
 
@@ -259,5 +257,6 @@ def _assumptions(load: Workload) -> list[str]:
         f"{query.text:.0f} text tokens a query and {candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
         f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of {data.union_rows:,} rows; "
         "every value and its source: params/plan.yaml",
-        "of one device, whatever their number: annotation, mining, evaluation, and summaries of stages 1 and 2 and of the control",
+        "memory: with the longest prompt that the encoder's limits allow; waiting: for images from the host, or for Python",
+        "of one device, whatever their number: annotation and evaluation; not planned: a server that annotates, and what vLLM saves",
     ]

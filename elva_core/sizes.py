@@ -99,9 +99,12 @@ class Sizes:
         """FLOPs of the output layer."""
         return 2 * self.hidden * self.vocabulary * positions
 
-    def kv_bytes(self, width: int) -> int:
-        """Bytes that one token keeps in the key/value cache, `width` bytes a number."""
-        return 2 * self.layers * self.kv_width * width
+    def kv_bytes(self, width: int, *, repeated: bool = False) -> int:
+        """Bytes that one token keeps in the key/value cache, `width` bytes a number.
+
+        Repeated, for every head of the queries, are those that the way back needs: SDPA takes no fewer heads beside a padding mask.
+        """
+        return 2 * self.layers * (self.hidden if repeated else self.kv_width) * width
 
     def training_bytes(self, rank: int) -> int:
         """Adapter and [RET] row with gradient and AdamW's moments; PEFT keeps them in float32."""
@@ -113,11 +116,11 @@ class Sizes:
         A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a byte whatever the dtype.
         With checkpointing only the input of each layer stays, and one layer at a time is computed again.
         """
-        h, kv, inner = self.hidden, self.kv_width, self.intermediate
+        h, inner = self.hidden, self.intermediate
         inputs = 6 * h + inner  # of the adapters of q, k, v, o, gate, up and of down
         plain = 4 * inputs if width < 4 else 4 * (2 * h + inner)  # in one dtype the norms' outputs are shared
         copies = (4 + 1) * inputs if dropout else plain
-        norms, attention, mlp = 4 * 2 * h, width * (2 * h + 2 * kv), width * 3 * inner
+        norms, attention, mlp = 4 * 2 * h, width * 4 * h, width * 3 * inner  # queries, repeated keys and values, result
         layer = copies + 4 * 7 * rank + norms + attention + mlp
         return width * h * self.layers + layer if checkpointing else self.layers * layer
 
@@ -146,7 +149,9 @@ def of_config(config) -> Sizes:
         ProfileError: another family; its tower or layers are counted differently.
     """
     if config.model_type != "qwen2_vl":
-        raise ProfileError(f"plan knows the sizes of Qwen2-VL, not of {config.model_type}")
+        raise ProfileError(
+            f"plan knows the sizes of Qwen2-VL, not of {config.model_type}; add like ones to params/plan.yaml: architectures"
+        )
     text, vision = config.get_text_config(), config.vision_config
     return Sizes(
         hidden=text.hidden_size,

@@ -1,7 +1,8 @@
 """How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
 
 Arithmetic on the profile, the backbone's sizes and the assumptions of params/plan.yaml; nothing is loaded. It counts what
-the loops of contrastive.py, rlvr.py, negatives.py and retrieval.py do, every summary being as long as its cap.
+the loops of contrastive.py, rlvr.py, negatives.py and retrieval.py do, every summary being as long as its cap. Costs are
+those of all devices together; what one of several cannot take as a whole call shows in the rows per call.
 
     load = make(settings.load("qwen2vl-2b"), gpu="H20")
     load.rlvr("all").rollouts
@@ -9,15 +10,15 @@ the loops of contrastive.py, rlvr.py, negatives.py and retrieval.py do, every su
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from elva_core import mbeir
-from elva_core.catalogue import Dataset, Gpu, Known, architecture, backbone, dataset, known
+from elva_core.catalogue import Dataset, Gpu, Known, architecture, dataset, known
 from elva_core.settings import PARAMS, ContrastiveSettings, ProfileError, Settings
-from elva_core.sizes import Sizes
+from elva_core.sizes import Sizes, of_tiny
 
 MODALITIES_OF = {task: pair for pair, task in mbeir.TASKS.items()}
-SEARCH_PASSES = 3  # Searcher.evaluate multiplies queries and pool for the top k, the ranks and the pessimistic ranks
 VISION_CALL = 64  # images per call of Encoder._vision_features
 
 
@@ -33,7 +34,7 @@ class Side:
 class Cost:
     """prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
 
-    waiting: those of the seconds in which the device waits for Python to start the next layer.
+    waiting: those of the seconds in which the device waits for Python: for an image, or for the start of the next layer.
     """
 
     prompts: float = 0
@@ -60,7 +61,7 @@ class Workload:
     data: Dataset
     gpu: Gpu
     kind: str  # cuda or cpu
-    devices: int
+    devices: int  # a process each
 
     @property
     def width(self) -> int:
@@ -77,9 +78,20 @@ class Workload:
 
     def length(self, side: Side, request: str) -> float:
         """Mean tokens of a prompt."""
-        text = min(side.text, self.settings.encoder.max_text_tokens)
-        frame = self.known.assumed.chat_tokens[self.kind] + len(request) / self.known.assumed.characters_per_token
-        return frame + text + side.image * (self.image_tokens + 2)
+        return self._frame(request) + min(side.text, self.settings.encoder.max_text_tokens) + side.image * (self.image_tokens + 2)
+
+    def longest(self, side: Side, request: str) -> float:
+        """Tokens of the longest prompt that the encoder's limits allow: one such row pads all rows of its call."""
+        limits = self.settings.encoder
+        image = self.sizes.image_tokens(limits.max_pixels or self.data.image_pixels) + 2 if side.image else 0
+        return self._frame(request) + limits.max_text_tokens + image
+
+    def _frame(self, request: str) -> float:
+        return self.known.assumed.chat_tokens[self.kind] + len(request) / self.known.assumed.characters_per_token
+
+    def dealt(self, parts: int) -> float:
+        """Devices that `parts` equal parts keep busy on average, dealt out in turn (`runtime.own_share`): all, if they divide evenly."""
+        return parts / math.ceil(parts / self.devices)
 
     def side(self, which: str, weight: str | None = None) -> Side:
         """Mean query or candidate over the units, weighted by a count of theirs, or alike."""
@@ -89,13 +101,13 @@ class Workload:
         image = sum(n for name, n in units.items() if "image" in MODALITIES_OF[task_of(name)][place])
         return Side(text / total, image / total)
 
-    def _seconds(self, flops: float, layers: float, read: float = 0.0) -> tuple[float, float]:
-        """The slowest of computing, reading memory, and starting layers from Python; and again if it is the last."""
+    def _seconds(self, flops: float, layers: float, read: float = 0.0, images: float = 0.0) -> tuple[float, float]:
+        """Preparing images, then the slowest of computing, reading memory, and starting layers from Python; and what of it is waiting."""
         assumed = self.known.assumed
-        computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
-        reading = read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share)
-        starting = layers * assumed.seconds_per_layer[self.kind]
-        return max(computing, reading, starting), starting if starting > max(computing, reading) else 0.0
+        busy = max(flops / (self.gpu.tflops * 1e12 * assumed.utilisation), read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share))
+        waiting = images * self.data.image_pixels / 1e6 * assumed.seconds_per_megapixel
+        waiting += max(0.0, layers * assumed.seconds_per_layer[self.kind] - busy)
+        return busy + waiting, waiting
 
     def read(
         self,
@@ -132,7 +144,7 @@ class Workload:
         passes = len(parts) * (1 + (2 if backward else 0) + (1 if backward and checkpointing else 0))
         layers = rows / per_call * sizes.layers * passes + images / min(per_call, VISION_CALL) * sizes.vision_layers
         tokens = rows * (length + continuations * ending)
-        return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers))
+        return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers, images=images))
 
     def write(self, rows: float, side: Side, rollouts: int, *, per_call: float, rank: int = 0, mixed: bool = True) -> Cost:
         """`rollout.generate`: each prompt once, then one token of all its rollouts at a time, and [RET]."""
@@ -148,9 +160,12 @@ class Workload:
     def contrastive(
         self, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives: int = 0, distinct: float = float("inf")
     ) -> tuple[Cost, Cost]:
-        """(training, writing the summaries it trains on). Every process writes all summaries, so the second part is not divided."""
+        """(training, writing the summaries it trains on).
+
+        Args:
+            distinct: candidates that there are; each process writes a summary once, for the chunks that are its own.
+        """
         ret_steps, encoder = int(s.steps * s.ret_share), self.settings.encoder
-        cache, recompute = s.gradient_cache or self.devices > 1, getattr(s, "gradient_checkpointing", False)
         train, made = Cost(), Cost()
         for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
             for steps, request, ending in (
@@ -159,17 +174,30 @@ class Workload:
             ):
                 if steps:
                     shape = {"per_call": min(s.chunk, n), "rank": s.lora.rank, "ending": ending, "logits": ending}
-                    train += self.read(steps * n, side, request, backward=True, checkpointing=recompute, **shape)
-                    train += self.read(steps * n, side, request, **shape) if cache else Cost()
+                    train += self.read(steps * n, side, request, backward=True, checkpointing=s.gradient_checkpointing, **shape)
+                    train += self.read(steps * n, side, request, **shape) if s.gradient_cache or self.devices > 1 else Cost()
             if ret_steps:
-                made += self.write(min(ret_steps * n, distinct if side is candidate else ret_steps * n), side, 1, per_call=n)
+                asked = ret_steps * n
+                missing = min(asked, distinct * self.devices) if side is candidate else asked
+                made += self.write(missing, side, 1, per_call=min(s.chunk, n) * missing / asked)
         return train, made
+
+    @property
+    def own_queries(self) -> int:
+        """Queries of a step of stage 3 that one device takes."""
+        return math.ceil(self.settings.stage3.queries_per_step / self.devices)
+
+    def inputs(self, rollout_sides: str) -> int:
+        """Inputs of one call of stage 3: those of `chunk` rollouts, if a device has as many."""
+        s = self.settings.stage3
+        fitting = max(1, s.chunk // s.rollouts)
+        return fitting if rollout_sides == "all" else min(fitting, self.own_queries)
 
     def rlvr(self, rollout_sides: str) -> Cost:
         """Stage 3: sampling, candidates of the step, reference and policy."""
         s, cost = self.settings.stage3, Cost()
         steps, others = s.queries // s.queries_per_step, 1 + s.negatives.hard + s.negatives.random
-        rows, per_call = steps * s.queries_per_step, max(1, s.chunk // s.rollouts)
+        rows, per_call = steps * s.queries_per_step, self.inputs(rollout_sides)
         acting = [(self.side("query"), rows)] + ([(self.side("candidate"), rows * others)] if rollout_sides == "all" else [])
         for side, n in acting:
             cost += self.write(n, side, s.rollouts, per_call=per_call, rank=s.lora.rank)
@@ -177,7 +205,7 @@ class Workload:
             cost += self.read(n, side, self.settings.encoder.summary_request, **scored)
             cost += self.read(n, side, self.settings.encoder.summary_request, rank=s.lora.rank, backward=True, **scored)
         if rollout_sides == "query" and s.candidates == "step":
-            per_call = s.queries_per_step * others / 2  # texts and images apart
+            per_call = min(s.chunk, self.own_queries * others / 2)  # texts and images apart
             cost += self.write(rows * others, self.side("candidate"), 1, per_call=per_call, rank=s.lora.rank)
         return cost
 
@@ -197,27 +225,39 @@ class Workload:
         return asked + self.write(pool, self.side("candidate", "pool"), 1, per_call=self.settings.evaluation.batch, mixed=False)
 
     def search(self, pool: str) -> Cost:
-        """Exact search of one model, on the host."""
+        """Exact search of one model, on the host: one pass over the pool gives the best and the ranks."""
         units = self.data.units.values()
         pairs = sum(u.test * u.pool for u in units) if pool == "local" else sum(u.test for u in units) * sum(u.pool for u in units)
-        flops = SEARCH_PASSES * 2 * self.sizes.hidden * pairs
+        flops = 2 * self.sizes.hidden * pairs
         return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
 
     def annotator(self) -> Workload:
-        """The same devices with the model that annotates MRBench, and the units whose queries it reads."""
-        a, units = self.known.annotation, {n: u for n, u in self.data.units.items() if task_of(n) in self.settings.mrbench.tasks}
+        """One of the devices with the model that names MRBench's grains, and the units whose queries it reads.
+
+        Raises:
+            ProfileError: the data has none of these units.
+        """
+        from elva_core import annotate  # torch
+
+        bench = self.settings.mrbench
+        units = {name: u for name, u in self.data.units.items() if name in bench.units or task_of(name) in bench.tasks}
+        if not units:
+            raise ProfileError(f"{self.settings.data.name} has no unit of mrbench.units or mrbench.tasks; correct them")
+        prompts = {"summary_request": annotate.PROMPT + annotate.QUOTE["text"], "max_summary_tokens": bench.annotator.max_tokens}
         return replace(
             self,
-            sizes=architecture(a.model, self.known),
+            sizes=architecture(bench.annotator.model, self.known),
             data=self.data.model_copy(update={"units": units}),
-            settings=self.settings.changed({"encoder": {"max_summary_tokens": a.new_tokens}}),
+            settings=self.settings.changed({"encoder": prompts}),
+            devices=1,
         )
 
     def annotation(self) -> Cost:
-        """MRBench: a larger model lists the grains of every test query of its tasks."""
-        annotator = self.annotator()
-        asked = sum(u.test for u in annotator.data.units.values())
-        return annotator.write(asked, annotator.side("query", "test"), 1, per_call=self.known.annotation.batch)
+        """Queries of MRBench's units are read until each unit has its share of those with several grains, or no more queries."""
+        annotator, bench = self.annotator(), self.settings.mrbench
+        units = annotator.data.units.values()
+        asked = sum(min(u.test, bench.queries // len(units) / self.data.multi_grain) for u in units)
+        return annotator.write(asked, annotator.side("query"), 1, per_call=bench.annotator.batch)
 
 
 def task_of(unit: str) -> int:
@@ -237,6 +277,6 @@ def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Wor
     name = gpu or table.default_gpu[settings.device.partition(":")[0]]
     if name not in table.gpus:
         raise ProfileError(f"no GPU {name!r} in {PARAMS / 'plan.yaml'}; it has {', '.join(table.gpus)}")
-    return Workload(
-        settings, table, backbone(settings, table), dataset(settings, table), table.gpus[name], "cpu" if name == "cpu" else "cuda", devices
-    )
+    own = settings.backbone
+    sizes = architecture(own.path, table) if own.path else of_tiny(own.tiny, table.tiny_tokens)
+    return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], "cpu" if name == "cpu" else "cuda", devices)
