@@ -6,6 +6,7 @@ measured = measure("stage 2", encoder, root, bench, settings.evaluation, seed=17
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +71,12 @@ def searcher_of(encoder: Encoder, root: mbeir.Root, split: str, settings: Evalua
     return Searcher(encoder, root, split, settings, template=template, store=kept)
 
 
-def score(searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str, spread: bool = False) -> pd.DataFrame:
+def score(
+    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str, spread: bool = False
+) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
+
+    Of several processes all embed, each its share; then the main one ranks and writes, and the others are done.
 
     Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them), out/table.csv and
     out/table.md (`official_table`).
@@ -80,8 +85,13 @@ def score(searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: P
         model: name in the tables. spread: also the hit rate under each of the four instructions.
 
     Returns:
-        the long table.
+        the long table; None in a process that is not the main one.
     """
+    if runtime.processes().num_processes > 1:
+        for unit, pool, index in itertools.product(units, pools, (None, *range(4)) if spread else (None,)):
+            searcher.embedded(unit, pool=pool, prompt_index=index)
+    if not runtime.processes().is_main_process:
+        return None
     settings, split, parts = searcher.settings, searcher.split, []
     for pool in pools:
         for unit in units:

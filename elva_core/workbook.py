@@ -268,6 +268,8 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
     results = evaluation.score(searcher, units or known, pools, out, model=model.name, spread=spread)
+    if results is None:
+        return
     print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
     print((out / "table.md").read_text())
 

@@ -33,6 +33,15 @@ job = training.following("stage1", artifacts.open_stage("30_pretrain_contrastive
 training.launch(training.run, job)
 print(len(training.history(job)))
 """
+EVALUATION = """
+import sys
+from pathlib import Path
+from elva_core import evaluate, workbook
+out, model, root = sys.argv[1:]
+evaluate.EMBEDDINGS = Path(out) / "kept"
+common = ["--root", root, "--model", model, "--out", out, "--profile", "smoke", "--spread"]
+sys.exit(workbook.main(["evaluate", "--unit", "emoji_task3", *common]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +154,12 @@ def test_checkpointing_changes_memory_not_weights(model_folder, root, smoke, tmp
         contrastive.train(model, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path / str(on))
         ends.append(torch.cat([p.detach().flatten() for p in model.backbone.parameters()]))
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
+
+
+def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path):
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    tables = []
+    for count in (1, 2):
+        started(EVALUATION, tmp_path / f"outputs-{count}", tmp_path, str(tmp_path / "model"), str(root.folder), processes=count)
+        tables.append((tmp_path / f"outputs-{count}/results.csv").read_text())
+    assert tables[0] == tables[1] and "hit@5 lowest of 4 instructions" in tables[0]
