@@ -1,7 +1,7 @@
-"""Encoding items and exact search with a stated tie rule.
+"""Encoding items, and scoring a model on one unit.
 
-vectors = encode(encoder, items, batch=256)
-ranking = relevant_ranks(queries, pool, relevant)
+vectors, texts = encode(encoder, items, batch=256)
+result = Searcher(encoder, root, "test", settings.evaluation).evaluate("emoji_task0")
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from elva_core import mbeir, metrics, rollout, runtime
+from elva_core import mbeir, metrics, rollout, runtime, search
 from elva_core.encoder import Encoder, Item, candidate_item, query_item
 from elva_core.settings import EvaluationSettings
 
@@ -49,51 +49,6 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
     place = {item: i for i, item in enumerate(distinct)}
     found = [place[item] for item in items]
     return np.stack([vectors[i] for i in found]), [texts[i] for i in found]
-
-
-def top_k(queries: np.ndarray, pool: np.ndarray, k: int, *, shard: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
-    """Exact cosine search in shards with a running top-k.
-
-    Args:
-        queries: (Q, D), pool: (C, D), both L2-normalised. k <= C.
-
-    Returns:
-        rows of the pool (Q, k) int64 and their cosines (Q, k), best first; ties in pool order.
-    """
-    if k > len(pool):
-        raise ValueError(f"k = {k} exceeds the pool of {len(pool)}; lower the cut-off")
-    q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-    best_scores = torch.empty(len(q), 0)
-    best_rows = torch.empty(len(q), 0, dtype=torch.long)
-    for start in range(0, len(pool), shard):
-        part = torch.from_numpy(np.asarray(pool[start : start + shard], dtype=np.float32))
-        scores = torch.cat([best_scores, q @ part.T], dim=1)
-        rows = torch.cat([best_rows, torch.arange(start, start + len(part)).expand(len(q), -1)], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        best_scores, best_rows = scores[:, :k], rows.gather(1, order[:, :k])
-    return best_rows.numpy(), best_scores.numpy()
-
-
-def relevant_ranks(
-    queries: np.ndarray, pool: np.ndarray, relevant: Sequence[Sequence[int]], *, pessimistic: bool = False
-) -> list[list[int]]:
-    """1-based ranks of the relevant pool rows of each query.
-
-    Args:
-        relevant: per query the pool rows judged relevant; may be empty.
-        pessimistic: a tie puts the relevant candidate last instead of in pool order.
-    """
-    out = []
-    for start in range(0, len(queries), 256):
-        block = queries[start : start + 256] @ pool.T
-        for scores, rows in zip(block, relevant[start : start + 256], strict=True):
-            found = []
-            for row in rows:
-                ahead = int((scores > scores[row]).sum())
-                tied = scores == scores[row]
-                found.append(ahead + int(tied.sum() if pessimistic else tied[: row + 1].sum()))
-            out.append(sorted(found))
-    return out
 
 
 @dataclass(frozen=True)
@@ -184,10 +139,9 @@ class Searcher:
         q = self.vectors([self.query(query, unit, prompt_index) for query in queries])
         c = self.vectors([candidate_item(self.root, x) for x in candidates])
         k = min(max(self.settings.cutoffs), len(candidates))
-        top, scores = top_k(q, c, k)
-        ranks = relevant_ranks(q, c, relevant)
-        worst = relevant_ranks(q, c, relevant, pessimistic=True)
-        return UnitResult(unit, pool, tuple(queries), ranks, worst, [len(r) for r in relevant], top, scores, tuple(candidates))
+        found = search.exact(q, c, k, relevant)
+        numbers = [len(rows) for rows in relevant]
+        return UnitResult(unit, pool, tuple(queries), found.ranks, found.pessimistic, numbers, found.rows, found.scores, tuple(candidates))
 
 
 def write_run(result: UnitResult, folder: Path, run_id: str) -> list[Path]:

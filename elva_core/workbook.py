@@ -260,6 +260,7 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
 def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k: int, profile_name: str) -> None:
     """Prints the best candidates of a unit's pool for a free query."""
     from elva_core import encoder, mbeir, retrieval, runtime
+    from elva_core.search import exact
 
     profile, store = settings.load(profile_name), mbeir.Root(root)
     runtime.start(profile.threads)
@@ -267,9 +268,9 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
     candidates = store.pool(unit, "test")
     pool, _ = retrieval.encode(loaded, [encoder.candidate_item(store, c) for c in candidates], batch=profile.evaluation.batch)
     query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
-    rows, scores = retrieval.top_k(query, pool, min(k, len(pool)))
+    best = exact(query, pool, min(k, len(pool)))
     print(f"summary: {summary!r}")
-    for rank, (row, value) in enumerate(zip(rows[0], scores[0], strict=True), start=1):
+    for rank, (row, value) in enumerate(zip(best.rows[0], best.scores[0], strict=True), start=1):
         found = candidates[row]
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 ORDER = [
     "settings", "artifacts", "mbeir", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards", "metrics",
-    "encoder", "backbone", "rollout", "retrieval", "negatives", "mrbench", "contrastive", "rlvr",
+    "encoder", "backbone", "rollout", "search", "retrieval", "negatives", "mrbench", "contrastive", "rlvr",
     "evaluate", "grains", "claims", "study", "comparisons", "figures", "report", "workbook", "__main__",
 ]  # fmt: skip
 
