@@ -24,9 +24,10 @@ from types import MethodType
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.tensor.experimental import implicit_replication
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import artifacts, mbeir
+from elva_core import artifacts, mbeir, sharding
 from elva_core.settings import EncoderSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
@@ -261,18 +262,20 @@ class Encoder:
 
     def merge_lora(self) -> None:
         """Folds the adapter into the weights; the next stage starts a fresh one on the merged model."""
-        self.model = self.model.merge_and_unload()
+        with implicit_replication():  # a slice of the weights takes its part of the sum
+            self.model = self.model.merge_and_unload()
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def save(self, folder: Path, *, stage: str, parent: str) -> None:
+    def save(self, folder: Path, *, stage: str, parent: str, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Safetensors, processor and elva.json (prompts, pooling, stage, and the models it came from).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its hash alone.
+            weights: of a sharded model, from `sharding.whole`.
         """
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "stage": stage, "parents": lineage(parent)}
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
@@ -334,6 +337,8 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
     model.requires_grad_(False)
+    if sharding.asked():
+        sharding.shard(model.model.language_model)
     return Encoder(model.eval(), processor, settings, str(folder))
 
 

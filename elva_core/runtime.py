@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object, get_int_from_env, reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from elva_core import sharding
 from elva_core.settings import OptimiserSettings
 
 log = logging.getLogger("elva")
@@ -36,9 +37,13 @@ def torch_rng(seed: int, *scope: object) -> torch.Generator:
 
 
 def start(threads: int | None) -> None:
-    """Thread count, plain log lines, no progress bars from libraries. Deterministic for one thread count."""
+    """Thread count, plain log lines, no progress bars from libraries. Deterministic for one thread count.
+
+    Args:
+        threads: of the machine; the processes on it share them, for more threads than cores hinder each other.
+    """
     if threads:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(1, threads // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     from transformers.utils import logging as hf
@@ -61,6 +66,7 @@ def summed(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the processes."""
     if processes().num_processes == 1:
         return values
+    sharding.turn(sharding.MEETING)
     total = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=processes().device), "sum")
     return dict(zip(values, total.tolist(), strict=True))
 
@@ -69,6 +75,7 @@ def gathered(parts: dict[int, object]) -> dict[int, object]:
     """Numbered objects of all processes."""
     if processes().num_processes == 1:
         return parts
+    sharding.turn(sharding.MEETING)
     return {number: part for own in gather_object([parts]) for number, part in own.items()}
 
 
@@ -83,6 +90,7 @@ def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Every process gets the sum of all gradients; each has computed its own rows of the step."""
     if processes().num_processes > 1:
+        sharding.turn(sharding.MEETING)
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import artifacts, backbone, contrastive, encoder, mbeir, negatives, nli, prepare, rlvr, runtime
+from elva_core import artifacts, backbone, contrastive, encoder, mbeir, negatives, nli, prepare, rlvr, runtime, sharding
 from elva_core.settings import Settings
 
 Name = Literal["stage1", "stage2", "stage3", "control"]
@@ -130,9 +130,10 @@ def run(wanted: Job) -> None:
             contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
         else:
             rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=lambda: _mined_by(model, wanted))
+    weights = sharding.whole(model.model)
     if runtime.processes().is_main_process:
         partial = folder / "model.partial"
-        model.save(partial, stage=wanted.name, parent=wanted.start)
+        model.save(partial, stage=wanted.name, parent=wanted.start, weights=weights)
         partial.rename(wanted.model)
     runtime.processes().wait_for_everyone()
 

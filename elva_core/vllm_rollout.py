@@ -25,7 +25,7 @@ from accelerate.utils import patch_environment
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from elva_core import mbeir, rollout, runtime
+from elva_core import mbeir, rollout, runtime, sharding
 from elva_core.encoder import Encoder, Item
 from elva_core.settings import LoraSettings, VllmSettings
 
@@ -66,9 +66,10 @@ class VllmSampler:
 
     def __init__(self, encoder: Encoder, lora: LoraSettings, settings: VllmSettings, folder: Path) -> None:
         self._vllm, self._folder, self._pushes = library(), folder, itertools.count(1)
+        weights = sharding.whole(encoder.model)
         if runtime.processes().is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
-            encoder.model.save_pretrained(folder / "base")
+            encoder.model.save_pretrained(folder / "base", state_dict=weights)
             encoder.processor.save_pretrained(folder / "base")  # with our limits of pixels
         runtime.processes().wait_for_everyone()
         with patch_environment(**_launch()):

@@ -19,8 +19,9 @@ from elva_core import artifacts, contrastive, encoder, negatives, prepare, train
 COMMAND_LINE = """
 import sys
 from pathlib import Path
-from elva_core import artifacts, workbook
+from elva_core import artifacts, runtime, sharding, workbook
 artifacts.OUTPUTS = Path(sys.argv[1])
+print(f"one of {runtime.processes().num_processes}, in slices: {sharding.asked()}")
 sys.exit(max(workbook.main(["train", stage, "smoke", "--seed", "1"]) for stage in sys.argv[2:]))
 """
 NOTEBOOK = """
@@ -36,8 +37,9 @@ print(len(training.history(job)))
 EVALUATION = """
 import sys
 from pathlib import Path
-from elva_core import evaluate, workbook
+from elva_core import evaluate, runtime, workbook
 out, model, root = sys.argv[1:]
+print(f"one of {runtime.processes().num_processes}")
 evaluate.EMBEDDINGS = Path(out) / "kept"
 common = ["--root", root, "--model", model, "--out", out, "--profile", "smoke", "--spread"]
 sys.exit(workbook.main(["evaluate", "--unit", "emoji_task3", *common]))
@@ -57,45 +59,57 @@ def outputs(tmp_path_factory) -> Path:
     return folder
 
 
-def started(script: str, folder: Path, tmp_path: Path, *arguments: str, processes: int | None = None) -> str:
-    """Output of a script run in processes of its own, by `accelerate launch` if their number is given."""
+def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched_by: str = "") -> str:
+    """Output of a script run in a process of its own, or in two that `accelerate launch` starts with this launch file, on the CPU."""
     path = tmp_path / "script.py"
     path.write_text(script)
-    configured = str(artifacts.REPOSITORY / "params/accelerate/cpu.yaml")
+    configured = str(artifacts.REPOSITORY / "params/accelerate" / launched_by)
     launcher = [
         "-m",
         "accelerate.commands.launch",
         "--config_file",
         configured,
         "--num_processes",
-        str(processes),
+        "2",
         "--main_process_port",
         "0",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
-    command = [sys.executable, *(launcher if processes else []), str(path), str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
+    command = [sys.executable, *(launcher if launched_by else []), str(path), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+def saved(folder: Path, stage: str) -> Path:
+    return folder / f"smoke/.30_pretrain_contrastive.partial/work/{stage}/model"
+
+
 def weights(folder: Path, stage: str) -> torch.Tensor:
-    path = folder / f"smoke/.30_pretrain_contrastive.partial/work/{stage}/model/model.safetensors"
-    return torch.cat([t.flatten().float() for _, t in sorted(load_file(path).items())])
+    return torch.cat([t.flatten().float() for _, t in sorted(load_file(saved(folder, stage) / "model.safetensors").items())])
 
 
-def test_two_processes_train_the_model_of_one(outputs, tmp_path):
-    """Stages 1 and 2 through the command line; batches, negatives and summaries are those of the whole step."""
-    models = {}
-    for count in (1, 2):
-        folder = shutil.copytree(outputs, tmp_path / f"of-{count}")
-        out = started(COMMAND_LINE, folder, tmp_path, "stage1", "stage2", processes=count)
-        assert out.count("--from 30") == 2  # one of the processes reports
-        models[count] = weights(folder, "stage2")
+@pytest.fixture(scope="module")
+def alone(outputs, tmp_path_factory) -> Path:
+    """Stages 1 and 2, trained by one process."""
+    folder = shutil.copytree(outputs, tmp_path_factory.mktemp("alone") / "outputs")
+    assert "one of 1" in started(COMMAND_LINE, folder, folder.parent, "stage1", "stage2")
     start = load_file(next((outputs / "cache").glob("backbone-*")) / "model.safetensors")
     before = torch.cat([t.flatten() for _, t in sorted(start.items())])
-    assert (models[1] - before).abs().max() > 1e-3  # it has learnt something
-    torch.testing.assert_close(models[1], models[2], atol=1e-5, rtol=0)
+    assert (weights(folder, "stage2") - before).abs().max() > 1e-3  # it has learnt something
+    return folder
+
+
+@pytest.mark.parametrize("launch_file", ["cpu.yaml", "fsdp2.yaml"])
+def test_two_processes_train_the_model_of_one(outputs, alone, tmp_path, launch_file):
+    """Stages 1 and 2 through the command line; batches, negatives and summaries are those of the whole step."""
+    folder = shutil.copytree(outputs, tmp_path / "of-2")
+    out = started(COMMAND_LINE, folder, tmp_path, "stage1", "stage2", launched_by=launch_file)
+    assert out.count(f"one of 2, in slices: {launch_file == 'fsdp2.yaml'}") == 2
+    assert out.count("--from 30") == 2  # one of the processes reports
+    torch.testing.assert_close(weights(folder, "stage2"), weights(alone, "stage2"), atol=1e-5, rtol=0)
+    left, right = ({p.name for p in saved(f, "stage2").iterdir()} for f in (alone, folder))
+    assert left == right
 
 
 def test_every_launch_file_is_one_that_accelerate_reads():
@@ -104,12 +118,11 @@ def test_every_launch_file_is_one_that_accelerate_reads():
         assert read.num_processes % read.num_machines == 0 and str(read.mixed_precision) == "no"
 
 
-def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, tmp_path):
-    one, two = (shutil.copytree(outputs, tmp_path / name) for name in ("one", "two"))
-    started(COMMAND_LINE, one, tmp_path, "stage1")
+def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, alone, tmp_path):
+    two = shutil.copytree(outputs, tmp_path / "two")
     out = started(NOTEBOOK, two, tmp_path)
     assert "Launching training on 2" in out and out.strip().endswith("4")
-    torch.testing.assert_close(weights(one, "stage1"), weights(two, "stage1"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights(alone, "stage1"), weights(two, "stage1"), atol=1e-5, rtol=0)
 
 
 def test_a_stage_whose_start_is_missing_names_the_command(outputs, tmp_path, monkeypatch, capsys):
@@ -159,7 +172,10 @@ def test_checkpointing_changes_memory_not_weights(model_folder, root, smoke, tmp
 def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path):
     tiny.save(tmp_path / "model", stage="test", parent="none")
     tables = []
-    for count in (1, 2):
-        started(EVALUATION, tmp_path / f"outputs-{count}", tmp_path, str(tmp_path / "model"), str(root.folder), processes=count)
-        tables.append((tmp_path / f"outputs-{count}/results.csv").read_text())
+    for launch_file in ("", "cpu.yaml"):
+        out = tmp_path / f"outputs-{launch_file}"
+        assert f"one of {2 if launch_file else 1}" in started(
+            EVALUATION, out, tmp_path, str(tmp_path / "model"), str(root.folder), launched_by=launch_file
+        )
+        tables.append((out / "results.csv").read_text())
     assert tables[0] == tables[1] and "hit@5 lowest of 4 instructions" in tables[0]
