@@ -1,7 +1,7 @@
-"""Exact cosine search: one pass over a pool of any size, top-k and ranks of the relevant rows at once.
+"""Exact cosine search: one pass over a pool of any size gives the top k and the ranks of the relevant rows.
 
 A score is the dot product in float64, rounded to float32; equal scores go by pool order. float32 products only find what could
-matter, so the result does not depend on blocks, threads or BLAS, and a copy of a vector ties with it wherever it stands.
+matter: the result does not depend on blocks, threads or BLAS, and a copy of a vector ties with it wherever it stands.
 
     found = exact(queries, pool, k=10, relevant=[[3], [5, 8]])
     found.rows[0], found.ranks[0]
@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-QUERIES = 512  # that share one pass over the rows in memory
-ROWS, TILE = 8192, 1024  # of the pool: read at once; multiplied at once, to be looked at while a near cache has the scores
+QUERIES = 1024  # that are multiplied at once
+ROWS, TILE = 8192, 1024  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
 GROUP, COUNTED = 8, 128  # rows whose maximum, and whose count, decides whether they are looked at one by one
-DENSE = 16  # rows are scored in float64 as a whole if more than 1/16 of the scores is that close to what is counted
-PAIRS = 1024  # computed in float64 at once
+SPARE = 14  # rows kept beyond k, because float32 may order neighbours wrongly
+PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
 
-Pool = np.ndarray | Sequence[np.ndarray | Path]
+# slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
+Rows = np.ndarray | Sequence
+Pool = Rows | list[Rows | Path]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Found:
 
 
 def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[int]] | None = None) -> Found:
-    """The k best pool rows of every query, and where its relevant rows stand.
+    """The k best pool rows of every query, and where its relevant rows stand. Uses as many threads as torch.
+
+    Queries for which too many scores are too close for float32, as when all embeddings are the same, take a second pass in float64.
 
     Args:
         queries: (Q, D), unit length.
-        pool: (C, D) array, or a sequence of arrays and .npy files that follow one another. float32 rows have unit length; float16
-            rows are scaled to it again. Files are read block by block: memory holds the queries and about 200 MB for D = 1536.
+        pool: (C, D) array, or a list of arrays and .npy files that follow one another. float32 rows have unit length; float16
+            rows are scaled to it again. Files are read block by block and never held.
         k: at most C.
         relevant: per query the pool rows judged relevant; may be empty. None means none.
 
@@ -56,12 +60,22 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
     size = sum(len(_opened(part)) for part in parts)
     if k > size:
         raise ValueError(f"k = {k} exceeds the pool of {size}; lower the cut-off")
-    vectors = _unit(queries, "query", 0)
-    asked = [[]] * len(vectors) if relevant is None else relevant
+    vectors, asked = _unit(queries, "query", 0), [[]] * len(queries) if relevant is None else relevant
+    keys, ranks, pessimistic, clear = _passed(vectors, parts, size, k, asked, wide=False)
+    if len(again := np.flatnonzero(~clear)):
+        keys[again], exact_ranks, exact_pessimistic, _ = _passed(vectors[again], parts, size, k, [asked[i] for i in again], wide=True)
+        for i, *found in zip(again, exact_ranks, exact_pessimistic, strict=True):
+            ranks[i], pessimistic[i] = found
+    return Found(*_decoded(keys), ranks, pessimistic)
+
+
+def _passed(vectors: np.ndarray, parts: list, size: int, k: int, relevant: Sequence[Sequence[int]], *, wide: bool) -> tuple:
+    """Keys (Q, k), ranks and pessimistic ranks of some queries, and for which of them these are certain."""
     threads = torch.get_num_threads()
     width = max(1, min(QUERIES, -(-len(vectors) // threads)))
-    blocks = [_Block(vectors[i : i + width], k, asked[i : i + width], parts) for i in range(0, len(vectors), width)]
-    space = [(np.empty((TILE, width), np.float32), np.empty((ROWS, width), bool)) for _ in range(threads)]
+    starts = range(0, len(vectors), width)
+    blocks = [_Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, wide=wide) for i in starts]
+    space = [(np.empty((TILE, width), np.float32), np.empty((TILE, width), bool)) for _ in range(threads)]
 
     def work(thread: int, part: np.ndarray, start: int) -> None:
         for block in blocks[thread::threads]:
@@ -75,72 +89,94 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
             running = [workers.submit(work, thread, part, start) for thread in range(threads)]
         for future in running:
             future.result()
-    keys = np.sort(np.concatenate([b.best for b in blocks] or [np.empty((0, k), np.int64)]), axis=1)[:, ::-1]
-    ranks, pessimistic = ([row for b in blocks for row in b.ranks(tied)] for tied in ("before", "tied"))
-    return Found(*_decoded(keys), ranks, pessimistic)
+    keys, clear = zip(*[block.best_keys(parts) for block in blocks], strict=True) if blocks else ([np.empty((0, k), np.int64)], [[True]])
+    ranks, pessimistic = ([row for block in blocks for row in block.ranks(tied)] for tied in ("before", "tied"))
+    return np.concatenate(keys), ranks, pessimistic, np.concatenate(clear)
 
 
 class _Block:
-    """Some queries and what is known of them so far: the keys of their best rows, and counts for each relevant row."""
+    """Some queries and what is known of them so far: keys of their best rows, and counts for each relevant row ("entry").
 
-    def __init__(self, queries: np.ndarray, k: int, relevant: Sequence[Sequence[int]], parts: list) -> None:
-        self.queries, self.wide = queries, queries.astype(np.float64)
-        self.best = np.full((len(queries), k), EMPTY)  # the least one first, the others in any order
-        self.floor = np.full(len(queries), -np.inf, np.float32)  # score of the k-th best
-        self.slack = np.float32(4 * np.sqrt(queries.shape[1]) * 2.0**-24)  # float32 errors are random: far more than any
-        self.tops: np.ndarray | None = np.empty((0, len(queries)), np.float32)  # highest scores of groups, until rows are kept
+    wide: scores are exact, so nothing is too close to say.
+    """
+
+    def __init__(self, queries: np.ndarray, k: int, relevant: Sequence[Sequence[int]], parts: list, size: int, *, wide: bool) -> None:
+        self.queries, self.k, self.size, self.wide = queries, k, size, wide
+        self.factor = queries.T.astype(np.float64) if wide else queries.T
+        # rounding errors of float32 are random; this is far more than any that was seen
+        self.slack = np.float32(0 if wide else 4 * np.sqrt(queries.shape[1]) * 2.0**-24)
+        self.best = np.full((len(queries), k if wide else min(k + SPARE, size)), EMPTY)  # the least one first, the others in any order
+        self.floor = np.full(len(queries), -np.inf, np.float32)  # a lower score than this is not among the best
+        self.tops: np.ndarray | None = np.empty((0, len(queries)), np.float32)  # maxima of groups, until the first keys are kept
+        self.new: list[tuple[np.ndarray, np.ndarray]] = []
         lengths = [len(rows) for rows in relevant]
-        # one entry per relevant row, in the order of the queries
         self.column = np.repeat(np.arange(len(queries)), lengths)
         self.row = np.array([row for rows in relevant for row in rows], np.int64)
         self.goal = _scores_at(queries, self.column, parts, self.row)
-        self.greater, self.before, self.tied = np.zeros((3, len(self.row)), np.int64)
+        self.greater, self.before, self.tied, self.close = np.zeros((4, len(self.row)), np.int64)
+        self.too_close = max(1000, size // 100)  # scores that are worth computing one by one
         nth = np.arange(len(self.row)) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int64)
         self.layers = [np.flatnonzero(nth == n) for n in range(max(lengths, default=0))]  # at most one entry per query in each
 
     def see(self, part: np.ndarray, start: int, scores: np.ndarray, marks: np.ndarray) -> None:
-        """Takes rows of the pool into account.
+        """Takes the rows from `start` on into account.
 
         Args:
-            part: (n, D) float32, the rows from `start` on; n <= ROWS.
-            scores: (TILE, >= queries) and marks: (ROWS, >= queries), to work in.
+            part: (n, D) float32.
+            scores, marks: (TILE, at least the queries), to work in.
         """
-        width, height = len(self.queries), -(-len(part) // COUNTED) * COUNTED
-        scores, marks = (x.reshape(-1)[: len(x) * width].reshape(-1, width) for x in (scores, marks[:height]))
-        above, unsure, many = np.zeros_like(self.greater), [], marks.size // DENSE
-        marks[len(part) :] = False
+        width = len(self.queries)
+        scores, marks = (x.reshape(-1)[: TILE * width].reshape(TILE, width) for x in (scores, marks))
         for first in range(0, len(part), TILE):
-            n = min(TILE, len(part) - first)
-            np.matmul(part[first : first + n], self.queries.T, out=scores[:n])
+            rows = part[first : first + TILE]
+            n = len(rows)
+            if self.wide:
+                scores[:n] = rows.astype(np.float64) @ self.factor
+            else:
+                np.matmul(rows, self.factor, out=scores[:n])
             scores[n:] = -np.inf
             if self.tops is not None:
                 self._raise_floor(scores)
-            np.greater_equal(scores[:n], self.floor - self.slack, out=marks[first : first + n])
-            for layer in self.layers:
-                rows, entries = self._near_goals(scores, layer, above)
-                unsure.append((first + rows, entries))
-        if np.count_nonzero(marks) > many or sum(len(rows) for rows, _ in unsure) > many:
-            self._see_exactly(part, start)
-            return
-        self.greater += above
-        for rows, entries in unsure:
-            self._compare(entries, _cosines(part, rows, self.queries, self.column[entries]), start + rows)
-        some = np.flatnonzero(marks.reshape(-1, 8).view(np.uint64) != 0)  # eight at a time: nearly all are unmarked
-        place = np.flatnonzero(marks.reshape(-1, 8)[some])
-        rows, columns = np.divmod(some[place // 8] * 8 + place % 8, width)
-        self._keep(columns, _keys(_cosines(part, rows, self.queries, columns), start + rows))
+            np.greater_equal(scores, self.floor - self.slack, out=marks)
+            some = np.flatnonzero(marks.reshape(-1, 8).view(np.uint64) != 0)  # eight at a time: nearly all are unmarked
+            place = np.flatnonzero(marks.reshape(-1, 8)[some])
+            place = some[place // 8] * 8 + place % 8
+            self.new.append((place % width, _keys(scores.reshape(-1)[place], start + first + place // width)))
+            if sum(len(keys) for _, keys in self.new) > self.best.size // 4:
+                self._keep()
+            if self.wide:
+                self._count_exactly(scores[:n], np.arange(start + first, start + first + n))
+            else:
+                for layer in self.layers:
+                    self._count(scores, layer, rows, start + first)
 
     def _raise_floor(self, scores: np.ndarray) -> None:
-        """A bound before anything is kept: where k groups of rows have a score as high as this, k rows have."""
-        k = self.best.shape[1]
+        """A bound before anything is kept: where n groups of rows have a score as high as this, n rows have."""
+        n = self.best.shape[1]
         self.tops = np.concatenate([self.tops, scores.reshape(-1, GROUP, scores.shape[1]).max(1)])
-        if len(self.tops) >= k:
-            self.tops = np.partition(self.tops, -k, axis=0)[-k:]
+        if len(self.tops) >= n:
+            self.tops = np.partition(self.tops, -n, axis=0)[-n:]
             self.floor = self.tops[0]
 
-    def _near_goals(self, scores: np.ndarray, layer: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Adds to `above` how many scores are surely above those of the entries; rows and entries of those too close to say."""
-        reached = layer[scores.max(0)[self.column[layer]] >= self.goal[layer] - self.slack]
+    def _keep(self) -> None:
+        """Lets the new keys compete with the best ones."""
+        columns, keys = (np.concatenate(x) for x in zip(*self.new, strict=True))
+        self.new, self.tops = [], None
+        order = np.argsort(columns, kind="stable")
+        touched, first, count = np.unique(columns[order], return_index=True, return_counts=True)
+        width = count.max(initial=0)
+        new = np.full((len(touched), width), EMPTY)
+        new[np.repeat(np.arange(len(touched)), count), np.arange(len(keys)) - np.repeat(first, count)] = keys[order]
+        self.best[touched] = np.partition(np.hstack([self.best[touched], new]), width, axis=1)[:, width:]
+        floor = _decoded(self.best[touched, 0])[1]
+        self.floor[touched] = np.where(self.best[touched, 0] == EMPTY, -np.inf, floor)
+
+    def _count(self, scores: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int) -> None:
+        """Counts the scores above those of a layer's entries; those too close to say are computed exactly."""
+        peaks = scores.max(0)[self.column[layer]]
+        reached = layer[(peaks >= self.goal[layer] - self.slack) & (self.close[layer] <= self.too_close)]
+        if not len(reached):
+            return
         place = self.column[reached]
         if len(reached) * 4 < scores.shape[1]:  # else copying their columns costs more than looking at all
             scores, place = scores[:, place], np.arange(len(reached))
@@ -148,43 +184,38 @@ class _Block:
         goal[place], entry[place] = self.goal[reached], reached
         low, high, groups = goal - self.slack, goal + self.slack, scores.reshape(-1, COUNTED, scores.shape[1])
         over = _counted(groups > high)
-        above[reached] += over.sum(0, dtype=np.int64)[place]
+        self.greater[reached] += over.sum(0, dtype=np.int64)[place]
         group, which = _marked(over != _counted(groups >= low))
         values = groups[group, :, which]
         near, row = _marked((values >= low[which, None]) & (values <= high[which, None]))
-        return group[near] * COUNTED + row, entry[which[near]]
+        row, entry = group[near] * COUNTED + row, entry[which[near]]
+        exactly = _cosines(rows, row, self.queries, self.column[entry])
+        equal, early = exactly == self.goal[entry], start + row <= self.row[entry]
+        counts = (self.close, row >= 0), (self.greater, exactly > self.goal[entry]), (self.tied, equal), (self.before, equal & early)
+        for total, chosen in counts:
+            total += np.bincount(entry[chosen], minlength=len(total))
 
-    def _see_exactly(self, part: np.ndarray, start: int) -> None:
-        scores = (self.wide @ part.astype(np.float64).T).astype(np.float32)
-        rows, self.tops = np.arange(start, start + len(part)), None
-        self.best = np.partition(np.hstack([self.best, _keys(scores, rows)]), len(part), axis=1)[:, len(part) :]
-        self.floor = _decoded(self.best[:, 0])[1]
-        for entry, column in enumerate(self.column):
-            near = np.flatnonzero(scores[column] >= self.goal[entry])
-            self._compare(np.full(len(near), entry), scores[column, near], rows[near])
+    def _count_exactly(self, scores: np.ndarray, rows: np.ndarray) -> None:
+        own = scores[:, self.column]
+        equal = own == self.goal
+        self.greater += (own > self.goal).sum(0)
+        self.tied += equal.sum(0)
+        self.before += (equal & (rows[:, None] <= self.row)).sum(0)
 
-    def _keep(self, columns: np.ndarray, keys: np.ndarray) -> None:
-        """Lets new keys of some columns compete with the best ones."""
-        self.tops = None
-        if not len(keys):
-            return
-        order = np.argsort(columns, kind="stable")
-        touched, first, count = np.unique(columns[order], return_index=True, return_counts=True)
-        width = count.max()
-        new = np.full((len(touched), width), EMPTY)
-        new[np.repeat(np.arange(len(touched)), count), np.arange(len(keys)) - np.repeat(first, count)] = keys[order]
-        self.best[touched] = np.partition(np.hstack([self.best[touched], new]), width, axis=1)[:, width:]
-        self.floor[touched] = _decoded(self.best[touched, 0])[1]
-
-    def _compare(self, entries: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
-        """Counts exact scores of pool rows for the entries they were computed for."""
-        equal = scores == self.goal[entries]
-        for counts, chosen in (
-            (self.greater, scores > self.goal[entries]),
-            (self.before, equal & (rows <= self.row[entries])),
-            (self.tied, equal),
-        ):
-            counts += np.bincount(entries[chosen], minlength=len(counts))
+    def best_keys(self, parts: list) -> tuple[np.ndarray, np.ndarray]:
+        """Exact keys (queries, k), best first, and for which queries neither a key nor a count can be wrong."""
+        if self.new:
+            self._keep()
+        keys, clear = self.best, np.ones(len(self.best), bool)
+        if not self.wide:
+            rows = _decoded(keys)[0]
+            columns = np.repeat(np.arange(len(rows)), rows.shape[1])
+            keys = _keys(_scores_at(self.queries, columns, parts, rows.ravel()), rows.ravel()).reshape(rows.shape)
+            clear[self.column[self.close > self.too_close]] = False
+        keys = np.sort(keys, axis=1)[:, : -self.k - 1 : -1]
+        if self.k < self.best.shape[1] < self.size:  # a row that was not kept scores at most the floor and an error
+            clear &= _decoded(keys[:, -1])[1] > self.floor + self.slack
+        return keys, clear
 
     def ranks(self, tied: str) -> list[list[int]]:
         out: list[list[int]] = [[] for _ in self.queries]
@@ -193,7 +224,7 @@ class _Block:
         return [sorted(row) for row in out]
 
 
-def _opened(part: np.ndarray | Path) -> np.ndarray:
+def _opened(part: Rows | Path) -> Rows:
     return np.load(part, mmap_mode="r") if isinstance(part, Path) else part
 
 
@@ -201,15 +232,15 @@ def _read(parts: list) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, float32 vectors) of each block. A file is mapped anew for every block, so what has been read is given back."""
     start = 0
     for part in parts:
-        for first in range(0, len(_opened(part)), ROWS):
-            block = _unit(_opened(part)[first : first + ROWS], "pool row", start + first)
-            yield start + first, block
-        start += len(_opened(part))
+        length = len(_opened(part))
+        for first in range(0, length, ROWS):
+            yield start + first, _unit(_opened(part)[first : first + ROWS], "pool row", start + first)
+        start += length
 
 
 def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
-    # torch converts float16 six times as fast as numpy
     half = vectors.dtype == np.float16
+    # torch converts float16 six times as fast as numpy
     out = torch.from_numpy(np.array(vectors)).float().numpy() if half else np.ascontiguousarray(vectors, dtype=np.float32)
     lengths = np.sqrt(np.vecdot(out, out))
     if len(wrong := np.flatnonzero(~(abs(lengths - 1) < 0.01))):
@@ -218,17 +249,16 @@ def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
 
 
 def _scores_at(queries: np.ndarray, columns: np.ndarray, parts: list, rows: np.ndarray) -> np.ndarray:
-    """Scores of given (query, pool row) pairs, read in pool order."""
-    scores = np.empty(len(rows), np.float32)
-    order, start = np.argsort(rows, kind="stable"), 0
+    """Exact scores of pairs of query and pool row, read in pool order."""
+    scores, order, start = np.empty(len(rows), np.float32), np.argsort(rows, kind="stable"), 0
     for part in parts:
-        end = start + len(_opened(part))
-        chosen = order[(rows[order] >= start) & (rows[order] < end)]
-        for first in range(0, len(chosen), PAIRS):
-            some = chosen[first : first + PAIRS]
-            vectors = _unit(_opened(part)[rows[some] - start], "relevant pool row", 0)
+        length = len(_opened(part))
+        chosen = order[slice(*np.searchsorted(rows[order], [start, start + length]))]
+        for first in range(0, len(chosen), TILE):
+            some = chosen[first : first + TILE]
+            vectors = _unit(_opened(part)[rows[some] - start], "one of the pool rows from", int(rows[some[0]]))
             scores[some] = _cosines(vectors, np.arange(len(some)), queries, columns[some])
-        start = end
+        start += length
     if len(outside := rows[(rows < 0) | (rows >= start)]):
         raise ValueError(f"relevant row {outside[0]} is outside the pool of {start}")
     return scores
@@ -245,7 +275,7 @@ def _cosines(part: np.ndarray, rows: np.ndarray, queries: np.ndarray, columns: n
 
 def _marked(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row and column of every mark; numpy's own nonzero takes ten times as long."""
-    return np.divmod(np.flatnonzero(marks), marks.shape[1])
+    return np.divmod(np.flatnonzero(marks), max(1, marks.shape[1]))
 
 
 def _counted(marks: np.ndarray) -> np.ndarray:
