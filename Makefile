@@ -32,8 +32,9 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-kernel-name python3 --no-header
 
-bench: .venv/ready ## speed and memory of stage 3 against TRL and generate, into outputs/bench
+bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL, generate and FAISS, into outputs/bench
 	$(BIN)/python bench/rl.py
+	$(BIN)/python bench/search.py
 
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .

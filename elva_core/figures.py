@@ -277,6 +277,32 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame) -> Figure:
+    """Queries per second beside FAISS, seconds over the size of the pool, peak memory beside the size of the pool on disk.
+
+    Args:
+        speed: columns comparison, ours per s, theirs per s. growth: columns pool, seconds. memory: columns pool and peak, in MB.
+    """
+    figure, ((left, middle, right),) = _axes(columns=3, size=(10.5, 3.2))
+    place = np.arange(len(speed))
+    left.barh(place - 0.2, speed["ours per s"], height=0.4, color=CORRECTED, label="ours")
+    left.barh(place + 0.2, speed["theirs per s"], height=0.4, color=MODEL_COLOURS["zero-shot"], label="FAISS, top k")
+    left.set(yticks=place, yticklabels=speed["comparison"], xlabel="queries per second", title="Throughput")
+    left.invert_yaxis()
+    left.legend(frameon=False, fontsize=7)
+    middle.plot(growth["pool"] / 1000, growth["seconds"], "o-", color=CORRECTED, label="measured")
+    line = growth["pool"] / 1000, growth["pool"] * (growth["seconds"].iloc[-1] / growth["pool"].iloc[-1])
+    middle.plot(*line, "--", color="grey", linewidth=0.8, label="proportional")
+    middle.set(xlabel="pool, thousands of vectors", ylabel="seconds, 1 thread", title="Growth with the pool")
+    middle.legend(frameon=False, fontsize=7)
+    place = np.arange(len(memory))
+    right.bar(place - 0.2, memory["pool"], width=0.4, color=MODEL_COLOURS["zero-shot"], label="pool on disk")
+    right.bar(place + 0.2, memory["peak"], width=0.4, color=CORRECTED, label="peak of the process")
+    right.set(xticks=place, xticklabels=[f"{int(n):,}" for n in memory.index], xlabel="vectors on disk", ylabel="MB", title="Memory")
+    right.legend(frameon=False, fontsize=7)
+    return figure
+
+
 def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     """One line per arm: the mean over seeds with its 95 % interval over queries, and each seed as a dot.
 

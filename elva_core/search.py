@@ -25,7 +25,9 @@ SPARE = 14  # rows kept beyond k, because float32 may order neighbours wrongly
 PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
 
-Pool = np.ndarray | list[np.ndarray | Path]  # or what is sliced like an array, for instance store.Kept
+# slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
+Rows = np.ndarray | Sequence
+Pool = Rows | list[Rows | Path]
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class _Block:
         return [sorted(row) for row in out]
 
 
-def _opened(part: np.ndarray | Path) -> np.ndarray:
+def _opened(part: Rows | Path) -> Rows:
     return np.load(part, mmap_mode="r") if isinstance(part, Path) else part
 
 
@@ -250,13 +252,13 @@ def _scores_at(queries: np.ndarray, columns: np.ndarray, parts: list, rows: np.n
     """Exact scores of pairs of query and pool row, read in pool order."""
     scores, order, start = np.empty(len(rows), np.float32), np.argsort(rows, kind="stable"), 0
     for part in parts:
-        opened = _opened(part)
-        chosen = order[slice(*np.searchsorted(rows[order], [start, start + len(opened)]))]
-        for first in range(0, len(chosen), PAIRS):
-            some = chosen[first : first + PAIRS]
-            vectors = _unit(opened[rows[some] - start], "one of the pool rows from", int(rows[some[0]]))
+        length = len(_opened(part))
+        chosen = order[slice(*np.searchsorted(rows[order], [start, start + length]))]
+        for first in range(0, len(chosen), TILE):
+            some = chosen[first : first + TILE]
+            vectors = _unit(_opened(part)[rows[some] - start], "one of the pool rows from", int(rows[some[0]]))
             scores[some] = _cosines(vectors, np.arange(len(some)), queries, columns[some])
-        start += len(opened)
+        start += length
     if len(outside := rows[(rows < 0) | (rows >= start)]):
         raise ValueError(f"relevant row {outside[0]} is outside the pool of {start}")
     return scores

@@ -1,0 +1,156 @@
+"""The exact search beside FAISS's IndexFlatIP: throughput on the same vectors, growth with the pool, memory over a pool on disk.
+
+Rounds are made in turns in one process with the same number of threads; medians and ratios go to outputs/bench/search.json.
+
+    make bench
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pandas as pd
+import torch
+from threadpoolctl import threadpool_limits
+
+from elva_core import artifacts, figures, runtime, search, settings
+
+PROFILE = settings.load("cpu")
+QUERIES, WIDTH, DEPTH, ROUNDS = 1000, 256, 50, 5
+POOLS = (125_000, 250_000, 500_000, 1_000_000)
+MEMORY_WIDTH, MEMORY_POOLS, MEMORY_BOUND = 1536, (350_000, 700_000), 1024  # MB; the smaller pool is larger than that already
+WHOLE, WHOLE_BOUND = 5_609_079, 4096  # candidates of M-BEIR's global pool, MB
+FOLDER = artifacts.REPOSITORY / "outputs/bench"
+
+
+def vectors(count: int, width: int, seed: int) -> np.ndarray:
+    """(count, width) float32 of unit length, in any direction."""
+    out = np.random.default_rng(seed).standard_normal((count, width), dtype=np.float32)
+    out /= np.sqrt(np.vecdot(out, out))[:, None]
+    return out
+
+
+def in_turns(sides: dict[str, Callable[[], object]], threads: int) -> dict[str, list[float]]:
+    """Seconds of each side, one round after another; a first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    with threadpool_limits(threads):
+        for turn in range(ROUNDS + 1):
+            for name, run in sides.items():
+                began = time.perf_counter()
+                run()
+                if turn:
+                    seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def against_faiss(queries: np.ndarray, pool: np.ndarray, relevant: list[list[int]], threads: int) -> list[dict]:
+    """Queries per second over the largest pool: the top k alone, and with the ranks that an evaluation needs."""
+    index = faiss.IndexFlatIP(WIDTH)
+    index.add(pool)
+    _, theirs = index.search(queries, DEPTH)
+    if (agree := (search.exact(queries, pool, DEPTH).rows == theirs).mean()) < 0.999:
+        raise RuntimeError(f"the two sides do not find the same: {agree:.2%} of the places agree")
+    sides = {
+        "faiss": lambda: index.search(queries, DEPTH),
+        "top k": lambda: search.exact(queries, pool, DEPTH),
+        "top k and ranks": lambda: search.exact(queries, pool, DEPTH, relevant),
+    }
+    seconds = in_turns(sides, threads)
+    rows = []
+    for name in ("top k", "top k and ranks"):
+        ratios = [a / b for a, b in zip(seconds["faiss"], seconds[name], strict=True)]
+        rows.append(
+            {
+                "comparison": f"{name}, {threads} thread{'s' * (threads > 1)}",
+                "against": "IndexFlatIP, which gives no ranks",
+                "rounds": ROUNDS,
+                "theirs per s": round(QUERIES / statistics.median(seconds["faiss"]), 1),
+                "ours per s": round(QUERIES / statistics.median(seconds[name]), 1),
+                "ratio": round(statistics.median(ratios), 2),
+                "lowest ratio": round(min(ratios), 2),
+                "highest ratio": round(max(ratios), 2),
+                "target": 1 if name == "top k" else None,
+                "met": statistics.median(ratios) >= 1 if name == "top k" else None,
+            }
+        )
+    return rows
+
+
+def growth(queries: np.ndarray, pool: np.ndarray) -> list[dict]:
+    """Seconds per pool size, in turns."""
+    seconds = in_turns({str(n): lambda n=n: search.exact(queries, pool[:n], DEPTH) for n in POOLS}, 1)
+    return [{"pool": n, "seconds": round(statistics.median(seconds[str(n)]), 3)} for n in POOLS]
+
+
+def write_pool(path: Path, rows: int) -> None:
+    """A float16 .npy file, written in pieces; every piece is the first with its columns shifted."""
+    piece = vectors(10_000, MEMORY_WIDTH, seed=2).astype(np.float16)
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, MEMORY_WIDTH))
+    for i, start in enumerate(range(0, rows, len(piece))):
+        out[start : start + len(piece)] = np.roll(piece, i, axis=1)
+    out.flush()
+
+
+def search_file(path: Path) -> None:
+    """Prints the highest resident memory of this process in MB, all of it, after a search over one file."""
+    size = len(np.load(path, mmap_mode="r"))
+    relevant = [[i * (size // QUERIES)] for i in range(QUERIES)]
+    search.exact(vectors(QUERIES, MEMORY_WIDTH, seed=3), [path], DEPTH, relevant)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+
+
+def memory(folder: Path) -> dict:
+    """Peak memory over two pools on disk, each in a process of its own, and what that makes for the whole of M-BEIR."""
+    peaks = {}
+    for rows in MEMORY_POOLS:
+        path = folder / f"{rows}.npy"
+        write_pool(path, rows)
+        command = [sys.executable, __file__, str(path)]
+        peaks[rows] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        path.unlink()
+    (few, low), (many, high) = peaks.items()
+    whole = high + max(0, high - low) / (many - few) * (WHOLE - many)
+    return {
+        "comparison": f"peak memory, {QUERIES} queries, top {DEPTH} and ranks, float16 pool on disk of width {MEMORY_WIDTH}",
+        "pool MB": {str(n): n * MEMORY_WIDTH * 2 // 2**20 for n in peaks},
+        "peak MB": {str(n): round(mb) for n, mb in peaks.items()},
+        "bound MB": MEMORY_BOUND,
+        "met": max(peaks.values()) < MEMORY_BOUND,
+        f"peak MB scaled to {WHOLE:,} rows": round(whole),
+        "bound MB for these": WHOLE_BOUND,
+        "met for these": whole < WHOLE_BOUND,
+    }
+
+
+def main() -> None:
+    runtime.start(PROFILE.threads)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    queries, pool = vectors(QUERIES, WIDTH, seed=0), vectors(max(POOLS), WIDTH, seed=1)
+    relevant = [[int(row)] for row in np.random.default_rng(4).integers(len(pool), size=QUERIES)]
+    speed = [row for threads in sorted({1, PROFILE.threads or 1}) for row in against_faiss(queries, pool, relevant, threads)]
+    seconds = growth(queries, pool)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = {"speed": speed, "growth": seconds, "memory": memory(Path(folder))}
+    runtime.write_whole(FOLDER / "search.json", json.dumps(measured, indent=1) + "\n")
+    peaks = pd.DataFrame({"pool": measured["memory"]["pool MB"], "peak": measured["memory"]["peak MB"]})
+    figures.search_costs(pd.DataFrame(speed), pd.DataFrame(seconds), peaks).savefig(FOLDER / "search.png", dpi=110)
+    print(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        search_file(Path(sys.argv[1]))
+    else:
+        main()
