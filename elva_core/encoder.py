@@ -330,15 +330,15 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
         if not card.is_file():
             raise FileNotFoundError(f"{card} is missing: pass settings, or a folder that a training stage wrote")
         settings = EncoderSettings.model_validate(json.loads(card.read_text())["encoder"])
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
+    if sharding.asked():  # before the device holds all of it
+        sharding.shard(model.model.language_model)
+    model.to(device)
     processor = AutoProcessor.from_pretrained(folder)
     if settings.max_pixels:
         processor.image_processor.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
-    model.requires_grad_(False)
-    if sharding.asked():
-        sharding.shard(model.model.language_model)
     return Encoder(model.eval(), processor, settings, str(folder))
 
 
