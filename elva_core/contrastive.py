@@ -16,7 +16,7 @@ import torch
 from elva_core import mbeir, objectives, rollout, runtime
 from elva_core.encoder import Encoder, Item, candidate_item, query_item
 from elva_core.negatives import Ranked
-from elva_core.settings import ContrastiveSettings
+from elva_core.settings import SUMMARIES_AT_ONCE, ContrastiveSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,10 @@ class SummaryCache:
             training = self._encoder.model.training
             self._encoder.model.eval()  # layers that checkpoint while they train keep no cache
             with self._encoder.model.disable_adapter():
-                out = rollout.generate(self._encoder, missing)
+                for part in (missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)):
+                    out = rollout.generate(self._encoder, part)
+                    self._known.update((i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True))
             self._encoder.model.train(training)
-            self._known.update((i, s) for i, (s,) in zip(missing, out.summaries(self._encoder.end_id), strict=True))
         return [self._known[i] for i in items]
 
 
@@ -134,7 +135,8 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
         starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
         slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
         own = runtime.own_share(len(slices))
-        endings = {chunk: summaries(items[slices[chunk]]) for chunk in own} if use_ret else {}
+        asked = [row for chunk in own for row in range(len(items))[slices[chunk]]] if use_ret else []
+        endings = dict(zip(asked, summaries([items[row] for row in asked]), strict=True))
         ignore = None
         if settings.mask_false_negatives:
             ignore = objectives.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
@@ -146,7 +148,7 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             rows = slices[chunk]
             if not use_ret:
                 return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
-            vectors, writing = encoder.embed_summaries(items[rows], endings[chunk])
+            vectors, writing = encoder.embed_summaries(items[rows], [endings[row] for row in range(len(items))[rows]])
             share = settings.summary_weight * len(vectors) / len(items)
             written[chunk] = float(writing.detach())
             return vectors, share * writing
@@ -179,5 +181,6 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
     rows = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
     encoder.merge_lora()
     encoder.model.eval()
-    encoder.backbone.gradient_checkpointing_disable()
+    if settings.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_disable()
     return rows

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elva_core import workload
-from elva_core.settings import PARAMS, ContrastiveSettings, Settings
+from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
 from elva_core.workload import Cost, Side, Workload
 
 SAVED_MODELS = 3  # stage 2, stage 3, control
@@ -92,7 +92,8 @@ def _contrastive(
     dealt = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
     key = name.replace(" ", "")
     rows = [Stage(name, train, dealt, _training_peak(load, key, s, s.batch * (2 + negatives), candidate))]
-    peak = _writing(load, s.chunk, f"{key}.chunk", s.lora.rank)
+    together = min(SUMMARIES_AT_ONCE, s.batch * (2 + negatives) / load.devices)
+    peak = _writing(load, together, f"{key}.batch", s.lora.rank)
     return rows + ([Stage(f"{name}, its summaries", made, dealt, peak)] if made.rollouts else [])
 
 

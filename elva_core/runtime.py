@@ -206,7 +206,6 @@ def optimise(
         log.warning("%s; back to step %d at 1/%d of the learning rate", reason, len(rows), 2**rollbacks)
     if processes().is_main_process:
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    processes().wait_for_everyone()
     return rows
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
 NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
+SUMMARIES_AT_ONCE = 256  # that training writes in one call: without a graph they take less memory than a chunk with one
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from elva_core import mbeir
 from elva_core.catalogue import Dataset, Gpu, Known, architecture, dataset, known
-from elva_core.settings import PARAMS, ContrastiveSettings, ProfileError, Settings
+from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.sizes import Sizes, of_tiny
 
 MODALITIES_OF = {task: pair for pair, task in mbeir.TASKS.items()}
@@ -179,7 +179,7 @@ class Workload:
             if ret_steps:
                 asked = ret_steps * n
                 missing = min(asked, distinct * self.devices) if side is candidate else asked
-                made += self.write(missing, side, 1, per_call=min(s.chunk, n) * missing / asked)
+                made += self.write(missing, side, 1, per_call=min(SUMMARIES_AT_ONCE, n / self.devices) * missing / asked)
         return train, made
 
     @property

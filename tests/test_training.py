@@ -77,7 +77,7 @@ def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
     command = [sys.executable, *(launcher if launched_by else []), str(path), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
