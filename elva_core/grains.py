@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from elva_core import mbeir
+from elva_core.encoder import Item, candidate_item
 from elva_core.retrieval import Searcher, UnitResult
 
 
@@ -59,9 +60,14 @@ def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> 
         one row per query and grain: qid, kind, distance (0 = the grain is not in the embedding).
     """
     rows = [(q, i, kind) for q in queries for i, (kind, _) in enumerate(mbeir.grains(q))]
-    full = searcher.vectors([searcher.query(q, unit) for q, _, _ in rows])
-    less = searcher.vectors([searcher.query(without(q, i), unit) for q, i, _ in rows])
+    full = _embedded(searcher, [searcher.query(q, unit) for q, _, _ in rows])
+    less = _embedded(searcher, [searcher.query(without(q, i), unit) for q, i, _ in rows])
     return pd.DataFrame({"qid": [q.qid for q, _, _ in rows], "kind": [k for *_, k in rows], "distance": 1 - (full * less).sum(1)})
+
+
+def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:
+    """(N, D) float32, also of embeddings that are kept on disk."""
+    return np.asarray(searcher.vectors(items)[:], np.float32)
 
 
 def errors(result: UnitResult) -> pd.DataFrame:
@@ -92,12 +98,10 @@ def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int,
     """
     from sklearn.manifold import TSNE
 
-    from elva_core.encoder import candidate_item
-
     query = result.queries[index]
     item = searcher.query(query, result.unit)
-    pool = searcher.vectors([candidate_item(searcher.root, c) for c in result.candidates])
-    vector = searcher.vectors([item])
+    pool = _embedded(searcher, [candidate_item(searcher.root, c) for c in result.candidates])
+    vector = _embedded(searcher, [item])
     positives = {i for i, c in enumerate(result.candidates) if c.did in query.positives}
     order = [int(i) for i in np.argsort(-(pool @ vector[0]), kind="stable")]
     chosen = sorted(positives | set(order[:size]))

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Tokeni
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from elva_core import annotate, backbone, emoji_collection, encoder, evaluate, mbeir, mrbench, retrieval, settings, training
+from elva_core import annotate, backbone, emoji_collection, encoder, evaluate, grains, mbeir, mrbench, retrieval, settings, training
 
 ROWS, WORDS = 151_936, 151_643  # rows of the embedding matrix, and tokens before the special ones
 SPECIAL = [
@@ -165,11 +165,15 @@ def test_peft_adds_saves_and_reloads_an_adapter(trained, tmp_path):
         torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path)(input_ids=ids).logits, wanted)
 
 
-def test_evaluation_and_mrbench(trained, root, tmp_path):
+def test_evaluation_and_mrbench(trained, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "EMBEDDINGS", tmp_path / "kept")
     profile, _, models = trained
     bench, *_ = mrbench.build(root, profile.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)
     loaded = encoder.load(models["stage3"], dtype=profile.dtype)
     measured = evaluate.measure("stage 3", loaded, root, bench, profile.evaluation, seed=1)
     assert set(measured.results["unit"]) == set(root.units("test")) and len(measured.hits) == 8
+    queries = grains.ablatable(bench.queries("emoji_task0", "test"))
+    distances = grains.distances(measured.searcher, queries, "emoji_task0")["distance"]
+    assert len(distances) and distances.between(-1e-2, 2).all()  # of embeddings that the profile keeps on disk
     vectors, summaries = retrieval.encode(loaded, [encoder.Item("A dog.")], batch=1)
     assert abs(float((vectors**2).sum()) - 1) < 1e-5 and "<|" not in summaries[0]
