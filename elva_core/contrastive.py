@@ -135,8 +135,8 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
         starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
         slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
         own = runtime.own_share(len(slices))
-        asked = [row for chunk in own for row in range(len(items))[slices[chunk]]] if use_ret else []
-        endings = dict(zip(asked, summaries([items[row] for row in asked]), strict=True))
+        if use_ret:
+            summaries([item for chunk in own for item in items[slices[chunk]]])  # written together, and kept
         ignore = None
         if settings.mask_false_negatives:
             ignore = objectives.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
@@ -148,7 +148,7 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             rows = slices[chunk]
             if not use_ret:
                 return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
-            vectors, writing = encoder.embed_summaries(items[rows], [endings[row] for row in range(len(items))[rows]])
+            vectors, writing = encoder.embed_summaries(items[rows], summaries(items[rows]))
             share = settings.summary_weight * len(vectors) / len(items)
             written[chunk] = float(writing.detach())
             return vectors, share * writing

@@ -32,9 +32,6 @@ class Known:
         return MODALITIES[self.kinds[place]] if place < len(self.ids) and self.ids[place] == wanted else None
 
 
-NOTHING = Known(np.empty(0, np.int64), np.empty(0, np.int8))
-
-
 @dataclass
 class Report:
     """What one pass over a root has found so far. images: hashes of the paths that were looked at already."""
@@ -62,11 +59,12 @@ def check(root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decod
         return report.problems
     report.prompts = report.attempt(lambda: root.instructions) or {}
     for split in splits:
-        if not root.units(split):
+        units, union = root.units(split), split == "train" and root.union_train_path().is_file()
+        if not units and not union:
             continue
         path = root.pool_path("", split, "global")
         everything = _pool(report, path)
-        for unit in root.units(split):
+        for unit in units:
             local = everything
             if split != "train":
                 path = root.pool_path(unit, split)
@@ -75,19 +73,9 @@ def check(root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decod
                     report.problems.append(f"{path}: {len(local.ids)} candidates are fewer than the reported cut-off k")
             judged = _queries(report, root.query_path(unit, split), local, everything)
             _qrels(report, unit, split, judged)
-    if "train" in splits and root.union_train_path().is_file():
-        _queries(report, root.union_train_path(), everything=_ids_of(root), local=None)
+        if union:
+            _queries(report, root.union_train_path(), None, everything)
     return report.problems
-
-
-def _ids_of(root: Root) -> Known:
-    """The train pool; whatever is wrong with it has been said before."""
-    try:
-        pool = root.pool("", "train", "global")
-    except ElvaDataError:
-        return NOTHING
-    order = np.argsort(pool.ids)
-    return Known(pool.ids[order], pool.kinds[order])
 
 
 def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple[int, Query | Candidate]]:

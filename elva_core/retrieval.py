@@ -195,15 +195,15 @@ def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test"
     """
     folder.mkdir(parents=True, exist_ok=True)
     depth, place = result.top.shape[1], "single" if result.pool == "local" else "union"
-    forms = {f"{result.unit}_{result.pool}_trec.txt": False, f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt": True}
-    for name, with_task in forms.items():
-        lines = (
-            f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}" + (f" {query.task}" if with_task else "")
-            for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
-            for rank, (row, value) in enumerate(zip(rows, scores, strict=True), start=1)
-        )
-        runtime.write_whole(folder / name, "\n".join(lines) + "\n")
-    return [folder / name for name in forms]
+    trec, uniir = folder / f"{result.unit}_{result.pool}_trec.txt", folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt"
+    lines = [
+        (f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}", query.task)
+        for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
+        for rank, (row, value) in enumerate(zip(rows, scores, strict=True), start=1)
+    ]
+    runtime.write_whole(trec, "".join(f"{line}\n" for line, _ in lines))
+    runtime.write_whole(uniir, "".join(f"{line} {task}\n" for line, task in lines))
+    return [trec, uniir]
 
 
 def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:

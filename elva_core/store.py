@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elva_core import runtime
+from elva_core import mbeir, runtime
 from elva_core.encoder import Encoder, Item, lineage
 from elva_core.retrieval import encode
 
@@ -50,7 +50,7 @@ class Store:
 
     def __init__(self, folder: Path, encoder: Encoder, *, batch: int, template: str) -> None:
         self._encoder, self._batch, self._template = encoder, batch, template
-        self.key = _digest(lineage(encoder.source), encoder.settings.model_dump_json(), encoder.backbone.dtype, template)
+        self.key = mbeir.stable_hash(lineage(encoder.source), encoder.settings.model_dump_json(), encoder.backbone.dtype, template)
         self._folder = folder / f"{self.key:016x}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._open()
@@ -94,14 +94,11 @@ class Store:
 
 
 def _name(item: Item) -> int:
-    """Text and image of an item; an image by path, size and time of change, for reading all bytes would take as long as embedding."""
+    """60 bits for text and image of an item: among six million the chance of two alike is 16 in a million.
+
+    An image counts by path, size and time of change, for reading all bytes would take as long as embedding.
+    """
     if item.image is None:
-        return _digest(item.text)
+        return mbeir.stable_hash(item.text)
     stat = item.image.stat() if item.image.is_file() else None  # a missing one is refused where it is opened
-    return _digest(item.text, item.image, stat and stat.st_size, stat and stat.st_mtime_ns)
-
-
-def _digest(*parts: object) -> int:
-    """63 bits: among six million items the chance of two alike is 2 in a million."""
-    text = "\x1f".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+    return mbeir.stable_hash(item.text, item.image, stat and stat.st_size, stat and stat.st_mtime_ns)

@@ -256,14 +256,14 @@ def check(root: Path) -> int:
 
 def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str, template: str, spread: bool) -> None:
     """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again."""
-    from elva_core import encoder, mbeir, retrieval, runtime, store
+    from elva_core import encoder, mbeir, runtime
     from elva_core import evaluate as evaluation
 
     profile, pools = settings.load(profile_name), ("local", "global") if pool == "both" else (pool,)
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
-    kept = store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
-    searcher = retrieval.Searcher(loaded, mbeir.Root(root), "test", profile.evaluation, template=template, store=kept)
+    kept = profile.evaluation.model_copy(update={"on_disk": True})
+    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template)
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")

@@ -18,7 +18,6 @@ from elva_core.catalogue import Dataset, Gpu, Known, architecture, dataset, know
 from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.sizes import Sizes, of_tiny
 
-MODALITIES_OF = {task: pair for pair, task in mbeir.TASKS.items()}
 VISION_CALL = 64  # images per call of Encoder._vision_features
 
 
@@ -98,7 +97,7 @@ class Workload:
         units = {name: getattr(u, weight) if weight else 1 for name, u in self.data.units.items()}
         total, place = sum(units.values()), ("query", "candidate").index(which)
         text = sum(n * getattr(self.data.units[name], which) for name, n in units.items())
-        image = sum(n for name, n in units.items() if "image" in MODALITIES_OF[task_of(name)][place])
+        image = sum(n for name, n in units.items() if "image" in mbeir.MODALITIES_OF[task_of(name)][place])
         return Side(text / total, image / total)
 
     def _seconds(self, flops: float, layers: float, read: float = 0.0, images: float = 0.0) -> tuple[float, float]:
