@@ -73,15 +73,34 @@ def quicken(tower: torch.nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is embedded: a query (text = instruction and query text) or a candidate, already normalised."""
+    """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
+
+    more: further parts between image and text, in their order: a path is an image, a string is text. M-BEIR needs none;
+        dialogues about several images and the prompts of a reranker do.
+    """
 
     text: str = ""
     image: Path | None = None
+    more: tuple[str | Path, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str | Path, ...]:
+        """Everything in the order in which the model reads it."""
+        return (*([self.image] if self.image else []), *self.more, self.text)
+
+    @property
+    def images(self) -> list[Path]:
+        return [part for part in self.parts if isinstance(part, Path)]
+
+    @property
+    def length(self) -> int:
+        """Characters of all texts."""
+        return sum(len(part) for part in self.parts if isinstance(part, str))
 
     @property
     def content(self) -> str:
         """The word LamRA's prompts use for what stands above."""
-        return "image and sentence" if self.image and self.text else "image" if self.image else "sentence"
+        return "image and sentence" if self.images and self.length else "image" if self.images else "sentence"
 
 
 def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
@@ -142,11 +161,12 @@ class Encoder:
         return self.backbone.config.get_text_config().vocab_size
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
-        """Chat prompts up to and including the assistant's header; order: image, text, request."""
+        """Chat prompts up to and including the assistant's header; order: the item's parts, then the request."""
         out = []
         for item in items:
-            content: list[dict] = [{"type": "image"}] if item.image else []
-            content.append({"type": "text", "text": f"{self._cut(item.text)}\n{request}".replace("{content}", item.content)})
+            *before, text = [{"type": "image"} if isinstance(p, Path) else {"type": "text", "text": self._cut(p)} for p in item.parts]
+            text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
+            content = [*before, text]
             out.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
         return out
 
@@ -181,7 +201,7 @@ class Encoder:
 
     def _image_inputs(self, items: Sequence[Item]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         """Vision features per image, each (n, D), and the patch grids (images, 3)."""
-        paths = [item.image for item in items if item.image]
+        paths = [path for item in items for path in item.images]
         if not paths:
             return [], None
         missing = [p for p in dict.fromkeys(paths) if p not in self._vision]

@@ -94,11 +94,10 @@ class Store:
 
 
 def _name(item: Item) -> int:
-    """60 bits for text and image of an item: among six million the chance of two alike is 16 in a million.
+    """60 bits for the parts of an item: among six million the chance of two alike is 16 in a million.
 
     An image counts by path, size and time of change, for reading all bytes would take as long as embedding.
     """
-    if item.image is None:
-        return mbeir.stable_hash(item.text)
-    stat = item.image.stat() if item.image.is_file() else None  # a missing one is refused where it is opened
-    return mbeir.stable_hash(item.text, item.image, stat and stat.st_size, stat and stat.st_mtime_ns)
+    stats = [(path, path.stat() if path.is_file() else None) for path in item.images]  # a missing one is refused where it is opened
+    files = [value for path, stat in stats for value in (path, stat and stat.st_size, stat and stat.st_mtime_ns)]
+    return mbeir.stable_hash(item.text, *files, *item.more)

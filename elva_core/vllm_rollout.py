@@ -181,7 +181,8 @@ def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int
     image_id, out = encoder.backbone.config.image_token_id, []
     for item, row in zip(items, rows, strict=True):
         ids = [t for t, before in zip(row, [None, *row], strict=False) if not t == before == image_id]
-        out.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": mbeir.open_image(item.image)}} if item.image else {}))
+        images = [mbeir.open_image(path) for path in item.images]
+        out.append({"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {}))
     return out
 
 

@@ -12,17 +12,24 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from elva_core import contrastive, encoder, mbeir
 
 
+@pytest.fixture
+def items(items) -> list[encoder.Item]:
+    """The items of other tests, and one with several images between texts."""
+    first, second = [i.image for i in items if i.image][:2]
+    return [*items, encoder.Item("Which one?", first, ("is shorter than", second, "and bluer", first))]
+
+
 def test_token_rows_equal_those_of_the_processor(tiny, items):
     request = tiny.settings.summary_request
     ours = tiny.batch(items, request)
-    images = [mbeir.open_image(i.image) for i in items if i.image]
+    images = [mbeir.open_image(path) for i in items for path in i.images]
     theirs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
     assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
 
 
 def test_states_equal_a_plain_forward_of_transformers(tiny, items):
     request = tiny.settings.eol_request
-    images = [mbeir.open_image(i.image) for i in items if i.image]
+    images = [mbeir.open_image(path) for i in items for path in i.images]
     inputs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
         theirs = tiny.backbone.model(**inputs).last_hidden_state[:, -1]

@@ -90,7 +90,7 @@ class LLM:
     def _complete(self, prompt: dict, wanted: SamplingParams) -> SimpleNamespace:
         ids, image_id, vision = list(prompt["prompt_token_ids"]), self._hf.config.image_token_id, {}
         if "multi_modal_data" in prompt:
-            inputs = self._processor.image_processor([prompt["multi_modal_data"]["image"]], return_tensors="pt")
+            inputs = self._processor.image_processor(prompt["multi_modal_data"]["image"], return_tensors="pt")
             size = int(inputs.image_grid_thw.prod()) // self._hf.config.vision_config.spatial_merge_size**2
             (at,) = [i for i, t in enumerate(ids) if t == image_id]  # a second one would be an image that is not there
             ids[at : at + 1] = [image_id] * size
