@@ -27,42 +27,33 @@ def reported() -> dict:
 
 
 def audit(tables: dict) -> pd.DataFrame:
-    """Recomputes the averages and relative gains the paper prints."""
+    """Recomputes every average and relative gain the paper prints, where it prints what they are made of."""
     rows = []
-    for table in ("table1", "table6"):
-        for method, row in tables[table]["rows"].items():
+    for table in (t for t in tables.values() if "averaged" in t):
+        for method, row in table["rows"].items():
             columns, printed = row[:-1], row[-1]
-            rows.append(
-                {
-                    "what": f"{tables[table]['source']}, {method}: mean of {len(columns)} columns",
-                    "printed": printed,
-                    "recomputed": round(float(np.mean(columns)), 2),
-                }
-            )
+            what = f"{table['source']}, {method}: mean of {len(columns)} columns"
+            rows.append({"what": what, "printed": printed, "recomputed": round(float(np.mean(columns)), 2)})
     for gain in tables["relative_gains"]:
-        rows.append({"what": gain["what"], "printed": gain["printed"], "recomputed": round(100 * (gain["new"] / gain["old"] - 1), 2)})
+        new, old = (tables[gain["table"]]["rows"][gain[side]] for side in ("new", "old"))
+        for basis, ratio in (("printed averages", new[-1] / old[-1]), ("columns", np.mean(new[:-1]) / np.mean(old[:-1]))):
+            rows.append({"what": f"{gain['what']} ({basis})", "printed": gain["printed"], "recomputed": round(100 * (ratio - 1), 2)})
     out = pd.DataFrame(rows)
     return out.assign(agrees=(out["printed"] - out["recomputed"]).abs() < 0.1)
 
 
 def not_run(tables: dict) -> list[dict]:
-    """Claims that need M-BEIR and GPUs, each with the command that would run it."""
+    """Claims that need M-BEIR, licensed sets or GPUs, each with the command that would run it."""
     rows = []
-    for table in ("table1", "table6"):
-        for method, values in tables[table]["rows"].items():
-            if method in tables[table]["ours"]:
-                profile = tables[table]["ours"][method]
-                rows += [
-                    {
-                        "claim": f"{method} {column}",
-                        "source": tables[table]["source"],
-                        "dataset": column,
-                        "metric": tables[table]["metric"],
-                        "paper": value,
-                        "baseline": f"needs M-BEIR and GPUs: make reproduce PROFILE={profile}",
-                    }
-                    for column, value in zip([*tables[table]["columns"], "Avg"], values, strict=True)
-                ]
+    for table in (t for t in tables.values() if "rows" in t):
+        for method, profile in table["ours"].items():
+            values = table["rows"][method]
+            columns = [*table["columns"], "Avg"][: len(values)]
+            common = {"source": table["source"], "metric": table["metric"], "baseline": table["needs"].format(profile=profile)}
+            rows += [
+                common | {"claim": f"{method}, {column}", "dataset": column, "paper": value}
+                for column, value in zip(columns, values, strict=True)
+            ]
     return rows
 
 
@@ -139,7 +130,7 @@ def measured(
                 "baseline": pair["old"],
             }
         )
-        rows[-1]["verdict"] = verdict(rows[-1]) if evidence else "not run"
+        rows[-1]["verdict"] = verdict(rows[-1], evidence)
     return rows + _distances(distances, tables["grain_distance"], dataset, evidence, samples)
 
 
@@ -156,18 +147,15 @@ def _distances(distances: pd.DataFrame, reported: dict, dataset: str, evidence: 
         row = {"claim": f"grain distance, {name}", "source": reported["source"], "dataset": f"MRBench-{dataset}"}
         row |= {"metric": "mean cosine distance", "paper": paper, "ours": own.mean(), "ci_low": low, "ci_high": high, "n": len(own)}
         gain = "over" in name
-        rows.append(row | {"baseline": "stage 2" if gain else "", "verdict": (verdict(row) if evidence else "not run") if gain else ""})
+        rows.append(row | {"baseline": "stage 2" if gain else "", "verdict": verdict(row, evidence) if gain else ""})
     return rows
 
 
-def studied(
-    scores: pd.DataFrame, differences: pd.DataFrame, ablations: pd.DataFrame, tables: dict, dataset: str, evidence: bool
-) -> list[dict]:
+def studied(scores: pd.DataFrame, differences: pd.DataFrame, tables: dict, dataset: str, evidence: bool) -> list[dict]:
     """Rows for what the study measured; they take the place of the chain's rows of the same claim and metric.
 
     Args:
         scores: percent; arm, unit, value, ci_low, ci_high, n, seeds, spread. differences: relative to `old`, in percent, with interval.
-        ablations: points of hit@5; arm, old, value, ci_low, ci_high, paper, n, seeds.
     """
     common = {"source": "ours", "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
     rows = []
@@ -180,22 +168,35 @@ def studied(
         row |= {"ours": r["relative"], "ci_low": r["relative low"], "ci_high": r["relative high"], "n": r["n"]}
         if r["arm"] in GAINS:
             row |= {"paper": tables["mrbench_gain"]["value"], "source": tables["mrbench_gain"]["source"]}
-        rows.append(row | {"verdict": verdict(row) if evidence else "not run"})
-    for r in ablations.itertuples():
-        row = common | {"claim": r.arm, "metric": "difference of hit@5, points", "baseline": r.old, "seeds": _seeds(r.seeds), "n": r.n}
-        row |= {"ours": r.value, "ci_low": r.ci_low, "ci_high": r.ci_high, "paper": r.paper}
-        if r.paper == r.paper:
-            same = (r.ci_high < 0) if r.paper < 0 else (r.ci_low > 0)
-            row |= {"source": "Tables 4 and 8, M-BEIR average", "verdict": "same direction" if same else "not reproduced"}
-        rows.append(row if evidence else row | {"verdict": "not run"})
+        rows.append(row | {"verdict": verdict(row, evidence)})
     return rows
 
 
-def verdict(row: dict) -> str:
-    """Of a gain whose interval is above zero: reproduced if it is as large as the paper's, else (or if it has none) same direction."""
+def in_points(differences: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
+    """Rows for arms compared in points of hit@5, beside the points of the average that the paper compares.
+
+    Args:
+        differences: arm, old, value, ci_low, ci_high, paper, source, n, seeds, as `comparisons.beside_paper` gives them.
+    """
+    rows = []
+    for r in differences.itertuples():
+        row = {"claim": r.arm, "source": r.source, "dataset": dataset, "metric": "difference of hit@5, points", "baseline": r.old}
+        row |= {"ours": r.value, "ci_low": r.ci_low, "ci_high": r.ci_high, "paper": r.paper, "n": r.n, "seeds": _seeds(r.seeds)}
+        same = (r.ci_high < 0) if r.paper < 0 else (r.ci_low > 0)
+        said = "" if r.paper != r.paper else "same direction" if same else "not reproduced"  # another average than the paper's
+        rows.append(row | {"verdict": said if evidence else "not run"})
+    return rows
+
+
+def verdict(row: dict, evidence: bool) -> str:
+    """Of a gain, where the paper has one: reproduced if it is as large and its interval above zero, same direction if only the latter."""
+    if not evidence:
+        return "not run"
+    if row.get("paper", np.nan) != row.get("paper", np.nan):
+        return ""
     if not row["ci_low"] > 0:
         return "not reproduced"
-    return "reproduced" if row["ours"] >= row.get("paper", np.nan) else "same direction"
+    return "reproduced" if row["ours"] >= row["paper"] else "same direction"
 
 
 def _seeds(seeds: Sequence[int], spread: float = np.nan) -> str:
@@ -213,10 +214,9 @@ def assemble(rows: Sequence[dict], seed: int) -> pd.DataFrame:
     return table
 
 
-def markdown(table: pd.DataFrame, note: str) -> str:
-    """The result table of README and report: hit@5 of the main models, their gains, the distances; one line of provenance below."""
-    own = table[table["ours"].notna()]
-    own = own[~own["metric"].str.contains("hit@1$|hit@1,|points", regex=True)]
+def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
+    """The result table of README and report: hit@5 of the main models, gains that the paper or the control ask for; provenance below."""
+    own = main(table, tables)
     models = own[own["metric"] == "hit@5"]
     models = models.assign(model=models["claim"].str.rpartition(", ")[0], unit=models["claim"].str.rpartition(", ")[2])
     units = [u for u in dict.fromkeys(models["unit"]) if u != "average"]
@@ -226,17 +226,29 @@ def markdown(table: pd.DataFrame, note: str) -> str:
         mean = found.loc["average"]
         cells = [f"{found.loc[u, 'ours']:.1f}" for u in units]
         lines.append(f"| {name} | {' | '.join(cells)} | {_number(mean)} | {int(mean['n']):,} | {mean['seeds']} |")
-    lines += ["", "| claim | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|"]
-    for _, r in own[own["metric"] != "hit@5"].iterrows():
-        paper = "" if r["paper"] != r["paper"] else f"{r['paper']:g}"
-        lines.append(f"| {r['claim']} | {r['metric']} | {paper} | {_number(r)} | {int(r['n']):,} | {r['seeds']} | {r['verdict']} |")
-    return "\n".join([*lines, "", note])
+    asked = own["paper"].notna() | own["baseline"].eq("InfoNCE control")
+    return "\n".join([*lines, "", listed(own[asked & own["metric"].str.contains("gain of hit@5|distance", regex=True)]), "", note])
+
+
+def main(table: pd.DataFrame, tables: dict) -> pd.DataFrame:
+    """What was measured of the paper's main claims, on MRBench; the other measured rows name the table or the question they belong to."""
+    sources = ["ours", tables["mrbench_gain"]["source"], tables["grain_distance"]["source"]]
+    return table[table["ours"].notna() & table["source"].isin(sources)]
+
+
+def listed(table: pd.DataFrame) -> str:
+    """Claims as Markdown, one row each."""
+    lines = ["| claim | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|"]
+    for _, r in table.iterrows():
+        paper, n = "" if r["paper"] != r["paper"] else f"{r['paper']:.3g}", "" if r["n"] != r["n"] else f"{int(r['n']):,}"
+        lines.append(f"| {r['claim']} | {r['metric']} | {paper} | {_number(r)} | {n} | {r['seeds']} | {r['verdict']} |")
+    return "\n".join(lines)
 
 
 def _number(row: pd.Series) -> str:
     digits = 3 if "distance" in row["metric"] else 1
-    interval = f" [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]" if row["ci_low"] == row["ci_low"] else ""
-    return f"{row['ours']:.{digits}f}{interval}"
+    ours, low, high = (f"{round(row[c], digits) + 0.0:.{digits}f}" for c in ("ours", "ci_low", "ci_high"))  # + 0.0: no -0.0
+    return ours + (f" [{low}, {high}]" if row["ci_low"] == row["ci_low"] else "")
 
 
 def update_readme(readme: Path, block: str) -> None:

@@ -84,12 +84,17 @@ def pairs(chosen: dict[str, study.Arm], group: str) -> list[tuple[str, str]]:
 
 
 def beside_paper(table: pd.DataFrame, chosen: dict[str, study.Arm]) -> pd.DataFrame:
-    """`differences` with the difference that the paper's Tables 4 and 8 print for the same change, in points of the M-BEIR average."""
-    printed = [
-        chosen[new].paper - chosen[old].paper if chosen[new].paper is not None and chosen[old].paper is not None else np.nan
-        for new, old in zip(table["new"], table["old"], strict=True)
-    ]
-    return table.assign(paper=printed)
+    """`differences` with what the paper prints for the same change, in points of the average that it compares, and where ("source")."""
+    reported = claims.reported()
+    printed = {name: reported[arm.paper[0]]["rows"][arm.paper[1]][-1] if arm.paper else np.nan for name, arm in chosen.items()}
+    paper = [printed[new] - printed[old] for new, old in zip(table["new"], table["old"], strict=True)]
+    sources = [reported[chosen[new].paper[0]]["source"] if p == p else "ours" for new, p in zip(table["new"], paper, strict=True)]
+    return table.assign(paper=paper, source=sources)
+
+
+def on_units(found: study.Study) -> study.Study:
+    """The study with the queries of the units that arms name in the place of MRBench's."""
+    return replace(found, hits=found.units)
 
 
 def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> pd.DataFrame:

@@ -52,11 +52,11 @@ def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
     return epochs(rows, seed, "stage1")
 
 
-def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int) -> Draw:
-    """Stage 2: rows of the union train file, one random positive and a random instruction per visit."""
-    queries, pool = root.union_train(), root.pool("", "train", "global")
-    tasks = queries.kinds if settings.one_task_per_batch else np.zeros(len(queries), int)
-    draws = {task: epochs(np.flatnonzero(tasks == task), seed, f"stage2/{task}") for task in np.unique(tasks).tolist()}
+def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int, excluded: Sequence[str] = ()) -> Draw:
+    """Stage 2: rows of the union train file, one random positive and a random instruction per visit; none of the excluded units."""
+    queries, pool, rows = root.union_train(), root.pool("", "train", "global"), root.trained_rows(excluded)
+    tasks = queries.kinds[rows] if settings.one_task_per_batch else np.zeros(len(rows), int)
+    draws = {task: epochs(rows[tasks == task], seed, f"stage2/{task}") for task in np.unique(tasks).tolist()}
 
     def draw(step: int, size: int) -> list[Pair]:
         rng = runtime.rng_for(seed, "stage2", step)

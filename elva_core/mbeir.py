@@ -9,6 +9,7 @@ dataset names and ids. Files are read by byte offset, so a pool of millions neve
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -409,6 +410,26 @@ class Root:
     def union_train(self) -> Records[Query]:
         """The default training file; up-sampled sets repeat whole rows, so qids repeat."""
         return Records(self.union_train_path(), parse_query, hashed_query_id)
+
+    def matching(self, patterns: Sequence[str], split: str) -> list[str]:
+        """Units of a split by name or pattern ("*_task4"), in the order of `units`.
+
+        Raises:
+            ElvaDataError: a pattern that no unit matches.
+        """
+        units = self.units(split)
+        if lost := [pattern for pattern in patterns if not fnmatch.filter(units, pattern)]:
+            raise ElvaDataError(f"{self.folder}: no {split} unit matches {lost}; it has {units}")
+        return [unit for unit in units if any(fnmatch.fnmatch(unit, pattern) for pattern in patterns)]
+
+    def trained_rows(self, excluded: Sequence[str] = ()) -> np.ndarray:
+        """Rows of the union train file but those of the excluded units (names or patterns of test units), told by dataset and task."""
+        queries = self.union_train()
+        kept = np.ones(len(queries), bool)
+        for unit in self.matching(excluded, "test"):
+            first = self.queries(unit, "test")[0]
+            kept &= (queries.ids // QUERY_ID_BASE != int(first.qid.split(":")[0])) | (queries.kinds != first.task)
+        return np.flatnonzero(kept)
 
     def pool(self, unit: str, split: str, pool: str = "local") -> Pool:
         """Candidates of a pool in file order. Raises ElvaDataError on a repeated did."""

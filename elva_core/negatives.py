@@ -6,6 +6,7 @@ threshold (likely an unjudged positive), keep the next `hard`; add `random` ones
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -86,13 +87,13 @@ class Mined(NamedTuple):
     bank: np.ndarray
 
 
-def select(encoder: Encoder, root: mbeir.Root, settings: RlvrSettings, *, batch: int, seed: int) -> Mined:
-    """`settings.queries` train queries, the same number per task, with the negatives that the model chooses.
+def select(encoder: Encoder, root: mbeir.Root, settings: RlvrSettings, *, batch: int, seed: int, excluded: Sequence[str] = ()) -> Mined:
+    """`settings.queries` train queries, the same number per task, with the negatives that the model chooses; none of the excluded units.
 
     Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per modality).
     """
     queries, pool = root.union_train(), root.pool("", "train", "global")
-    drawn = _equal_draw(queries, settings.queries, seed)
+    drawn = _equal_draw(queries, root.trained_rows(excluded), settings.queries, seed)
     parts, banks, ranked_before = [], [], 0
     for modality in mbeir.MODALITIES:
         rng = runtime.rng_for(seed, "negatives", modality)
@@ -155,14 +156,14 @@ def _judged(pool: mbeir.Pool, did: str) -> int:
     return row
 
 
-def _equal_draw(queries: mbeir.Records[mbeir.Query], count: int, seed: int) -> list[int]:
-    """Rows of the same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
+def _equal_draw(queries: mbeir.Records[mbeir.Query], allowed: np.ndarray, count: int, seed: int) -> list[int]:
+    """Allowed rows of the same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
 
     Rows that up-sampling repeats count once.
     """
-    _, rows = np.unique(queries.ids, return_index=True)
+    _, firsts = np.unique(queries.ids[allowed], return_index=True)
     groups: dict[tuple, list[int]] = {}
-    for row in rows.tolist():
+    for row in allowed[firsts].tolist():
         groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(row)
     out = []
     for key in sorted(groups):

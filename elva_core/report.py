@@ -1,10 +1,14 @@
-"""What 90_report gathers and writes: the claims table, the cost of each stage, report.md and the README's table."""
+"""What 90_report gathers and writes: the claims table, the cost of each stage, the report (Markdown and HTML) and the README's table."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import base64
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import mistune
 import pandas as pd
 
 from elva_core import artifacts, claims, runtime
@@ -19,6 +23,11 @@ GATHERED = (
     "50_evaluate",
     "60_ablate",
     "70_analyse_grains",
+    "80_generalise",
+)
+STYLE = (
+    "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{border-bottom:1px solid #ccc;padding:.2rem .6rem;text-align:left}img{max-width:100%}"
 )
 DEVIATIONS = (
     ("Half of stage 2 trains the state at [RET]", "the paper leaves open how that state becomes an embedding before stage 3"),
@@ -49,17 +58,19 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     mrbench = pd.read_csv(evaluated / "mrbench.csv").query("metric in ['hit@1', 'hit@5']")
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
-    dataset = run.settings.data.name
-    rows = claims.measured(mrbench, pairs, distances, reported, dataset, run.settings.evidence, run.settings.evaluation.bootstrap)
-    tables = [study_table(run, name) for name in ("scores", "differences", "ablations")]
-    rows += claims.studied(*tables, reported, dataset, run.settings.evidence)
+    dataset, evidence = run.settings.data.name, run.settings.evidence
+    rows = claims.measured(mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap)
+    rows += claims.studied(study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence)
+    rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
+    rows += claims.in_points(study_table(run, "booster", "80_generalise"), f"MRBench-{dataset}", evidence)
+    rows += claims.in_points(study_table(run, "held_out", "80_generalise"), f"{dataset}, units held out", evidence)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
 
 
-def study_table(run: Stage, name: str) -> pd.DataFrame:
-    """A table of 60_ablate, its tuples read back."""
+def study_table(run: Stage, name: str, stage: str = "60_ablate") -> pd.DataFrame:
+    """A table that a notebook made from the study, its tuples read back."""
     tuples = dict.fromkeys(("seeds", "by seed"), ast.literal_eval)
-    return pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
+    return pd.read_csv(run.require(stage) / f"{name}.csv", converters=tuples)
 
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
@@ -68,40 +79,66 @@ def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def write(run: Stage, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame) -> None:
-    """table.md (the README's block) and report.md."""
+def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame) -> None:
+    """table.md (the README's block), report.md, and the same page with its figures inside as report.html."""
     evidence = "" if run.settings.evidence else " This profile tests plumbing; its numbers are no evidence."
     made_with = f"Profile {run.settings.profile}, seed {run.seed}, device {run.settings.device}"
     note = f"{made_with}; hit rates in percent, 95 % intervals over queries; several seeds: outputs/{run.settings.profile}/study.{evidence}"
-    block = claims.markdown(table, note)
+    block = claims.markdown(table, reported, note)
     runtime.write_whole(run.folder / "table.md", block + "\n")
-    total = cost_table["wall_s"].sum()
-    deviations = "\n".join(f"* {what}: {why}." for what, why in DEVIATIONS)
-    missing = table[table["ours"].isna()]
-    commands = "\n".join(f"* {source}, {len(own)} claims: {reason}" for (source, reason), own in missing.groupby(["source", "baseline"]))
-    wrong = audit[~audit["agrees"]]
-    text = f"""# Report
+    verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
+    measured = table[table["ours"].notna() & ~table.index.isin(claims.main(table, reported).index)]
+    beyond = "\n\n".join(f"### {source}\n{claims.listed(own)}" for source, own in measured.groupby("source", sort=False))
+    missing = table[table["ours"].isna()].groupby(["source", "baseline"], sort=False)
+    total, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
+    installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
+    text = f"""# Report: profile {run.settings.profile}, seed {run.seed}
 
-## Measured
+{len(table)} claims: {", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())}. Every row: claims.csv.
+
+## What was claimed, what was measured
 {block}
 
 ![Paired differences on MRBench](figures/differences.png)
 
-## Not run
-{commands}
-
 ## Deviations from the paper
-{deviations}
+{_list(f"{what}: {why}." for what, why in DEVIATIONS)}
+
+## What was not run
+{_list(f"{source}, {len(own)} claims: needs {needs}" for (source, needs), own in missing)}
+
+## Other tables of the paper, at this size
+{beyond}
 
 ## Figures of the paper that do not add up
-{_table(wrong.drop(columns="agrees"))}
+{_table(audit[~audit["agrees"]].drop(columns="agrees"))}
 
 ## Cost
+{total:.1f} minutes in all, {memory:.1f} GB at most.
+
 {_table(cost_table)}
 
-{total / 60:.1f} minutes in all.
+## Environment
+{", ".join(f"{package} {version}" for package, version in installed[["package", "installed"]].itertuples(index=False))}.
 """
     runtime.write_whole(run.folder / "report.md", text)
+    runtime.write_whole(run.folder / "report.html", page(text, run.folder))
+
+
+def page(text: str, folder: Path) -> str:
+    """Markdown as one HTML file that needs no other: its pictures, named relative to `folder`, stand inside."""
+    body = mistune.create_markdown(plugins=["table"])(text)
+    for name in re.findall(r'<img src="([^"]+)"', body):
+        picture = base64.b64encode((folder / name).read_bytes()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{picture}"')
+    title = text.splitlines()[0].lstrip("# ")
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>{body}</body></html>\n'
+    )
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -49,11 +49,15 @@ class DataSettings(Section):
     root: str | None = None
     nli: str | None = None
     emoji: EmojiSettings | None = None
+    # units, or patterns of units, whose queries no training sees; left out of the dump where there is none
+    exclude_units: tuple[str, ...] = Field((), exclude_if=lambda units: not units)
 
 
 class TinySettings(Section):
-    """Sizes of the small Qwen2-VL that is built here."""
+    """Sizes of the small model that is built here."""
 
+    # left out of the dump where it is the first backbone's, whose folder is named by the hash of these values
+    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = Field("qwen2_vl", exclude_if=lambda name: name == "qwen2_vl")
     hidden: Positive
     layers: Positive
     heads: Positive
@@ -248,6 +252,7 @@ class StudySettings(Section):
 
     seeds: tuple[int, ...]
     arms: tuple[str, ...] = ()  # none means all
+    units: tuple[str, ...] = ()  # test units, or patterns of them, that every arm is measured on besides MRBench
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 

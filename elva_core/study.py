@@ -22,7 +22,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from elva_core import artifacts, encoder, evaluate, grains, mbeir, runtime, training
+from elva_core import artifacts, encoder, evaluate, grains, mbeir, runtime, second_backbone, training
 from elva_core.settings import PARAMS, ProfileError, Section, Settings
 
 log = logging.getLogger("elva")
@@ -39,16 +39,20 @@ class Arm(Section):
     changes: dict = Field(default_factory=dict)
     against: tuple[str, ...] = ()  # arms that it is compared with, paired
     curves: tuple[str, ...] = ()  # lines of the sample-efficiency figure that it is a point of
-    paper: float | None = None  # what the paper reports for it, M-BEIR average of Tables 4 and 8
+    units: tuple[str, ...] = ()  # test units, or patterns of them, that it is measured on besides MRBench
+    paper: tuple[str, str] | None = None  # table and row of params/reported.yaml; its last value is compared
     why: str
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured, long: one row per arm and seed (runs), and per query (hits), grain of a query (distances), kind (errors)."""
+    """What was measured, long: one row per arm and seed (runs), and per query of MRBench (hits) and of the units that an arm names
+    (units), per grain of a query (distances), per kind of grain (errors).
+    """
 
     runs: pd.DataFrame
     hits: pd.DataFrame
+    units: pd.DataFrame
     distances: pd.DataFrame
     errors: pd.DataFrame
 
@@ -79,11 +83,13 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
     used |= {arm.trains} if arm.trains != "nothing" else set()
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
+    used |= {"backbone"} if "backbone" in arm.changes else set()
     bench = settings.mrbench
     unused = {"precision", "licence"}  # what is said about the benchmark; and what draws it only where it is given
     unused |= (set() if bench.units else {"units"}) | ({"annotator"} if bench.annotator.kind == "exact" else set())
     values = settings.model_dump(mode="json", include=used, exclude={"mrbench": unused})
-    return _hash(values, arm.start, arm.template, seed, Path(backbone).name)
+    units = [*settings.study.units, *arm.units]
+    return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
 
 
 def _hash(*values: object) -> str:
@@ -120,8 +126,9 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), settings.changed(arm.changes)
         mark = fingerprint(changed, arm, seed, backbone)
-        earlier = settings.changed({stage: arm.changes[stage] for stage in ("stage1", "stage2") if stage in arm.changes})
-        start = backbone if arm.start == "backbone" else retriever(earlier, root, triplets, backbone, seed, work)
+        earlier = settings.changed({part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes})
+        own = backbone_for(changed, backbone, root, work)
+        start = own if arm.start == "backbone" else retriever(earlier, root, triplets, own, seed, work)
         rows, trained = [], start
         if arm.trains != "nothing":
             # arms of one start differ in their training only; what they share is mined once
@@ -146,6 +153,15 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
         shutil.rmtree(work / mark, ignore_errors=True)
 
 
+def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
+    """The model that an arm starts from: the chain's, unless the arm names another or another architecture."""
+    if changed.backbone.path:
+        return changed.backbone.path
+    if changed.backbone.tiny.architecture == "qwen2_vl":
+        return backbone
+    return second_backbone.ensure(backbone, changed.backbone, changed.encoder, root, work)
+
+
 def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path) -> Path:
     """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
     values = settings.model_dump(mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"})
@@ -163,9 +179,13 @@ def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: st
 
 
 def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path) -> dict[str, float]:
-    """Writes hits.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
+    """Writes hits.csv and units.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
     measured = evaluate.measure(arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=())
     measured.hits[["unit", "qid", "unseen", "rank"]].to_csv(folder / "hits.csv", index=False)
+    others = [measured.searcher.evaluate(name) for name in root.matching([*settings.study.units, *arm.units], "test")]
+    rows = [(r.unit, q.qid, ranks[0]) for r in others for q, ranks in zip(r.queries, r.ranks, strict=True)]
+    if rows:
+        pd.DataFrame(rows, columns=["unit", "qid", "rank"]).to_csv(folder / "units.csv", index=False)
     unit = bench.units("test")[0]
     queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
     grains.distances(measured.searcher, queries, unit).to_csv(folder / "distances.csv", index=False, float_format="%.5f")
@@ -207,7 +227,7 @@ def read(folder: Path, settings: Settings) -> Study:
     Raises:
         ProfileError: nothing has been measured yet; the message has the command.
     """
-    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "distances": [], "errors": []}
+    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "units": [], "distances": [], "errors": []}
     runs = []
     for name, arm, seed in planned(settings):
         place = result_folder(folder, name, seed)
@@ -219,4 +239,4 @@ def read(folder: Path, settings: Settings) -> Study:
                 rows.append(pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(arm=name, group=arm.group, seed=seed))
     if not runs:
         raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
-    return Study(pd.DataFrame(runs), *(pd.concat(rows, ignore_index=True) for rows in tables.values()))
+    return Study(pd.DataFrame(runs), *(pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in tables.values()))

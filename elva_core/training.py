@@ -123,7 +123,8 @@ def run(wanted: Job) -> None:
     if wanted.name == "stage1":
         contrastive.train(model, contrastive.triplet_pairs(nli.read(wanted.triplets), seed), settings.stage1, seed=seed, folder=folder)
     elif wanted.name == "stage2":
-        contrastive.train(model, contrastive.union_pairs(wanted.root, settings.stage2, seed), settings.stage2, seed=seed, folder=folder)
+        pairs = contrastive.union_pairs(wanted.root, settings.stage2, seed, settings.data.exclude_units)
+        contrastive.train(model, pairs, settings.stage2, seed=seed, folder=folder)
     else:
         ranked = negatives.read(wanted.mined, wanted.root, seed)
         if wanted.name == "control":
@@ -155,7 +156,8 @@ def _mined_by(model: encoder.Encoder, wanted: Job) -> list[negatives.Ranked]:
 
 def _select(model: encoder.Encoder, wanted: Job) -> negatives.Mined:
     settings = wanted.settings
-    return negatives.select(model, wanted.root, settings.stage3, batch=settings.evaluation.batch, seed=wanted.seed)
+    size, excluded = settings.evaluation.batch, settings.data.exclude_units
+    return negatives.select(model, wanted.root, settings.stage3, batch=size, seed=wanted.seed, excluded=excluded)
 
 
 def _loaded(wanted: Job) -> encoder.Encoder:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from elva_core import lint, mbeir
+from elva_core import contrastive, lint, mbeir
 from elva_core.mbeir import ElvaDataError
 
 VECTORS = {
@@ -349,3 +349,18 @@ def test_no_image_path_leaves_the_root(tmp_path_factory, relative):
         assert mbeir.Root(folder).image_path(relative).is_relative_to(folder.resolve())
     except ElvaDataError as error:
         assert "leaves the root" in str(error)
+
+
+def test_excluded_units_leave_every_row_of_their_dataset_and_task_out_of_training(root, smoke):
+    queries, tasks = root.union_train(), {4, 6}
+    rows = root.trained_rows(["*_task4", "emoji_task6"])
+    assert {queries[row].task for row in rows} == {q.task for q in queries} - tasks
+    assert len(rows) == sum(q.task not in tasks for q in queries)
+    draw = contrastive.union_pairs(root, smoke.stage2, 1, ["*_task4", "emoji_task6"])
+    kept = {queries[row].positives for row in rows}
+    assert all(pair.positives in kept for step in range(12) for pair in draw(step, 4))
+
+
+def test_a_pattern_that_no_unit_matches_is_refused_with_the_units_there_are(root):
+    with pytest.raises(ElvaDataError, match=r"nights_task4.*emoji_task4"):
+        root.trained_rows(["nights_task4"])

@@ -15,7 +15,8 @@ def profile(smoke):
     """Smoke, with short training."""
     quick = {"steps": 2, "batch": 4}
     stage3 = {"queries": 4, "queries_per_step": 2, "rollouts": 2, "negatives": {"hard": 1, "random": 1}}
-    return smoke.changed({"stage1": quick, "stage2": quick, "control": {"steps": 1, "batch": 2}, "stage3": stage3})
+    arms = {"arms": ["stage 2", "InfoNCE control", "stage 3", "stage 2, cap 4", "held out, stage 3"]}
+    return smoke.changed({"stage1": quick, "stage2": quick, "control": {"steps": 1, "batch": 2}, "stage3": stage3, "study": arms})
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,8 @@ def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run
     assert run(profile.changed({"control": {"optimiser": {"lr": 1e-5}}})) == ["control"] * len(profile.study.seeds)
     found = study.read(tmp_path / "study", profile)
     assert len(found.runs) == names and len(set(found.hits.groupby(["arm", "seed"]).size())) == 1
+    held_out = found.units[found.units["arm"] == "held out, stage 3"]
+    assert set(held_out["unit"]) == {"emoji_task4", "emoji_task6", "emoji_task8"}
 
 
 def test_an_empty_study_names_the_command(profile, tmp_path):
@@ -116,7 +119,7 @@ def made_up():
     ]
     runs = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks])
     empty = pd.DataFrame()
-    return Study(runs, pd.DataFrame(rows), empty, empty)
+    return Study(runs, pd.DataFrame(rows), empty, empty, empty)
 
 
 def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):

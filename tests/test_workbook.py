@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -11,8 +12,9 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
-from elva_core import artifacts, claims, evaluate, settings, workbook
+from elva_core import artifacts, claims, evaluate, report, settings, workbook
 from elva_core.workbook import ChainError
 
 
@@ -187,7 +189,10 @@ def test_without_evidence_every_verdict_is_not_run():
     [(14, 9, 19, "reproduced"), (8, 3, 15, "same direction"), (20, -1, 40, "not reproduced"), (-3, -9, 3, "not reproduced")],
 )
 def test_a_gain_is_reproduced_only_if_it_is_as_large_as_the_papers_and_above_zero(ours, low, high, verdict):
-    assert claims.verdict({"ours": ours, "ci_low": low, "ci_high": high, "paper": 13.1}) == verdict
+    row = {"ours": ours, "ci_low": low, "ci_high": high, "paper": 13.1}
+    assert claims.verdict(row, evidence=True) == verdict
+    assert claims.verdict(row, evidence=False) == "not run"
+    assert claims.verdict(row | {"paper": np.nan}, evidence=True) == ""
 
 
 def test_rows_of_the_study_take_the_place_of_the_single_run():
@@ -197,14 +202,42 @@ def test_rows_of_the_study_take_the_place_of_the_single_run():
     )
     columns = ["arm", "old", "relative", "relative low", "relative high", "n", "seeds"]
     differences = pd.DataFrame([["stage 3 over stage 2", "stage 2", 15.0, 9.0, 20.0, 9, (1, 2)]], columns=columns)
-    columns = ["arm", "old", "value", "ci_low", "ci_high", "paper", "n", "seeds"]
-    rows = [["a over stage 3", "stage 3", -2.0, -3.0, -1.0, -1.5, 9, (1,)], ["b over stage 3", "stage 3", -2.0, -5.0, 1.0, -0.5, 9, (1,)]]
-    ablations = pd.DataFrame([*rows, ["c over stage 3", "stage 3", 1.0, 0.5, 2.0, np.nan, 9, (1,)]], columns=columns)
-    table = claims.assemble([single, *claims.studied(scores, differences, ablations, claims.reported(), "x", True)], 7).set_index("claim")
+    table = claims.assemble([single, *claims.studied(scores, differences, claims.reported(), "x", True)], 7).set_index("claim")
     assert table.loc["stage 3, average", "ours"] == 31 and table.loc["stage 3, average", "seeds"] == "2 (1, 2), sd 0.5"
     gain = table.loc["stage 3 over stage 2"]
     assert gain["paper"] == 13.1 and gain["ci_low"] == 9 and gain["verdict"] == "reproduced"
-    assert [table.loc[f"{a} over stage 3", "verdict"] for a in "abc"] == ["same direction", "not reproduced", ""]
+
+
+def test_a_difference_in_points_has_the_papers_direction_only_if_its_interval_has():
+    columns = ["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]
+    rows = [
+        ["a", "stage 3", -2.0, -3.0, -1.0, -1.5, "Table 8", 9, (1,)],
+        ["b", "stage 3", -2.0, -5.0, 1.0, -0.5, "Table 8", 9, (1,)],
+        ["c", "stage 3", 1.0, 0.5, 2.0, np.nan, "ours", 9, (1,)],
+        ["d", "stage 3", 1.0, 0.5, 2.0, 2.7, "Table 3", 9, (1,)],
+    ]
+    said = claims.in_points(pd.DataFrame(rows, columns=columns), "x", True)
+    assert [r["verdict"] for r in said] == ["same direction", "not reproduced", "", "same direction"]
+
+
+def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():
+    tables = claims.reported()
+    rows = claims.not_run(tables)
+    wanted = sum(len(t["rows"][m]) for t in tables.values() if "rows" in t for m in t["ours"])
+    assert len(rows) == wanted and len({(r["source"], r["claim"]) for r in rows}) == wanted
+    assert {r["source"] for r in rows} == {f"Table {i}" for i in range(1, 9)}
+    assert all("make reproduce" in r["baseline"] or "python -m elva_core" in r["baseline"] for r in rows)
+
+
+def test_the_page_holds_its_pictures_and_needs_no_other_file(tmp_path):
+    (tmp_path / "figures").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "figures/a.png")
+    text = "# Title\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n![what it shows](figures/a.png)\n"
+    page = report.page(text, tmp_path)
+    assert "<title>Title</title>" in page and "<td>1</td>" in page
+    assert "figures/a.png" not in page and "http" not in page
+    picture = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
+    assert picture == (tmp_path / "figures/a.png").read_bytes()
 
 
 def committed(path: str) -> str:
@@ -221,7 +254,7 @@ def test_the_readme_shows_the_committed_reference_run():
     table = pd.read_csv(io.StringIO(committed("outputs/cpu/90_report/claims.csv")))
     assert list(table.columns) == claims.COLUMNS
     texts = dict.fromkeys(("verdict", "baseline", "seeds"), "")
-    assert claims.markdown(table.fillna(texts), "").strip() in readme
+    assert claims.markdown(table.fillna(texts), claims.reported(), "").strip() in readme
 
 
 def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, monkeypatch):
