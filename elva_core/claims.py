@@ -6,7 +6,6 @@ table = assemble(reported(), measured, evidence=True)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +17,6 @@ COLUMNS = ["claim", "source", "dataset", "metric", "paper", "ours", "ci_low", "c
 VERDICTS = ("reproduced", "same direction", "not reproduced", "not run")
 # The paper's headline on MRBench compares with LamRA-Ret: stage 2, read at the EOL token. Stage 2 at [RET] is the harder one.
 GAINS = ("stage 3 over stage 2, EOL only", "stage 3 over stage 2")
-MARKERS = ("<!-- claims:start -->", "<!-- claims:end -->")
 
 
 def reported() -> dict:
@@ -249,17 +247,3 @@ def _number(row: pd.Series) -> str:
     digits = 3 if "distance" in row["metric"] else 1
     ours, low, high = (f"{round(row[c], digits) + 0.0:.{digits}f}" for c in ("ours", "ci_low", "ci_high"))  # + 0.0: no -0.0
     return ours + (f" [{low}, {high}]" if row["ci_low"] == row["ci_low"] else "")
-
-
-def update_readme(readme: Path, block: str) -> None:
-    """Replaces what stands between the markers.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    text = readme.read_text(encoding="utf-8")
-    start, end = MARKERS
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme}: expected {start} and {end} once each; restore them around the result table")
-    before, after = text.split(start)[0], text.split(end)[1]
-    runtime.write_whole(readme, f"{before}{start}\n{block}\n{end}{after}")

@@ -249,12 +249,12 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
 
 
 def error_bars(table: pd.DataFrame, title: str) -> Figure:
-    """Share of queries whose top-1 answer lacks a grain, by kind and model."""
-    shares = table.groupby(["model", "kind"], sort=False)["wrong"].agg(["mean", "count"]).reset_index()
+    """Share of queries whose top-1 answer lacks a grain, by kind and model, with 95 % intervals over the queries."""
     figure, ((axis,),) = _axes(size=(7, 3.3))
-    sns.barplot(shares.assign(share=100 * shares["mean"]), x="kind", y="share", hue="model", palette=MODEL_COLOURS, ax=axis)
+    shares, lines = table.assign(share=100 * table["wrong"]), {"linewidth": 0.9}
+    sns.barplot(shares, x="kind", y="share", hue="model", palette=MODEL_COLOURS, ax=axis, errorbar=("ci", 95), seed=0, err_kws=lines)
     axis.set(
-        title=f"{title} (n = {table['qid'].nunique()} ids)",
+        title=f"{title} (n = {table['qid'].nunique():,} queries, 95 % intervals)",
         xlabel="grain of the wanted answer",
         ylabel="top-1 answers without it, % (lower is better)",
     )

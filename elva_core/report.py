@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import mistune
+import nbformat
 import pandas as pd
 
 from elva_core import artifacts, claims, runtime
@@ -80,12 +81,13 @@ def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
 
 
 def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame) -> None:
-    """table.md (the README's block), report.md, and the same page with its figures inside as report.html."""
+    """table.md and stages.md (the README's blocks), report.md, and the same page with its figures inside as report.html."""
     evidence = "" if run.settings.evidence else " This profile tests plumbing; its numbers are no evidence."
     made_with = f"Profile {run.settings.profile}, seed {run.seed}, device {run.settings.device}"
     note = f"{made_with}; hit rates in percent, 95 % intervals over queries; several seeds: outputs/{run.settings.profile}/study.{evidence}"
     block = claims.markdown(table, reported, note)
     runtime.write_whole(run.folder / "table.md", block + "\n")
+    runtime.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
     verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
     measured = table[table["ours"].notna() & ~table.index.isin(claims.main(table, reported).index)]
     beyond = "\n\n".join(f"### {source}\n{claims.listed(own)}" for source, own in measured.groupby("source", sort=False))
@@ -123,6 +125,33 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
 """
     runtime.write_whole(run.folder / "report.md", text)
     runtime.write_whole(run.folder / "report.html", page(text, run.folder))
+
+
+def stages(cost_table: pd.DataFrame) -> str:
+    """The README's table of notebooks: the question each asks, its seconds and peak memory; the report's own are not known yet."""
+    measured, lines = cost_table.set_index("stage"), ["| notebook | question | seconds | peak, GB |", "|--|--|--|--|"]
+    for path in sorted((artifacts.REPOSITORY / "notebooks").glob("*.ipynb")):
+        (question,) = re.findall(r"^\*\*Question\*\* (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)
+        numbers = [
+            f"{measured.loc[path.stem, c]:.{d}f}" if path.stem in measured.index else "" for c, d in (("wall_s", 0), ("peak_memory_gb", 1))
+        ]
+        lines.append(f"| [{path.stem}](notebooks/{path.name}) | {question} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def update_readme(readme: Path, blocks: Mapping[str, str]) -> None:
+    """Replaces what stands between the markers of each block, "<!-- NAME:start -->" and "<!-- NAME:end -->".
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    text = readme.read_text(encoding="utf-8")
+    for name, block in blocks.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise ValueError(f"{readme}: expected {start} and {end} once each; restore them around the table")
+        text = f"{text.split(start)[0]}{start}\n{block.strip()}\n{end}{text.split(end)[1]}"
+    runtime.write_whole(readme, text)
 
 
 def page(text: str, folder: Path) -> str:

@@ -308,11 +308,12 @@ def push(model: Path, to: str, profile_name: str | None, results: Path | None) -
 
 
 def readme(profile_name: str) -> None:
-    """Writes the result table of the committed run between the README's markers."""
-    from elva_core import claims
+    """Writes the tables of the committed run between the README's markers."""
+    from elva_core import report
 
-    report = artifacts.stage_folder(profile_name, "90_report")
-    claims.update_readme(artifacts.REPOSITORY / "README.md", (report / "table.md").read_text(encoding="utf-8").strip())
+    folder = artifacts.stage_folder(profile_name, "90_report")
+    blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in (("claims", "table.md"), ("stages", "stages.md"))}
+    report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -362,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="a folder (existing, or starting with . / ~), else a hub name")
     p.add_argument("--profile", help="whose training values the card shows")
     p.add_argument("--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card")
-    p = commands.add_parser("readme", help="refresh the result table of README.md")
+    p = commands.add_parser("readme", help="refresh the tables of README.md")
     p.add_argument("profile", nargs="?", default="cpu")
     a = parser.parse_args(arguments)
     try:

@@ -249,8 +249,10 @@ def committed(path: str) -> str:
 
 
 def test_the_readme_shows_the_committed_reference_run():
-    readme, start, end = committed("README.md"), *claims.MARKERS
-    assert readme.split(start)[1].split(end)[0].strip() == committed("outputs/cpu/90_report/table.md").strip()
+    readme = committed("README.md")
+    for name, file in (("claims", "table.md"), ("stages", "stages.md")):
+        shown = readme.split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
+        assert shown.strip() == committed(f"outputs/cpu/90_report/{file}").strip()
     table = pd.read_csv(io.StringIO(committed("outputs/cpu/90_report/claims.csv")))
     assert list(table.columns) == claims.COLUMNS
     texts = dict.fromkeys(("verdict", "baseline", "seeds"), "")
@@ -274,7 +276,7 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
 def test_a_readme_without_markers_is_refused(tmp_path):
     (tmp_path / "R.md").write_text("nothing")
     with pytest.raises(ValueError, match="once each"):
-        claims.update_readme(tmp_path / "R.md", "x")
+        report.update_readme(tmp_path / "R.md", {"claims": "x"})
 
 
 def test_the_manifest_lists_every_file_and_is_written_last(outputs):
