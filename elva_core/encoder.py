@@ -222,18 +222,20 @@ class Encoder:
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch rows (patches, values) and grids (images, 3); rows are kept while the tower sees images again and again."""
-        missing = [p for p in dict.fromkeys(paths) if p not in self._pixels]
-        fresh = {}
-        if missing:
-            inputs = self.processor.image_processor([mbeir.open_image(p) for p in missing], return_tensors="pt")
-            values = inputs.pixel_values.bfloat16() if self.augment else inputs.pixel_values  # half the memory of what is kept
-            rows = values.split(inputs.image_grid_thw.prod(-1).tolist())
-            fresh = dict(zip(missing, zip(rows, inputs.image_grid_thw, strict=True), strict=True))
-        if self.augment:
-            self._pixels.update(fresh)
-        found = [fresh[p] if p in fresh else self._pixels[p] for p in paths]
+        if not self.augment:
+            pixels, grids = self._processed(paths)
+            return pixels.to(self.device), grids.to(self.device)
+        if missing := [p for p in dict.fromkeys(paths) if p not in self._pixels]:
+            pixels, grids = self._processed(missing)
+            rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
+            self._pixels.update(zip(missing, zip(rows, grids, strict=True), strict=True))
+        found = [self._pixels[p] for p in paths]
         pixels, grids = torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
-        return (self.augment(pixels, grids) if self.augment else pixels), grids
+        return self.augment(pixels, grids), grids
+
+    def _processed(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.processor.image_processor([mbeir.open_image(p) for p in paths], return_tensors="pt")
+        return inputs.pixel_values, inputs.image_grid_thw
 
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
