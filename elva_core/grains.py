@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -18,39 +17,50 @@ from elva_core.encoder import Item, candidate_item
 from elva_core.retrieval import Searcher, UnitResult
 
 
-def without(query: mbeir.Query, dropped: int) -> mbeir.Query:
-    """A query of `ablatable` with one grain taken out.
+def without(query: mbeir.Query, *dropped: int) -> mbeir.Query:
+    """A query with some of its `removable` grains taken out.
 
-    Of a text that is the sequence of its grains the others stay. Of any other text the words of the grain are cut out, with
+    Of a text that is the sequence of its grains the others stay. Of any other text the words of the grains are cut out, with
     the space and the punctuation that would be left over; articles and conjunctions around them stay.
     """
     own = mbeir.grains(query)
+    if not dropped:
+        return query
     if query.text == mbeir.caption(query):
-        return replace(query, text=mbeir.normalise(" ".join(text for i, (_, text) in enumerate(own) if i != dropped)))
-    start, end = _span(query.text or "", own[dropped][1])
-    rest = f"{query.text[:start]} {query.text[end:]}"
+        return replace(query, text=mbeir.normalise(" ".join(text for i, (_, text) in enumerate(own) if i not in dropped)))
+    rest = query.text or ""
+    for start, end in sorted((_spans(rest, own[i][1])[0] for i in dropped), reverse=True):
+        rest = f"{rest[:start]} {rest[end:]}"
     rest = re.sub(r"\s+([,;:.!?])", r"\1", " ".join(rest.split()))
     rest = re.sub(r"[,;:]+(?=[,;:.!?])", "", rest).lstrip(",;:.!? ")  # of two marks side by side the later one stays
     return replace(query, text=mbeir.normalise(rest))
 
 
 def ablatable(queries: Sequence[mbeir.Query]) -> list[mbeir.Query]:
-    """Multi-grain text queries of which every grain can be taken away alone.
+    """Multi-grain text queries of which every grain can be taken away alone (`removable`)."""
+    return [q for q in queries if q.modality == "text" and len(removable(q)) == len(mbeir.grains(q)) >= 2]
 
-    The text is the sequence of its grains, or holds each of them exactly once, as whole words, none inside another.
+
+def removable(query: mbeir.Query) -> list[int]:
+    """Which grains the text lets go alone: none of what only the picture shows.
+
+    The text is the sequence of its grains, or holds the grain exactly once, as whole words, apart from every other one.
     """
-    return [q for q in queries if q.modality == "text" and len(mbeir.grains(q)) >= 2 and (q.text == mbeir.caption(q) or _apart(q))]
+    own = mbeir.grains(query)
+    if query.text == mbeir.caption(query):
+        return list(range(len(own)))
+    spans = [_spans(query.text or "", text) for _, text in own]
+    others = [[span for j, found in enumerate(spans) if j != i for span in found] for i in range(len(own))]
+    return [
+        i
+        for i, found in enumerate(spans)
+        if len(found) == 1 and not any(start < found[0][1] and found[0][0] < end for start, end in others[i])
+    ]
 
 
-def _apart(query: mbeir.Query) -> bool:
-    spans = [_span(query.text or "", text) for _, text in mbeir.grains(query)]
-    return None not in spans and all(end <= start for (_, end), (start, _) in pairwise(sorted(spans)))
-
-
-def _span(text: str, grain: str) -> tuple[int, int] | None:
-    """Where a grain stands in a text, in any case; None unless it stands there once, as whole words."""
-    found = [m.span() for m in re.finditer(rf"(?<!\w){re.escape(grain)}(?!\w)", text, re.IGNORECASE)]
-    return found[0] if len(found) == 1 else None
+def _spans(text: str, grain: str) -> list[tuple[int, int]]:
+    """Where a grain stands in a text, in any case, as whole words."""
+    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(grain)}(?!\w)", text, re.IGNORECASE)]
 
 
 def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> pd.DataFrame:

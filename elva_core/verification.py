@@ -131,7 +131,7 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
     def show() -> None:
         row, found = table.iloc[place], agreement(table, wanted)
         if row["image"]:
-            picture.value = _thumbnail(root.image_path(row["image"]))
+            picture.value = thumbnail(root.image_path(row["image"]))
         picture.layout.display = "" if row["image"] else "none"
         given = f", your answer: {row['accept']}" if row["accept"] else ""
         lines = (f"{place + 1} of {len(table)}: {row['unit']} {row['qid']}{given}", row["text"], row["grains"])
@@ -167,7 +167,8 @@ def _progress(found: dict[str, object], sampled: int) -> str:
     return f"{found['checked']} of {sampled} checked, {share} % accepted, Wilson {low} to {high}, at every look {always}. {stop}"
 
 
-def _thumbnail(path: Path, side: int = 320) -> bytes:
+def thumbnail(path: Path, side: int = 320) -> bytes:
+    """An image as PNG, no longer than `side` pixels. Raises ElvaDataError as `mbeir.open_image`."""
     image, file = mbeir.open_image(path), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -142,10 +143,12 @@ def test_cutting_and_joining_agree_on_texts_that_are_their_grains(emojis, monkey
         if len(e.segments) > 1
         for q in grains.ablatable([query(mbeir.normalise(e.name), *e.segments)])
     ]
-    joined = [grains.without(q, i).text for q in asked for i in range(len(mbeir.grains(q)))]
+    taken = [(q, some) for q in asked for n in (1, 2) for some in combinations(range(len(mbeir.grains(q))), n)]
+    joined = [grains.without(q, *some).text for q, some in taken]
     monkeypatch.setattr(mbeir, "caption", lambda record: None)
-    assert len(joined) > 300 and grains.ablatable(asked) == asked
-    assert [grains.without(q, i).text for q in asked for i in range(len(mbeir.grains(q)))] == joined
+    assert len(joined) > 600 and grains.ablatable(asked) == asked
+    assert [grains.without(q, *some).text for q, some in taken] == joined
+    assert [grains.without(q, *reversed(some)).text for q, some in taken] == joined
 
 
 def test_a_grain_that_moves_nothing_has_distance_zero(tiny, root, smoke):
