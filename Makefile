@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce study smoke test bench lint lab notebooks readme clean
+.PHONY: help setup reproduce study smoke test test-browser bench lint lab notebooks readme clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; set PYTHON=python3.11'"
@@ -32,6 +32,14 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-kernel-name python3 --no-header
 
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere: make test-browser CHROMIUM=/path/to/it
+
+test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, and a click on the explorer
+	test -n "$(CHROMIUM)" || $(if $(filter 0,$(shell id -u)),,sudo) sh -c "apt-get update && apt-get install -y chromium" || { echo "$(NO_CHROMIUM)"; exit 1; }
+	$(BIN)/python -m pip install --quiet -e '.[test,browser]'
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/test_browser.py
+
 bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL, generate and FAISS, into outputs/bench
 	$(BIN)/python bench/rl.py
 	$(BIN)/python bench/search.py
@@ -42,7 +50,7 @@ lint: .venv/ready ## style of code and notebooks
 	$(BIN)/nbstripout --verify --keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
 
 lab: .venv/ready ## JupyterLab in the notebooks folder
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # transformers announces its next major version in every kernel
 export PYTHONWARNINGS := ignore::FutureWarning

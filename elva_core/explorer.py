@@ -22,6 +22,7 @@ from elva_core.evaluate import Measured
 
 PLACEHOLDER = "type a query, for instance: a dog, red"
 SIDE = 48  # pixels of a thumbnail
+SPACED = {"width": "auto", "margin": "2px 20px 2px 0"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, measured: Sequence[Measured], depth: int) -> None:
         super().__init__()
-        wide = ipywidgets.Layout(width="100%")
+        wide = ipywidgets.Layout(width="auto")
         self._bench, self._askers, self._roots = measured[0].bench, [Asker(m) for m in measured], [m.searcher.root for m in measured]
         self._depth = depth
         self.unit = ipywidgets.Dropdown(options=list(self._bench), description="Unit")
@@ -141,8 +142,8 @@ class Explorer(ipywidgets.VBox):
         """A query with all its grains."""
         query = self._query()
         allowed, self.text.disabled = grains.removable(query), "text" not in query.modality
-        self.boxes.children = [ipywidgets.Label("Grains:")] + [
-            ipywidgets.Checkbox(True, description=f"{kind}: {grain}", disabled=i not in allowed, indent=False, layout={"width": "auto"})
+        self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED)] + [
+            ipywidgets.Checkbox(True, description=f"{kind}: {grain}", disabled=i not in allowed, indent=False, layout=SPACED)
             for i, (kind, grain) in enumerate(mbeir.grains(query))
         ]
         for box in self.boxes.children[1:]:

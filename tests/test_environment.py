@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_environment_yml_and_pyproject_carry_the_same_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pinned = set(project["dependencies"]) | set(project["optional-dependencies"]["test"])
+    pinned = {pin for pins in (project["dependencies"], *project["optional-dependencies"].values()) for pin in pins}
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     listed = next(d["pip"] for d in conda if isinstance(d, dict))
     assert pinned == set(listed) - {"-e ."}
