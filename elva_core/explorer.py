@@ -64,7 +64,7 @@ class Asker:
 
 
 def _embedded(searcher: retrieval.Searcher, item: Item):
-    """(1, D) embedding and the summary; a query of this hour is not kept on disk, where summaries are not kept either."""
+    """(1, D) embedding and the summary. On disk every query that is typed would be a file of its own, without its summary."""
     if searcher.settings.on_disk:
         vectors, (summary,) = retrieval.encode(searcher.encoder, [item], batch=1, template=searcher.template)
         return vectors, summary
@@ -142,9 +142,12 @@ class Explorer(ipywidgets.VBox):
         """A query with all its grains."""
         query = self._query()
         allowed, self.text.disabled = grains.removable(query), "text" not in query.modality
+        names = [f"{kind}: {grain}" for kind, grain in mbeir.grains(query)]
+        if query.image:
+            names = [name if i in allowed else f"{name} (in the picture)" for i, name in enumerate(names)]
         self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED)] + [
-            ipywidgets.Checkbox(True, description=f"{kind}: {grain}", disabled=i not in allowed, indent=False, layout=SPACED)
-            for i, (kind, grain) in enumerate(mbeir.grains(query))
+            ipywidgets.Checkbox(True, description=name, disabled=i not in allowed, indent=False, layout=SPACED)
+            for i, name in enumerate(names)
         ]
         for box in self.boxes.children[1:]:
             box.observe(self._ask, "value")

@@ -82,6 +82,7 @@ def test_a_query_without_text_is_asked_and_its_grains_stay(measured, asked):
     widget.unit.value = "emoji_task3"
     query = next(iter(measured[0].bench["emoji_task3"].queries))
     assert query.text is None and asked[-1].image == measured[0].searcher.root.image_path(query.image)
+    assert [tick.description for tick in widget.boxes.children[1:]] == [f"{k}: {g} (in the picture)" for k, g in mbeir.grains(query)]
     assert all(tick.disabled and tick.value for tick in widget.boxes.children[1:]) and len(widget.boxes.children) > 1
     assert widget.text.disabled and "<img" in widget.head.value and all(shown(widget))
 
