@@ -72,7 +72,7 @@ def push(
             )
         refuse_local_paths(staged)
         if is_folder(to):
-            return _to_folder(staged, target)
+            return to_folder(staged, target)
         return _to_hub(staged, to, api or HfApi())
 
 
@@ -165,7 +165,7 @@ def _row(model: Path, token: str) -> int | None:
     return next((t["id"] for t in added if t["content"] == token), None)
 
 
-def _to_folder(staged: Path, target: Path) -> str:
+def to_folder(staged: Path, target: Path) -> str:
     """The whole folder or nothing; only a model of ours, or an empty folder, is replaced."""
     if target.is_dir() and any(target.iterdir()) and not (target / "elva.json").is_file():
         raise PublishError(f"{target} holds other files; name an empty or a new folder")

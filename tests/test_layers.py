@@ -10,7 +10,8 @@ ORDER = [
     "settings", "artifacts", "mbeir", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
     "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer", "claims",
-    "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "workbook", "__main__",
+    "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish",
+    "inputs", "sentence_module", "export", "mteb_encoder", "workbook", "__main__",
 ]  # fmt: skip
 
 
