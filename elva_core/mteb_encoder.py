@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MtebEncoder(AbsEncoder):
-    """Queries carry the instruction of the task, M-BEIR's own where mteb has it; candidates carry none. Texts are normalised as in training.
+    """Queries carry the instruction of the task, candidates none; texts are normalised as in training.
 
     Args:
         template: "summary" (generative, ELVA) or "eol" (one pass).

@@ -11,7 +11,7 @@ ORDER = [
     "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer", "claims",
     "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish",
-    "inputs", "sentence_module", "export", "mteb_encoder", "workbook", "__main__",
+    "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index", "workbook", "__main__",
 ]  # fmt: skip
 
 
