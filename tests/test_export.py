@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -104,6 +105,13 @@ def test_the_folder_is_still_a_model_of_ours_and_survives_saving(exported, refer
     np.testing.assert_array_equal(
         again.encode([i.text for i in items if not i.image]), model.encode([i.text for i in items if not i.image])
     )
+
+
+def test_a_copy_for_another_process_gives_the_same_vectors(exported, forms):
+    model = exported[0]  # sentence-transformers sends it to the processes of a pool
+    again = pickle.loads(pickle.dumps(model))
+    inputs = [form for _, form in forms if isinstance(form, str)]
+    np.testing.assert_array_equal(again.encode(inputs), model.encode(inputs))
 
 
 def test_what_elva_json_says_is_how_it_is_read(exported, tmp_path):
