@@ -43,7 +43,7 @@ def of_unit(loaded: Encoder, root: mbeir.Root, unit: str, *, batch: int, templat
     return Pool(unit, pool, candidates, kept(candidate_item(root, c) for c in candidates), template, root)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Answers:
     """The best candidates of a pool, best first. summary: what the model wrote for the query, "" for one pass."""
 
@@ -78,6 +78,9 @@ class Answers:
         path = folder / self.file_name()
         path.write_bytes(self._repr_png_())
         return path
+
+    def __repr__(self) -> str:
+        return f"best {len(self.found)} of {len(self.pool.candidates):,} for {self.query.text!r}"
 
     def _repr_png_(self) -> bytes:
         """What JupyterLab shows."""

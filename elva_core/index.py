@@ -117,7 +117,7 @@ def manifest(folder: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not found.keys() >= KEYS:
+    if not isinstance(found, dict) or not found.keys() >= KEYS or not all(isinstance(found[key], dict) for key in ("bytes", "made_from")):
         raise ValueError(f"{path} is not the manifest of an index; {remedy}")
     for name, size in found["bytes"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:

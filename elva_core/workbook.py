@@ -294,7 +294,10 @@ def search(
     if built is None and not (model and root and unit):
         raise ValueError("search needs --model, --root and --unit, or --index")
     if built is not None:
-        places = index.manifest(built)["made_from"]
+        written = index.manifest(built)
+        if unit not in (None, written["unit"]):
+            raise ValueError(f"{built} is an index of {written['unit']}, not of {unit}; leave --unit out, or export that unit's index")
+        places = written["made_from"]
         model, root = (given or index.place_of(built, places[name]) for given, name in ((model, "model"), (root, "root")))
         if model is None:
             raise ValueError(f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR")
@@ -308,7 +311,7 @@ def search(
     for rank, score, did, words, picture, caption in found.table().fillna("").itertuples(index=False):
         print(f"{rank:3} {score:.3f} {did:10} {words} {picture} {caption}")
     if pictures:
-        print(f"pictures: {found.save(Path.cwd())}")
+        print(f"pictures: {found.save(Path.cwd())}" + ("" if data else " without images; say where they are with --root ROOT"))
 
 
 def export(
