@@ -37,7 +37,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
-CLIPS_AT_ONCE = 8  # that the vision tower sees in one call; 64 images
+CLIPS_AT_ONCE = 8  # that the vision tower sees in one call: of 12 frames, three quarters of what 64 images take
 # transformers hands the lengths of packed images only to implementations with "flash" in their name
 VISION_ATTENTION = "flash_by_sdpa"
 

@@ -10,6 +10,7 @@ ORDER = [
     "settings", "artifacts", "mbeir", "clips", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
     "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer", "claims",
+    "video_sets", "video",
     "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "workbook", "__main__",
 ]  # fmt: skip
 

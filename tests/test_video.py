@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -15,7 +19,23 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from elva_core import backbone, clips, encoder, mbeir, retrieval, rollout, store
+from elva_core import (
+    backbone,
+    claims,
+    clips,
+    emoji_collection,
+    encoder,
+    evaluate,
+    figures,
+    mbeir,
+    retrieval,
+    rollout,
+    settings,
+    store,
+    video,
+    video_sets,
+    workbook,
+)
 from elva_core.clips import Clip
 from elva_core.encoder import Item
 
@@ -257,9 +277,9 @@ def test_encode_and_the_store_know_clips(tiny, mixed, films, tmp_path):
 
 def test_frames_are_as_large_as_images(model_folder, smoke, tmp_path):
     clips.write(tmp_path / "large.mp4", pictures(2, size=(256, 256)), rate=2)
-    small = encoder.load(model_folder, smoke.encoder.model_copy(update={"min_pixels": 1024, "max_pixels": 4096}))
+    small = encoder.load(model_folder, smoke.encoder.model_copy(update={"min_pixels": 16 * 1024, "max_pixels": 16 * 1024}))
     (seen,) = small._clip_features([Clip(tmp_path / "large.mp4", 2)])
-    assert seen.grid.tolist() == [1, 4, 4]
+    assert seen.grid.tolist() == [1, 8, 8]  # the folder's own processor makes it 4 x 4
 
 
 def _sound(path: Path) -> None:
@@ -326,3 +346,216 @@ def test_an_index_at_the_front_does_not_hide_a_cut(tmp_path):
     assert clips.read(Clip(whole, 4)).total == 40
     with pytest.raises(mbeir.ElvaDataError, match=r"is truncated: .* its header declares 40"):
         clips.read(Clip(tmp_path / "cut.mp4", 4))
+
+
+def write_msrvtt(root: Path, rows: list[tuple[str, str]], *, suffix: str = ".mp4") -> Path:
+    """The annotations of the 1k-A split in CLIP4Clip's layout, and a film for each distinct video."""
+    for number, name in enumerate(dict.fromkeys(name for name, _ in rows)):
+        clips.write(root / f"videos/{name}.mp4", pictures(4, seed=number), rate=4)
+        (root / f"videos/{name}.mp4").rename(root / f"videos/{name}{suffix}")
+    table = pd.DataFrame([(f"ret{i}", f"msr{i}", *row) for i, row in enumerate(rows)], columns=["key", "vid_key", "video_id", "sentence"])
+    table.to_csv(root / "MSRVTT_JSFUSION_test.csv", index=False)
+    return root
+
+
+def write_msvd(root: Path, captions: dict[str, list[str]]) -> Path:
+    """As MSVD is passed on: a list of names, a pickle of lists of words."""
+    for number, name in enumerate(captions):
+        clips.write(root / f"videos/{name}.mp4", pictures(4, seed=number), rate=4)
+        (root / f"videos/{name}.mp4").rename(root / f"videos/{name}.avi")
+    (root / "test_list.txt").write_text("\n".join(captions) + "\n")
+    (root / "raw-captions.pkl").write_bytes(pickle.dumps({n: [c.split() for c in own] for n, own in captions.items()} | {"train": [["x"]]}))
+    return root
+
+
+def test_msrvtt_is_read_in_both_layouts(tmp_path):
+    rows = [("video9", 'a man says "no, thanks"'), ("video7", "a dog runs"), ("video9", "NA")]
+    task = video_sets.msrvtt(write_msrvtt(tmp_path, rows), 4)
+    words = ["a man says no, thanks.", "a dog runs.", "NA."]
+    assert [q.text.replace('"', "") for q in task.queries] == [f"{video_sets.INSTRUCTION} {w}" for w in words]
+    assert [c.clips for c in task.candidates] == [[Clip(tmp_path / f"videos/{n}.mp4", 4)] for n in ("video9", "video7")]
+    assert task.positives == [[0], [1], [0]] and task.galleries is None
+    (tmp_path / "MSRVTT_JSFUSION_test.csv").unlink()
+    records = [{"video_id": v, "video": f"{v}.mp4", "caption": c, "id": i} for i, (v, c) in enumerate(rows)]
+    (tmp_path / "msrvtt_test_1k.json").write_text(json.dumps(records))
+    assert video_sets.msrvtt(tmp_path, 4) == task
+
+
+def test_every_caption_of_msvd_asks_for_its_video(tmp_path):
+    captions = {"b_0_5": ["a cat sleeps", "the cat is asleep"], "a_3_9": ["a man cooks"]}
+    task = video_sets.msvd(write_msvd(tmp_path, captions), 6, "Find it.")
+    assert [q.text for q in task.queries] == ["Find it. a cat sleeps.", "Find it. the cat is asleep.", "Find it. a man cooks."]
+    assert [c.clips for c in task.candidates] == [[Clip(tmp_path / f"videos/{n}.avi", 6)] for n in captions]
+    assert task.positives == [[0], [0], [1]]
+
+
+class Call:
+    """A pickle of it would make a folder where it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["annotations", "column", "empty", "video", "noise", "no captions", "not words", "call", "nothing"])
+def test_a_set_that_is_not_whole_is_refused_with_its_place(damage, tmp_path):
+    if damage in ("annotations", "column", "empty", "video", "nothing"):
+        root, read = write_msrvtt(tmp_path, [("video1", "a"), ("video2", "b")]), video_sets.msrvtt
+    else:
+        root, read = write_msvd(tmp_path, {"one": ["a b"], "two": ["c"]}), video_sets.msvd
+    table, captions, made = root / "MSRVTT_JSFUSION_test.csv", root / "raw-captions.pkl", tmp_path / "made"
+    if damage == "annotations":
+        table.unlink()
+    elif damage == "column":
+        table.write_text(table.read_text().replace("sentence", "text"))
+    elif damage == "empty":
+        table.write_text(table.read_text().replace("video2,b", "video2,"))
+    elif damage == "nothing":
+        table.write_text(table.read_text().splitlines()[0] + "\n")
+    elif damage == "video":
+        (root / "videos/video2.mp4").unlink()
+    elif damage == "noise":
+        captions.write_bytes(b"\x80\x05noise")
+    elif damage == "call":
+        captions.write_bytes(pickle.dumps({"one": Call(made), "two": [["c"]]}))
+    else:
+        captions.write_bytes(pickle.dumps({"one": [["a"]]} if damage == "no captions" else {"one": ["a b"], "two": [["c"]]}))
+    says = {
+        "annotations": f"{root}: neither MSRVTT_JSFUSION_test.csv",
+        "column": f"{table}: ['sentence'] is missing",
+        "empty": f"{table}:3: the caption of video 'video2' is ''",
+        "video": f"{table}:3: video 'video2' is not below {root / 'videos'}",
+        "nothing": f"{root}: no rows",
+        "noise": f"{captions} cannot be read as expected",
+        "no captions": f"{captions}: no captions of video 'two' ({root / 'test_list.txt'}:2)",
+        "not words": f"{captions}: no captions of video 'one'",
+        "call": f"{captions} cannot be read as expected (it wants ",
+    }
+    with pytest.raises(mbeir.ElvaDataError) as error:
+        read(root, 4)
+    assert says[damage] in str(error.value) and not made.exists()
+
+
+def test_ties_count_against_the_target_in_the_pool_and_in_a_gallery():
+    vectors = {"q": [1, 0], "same": [0.6, 0.8], "twin": [0.6, 0.8], "best": [0.8, 0.6], "far": [0, 1]}
+
+    def look(items):
+        return np.array([vectors[i.text] for i in items], np.float32)
+
+    pool = [Item(n) for n in ("same", "twin", "best", "far")]
+    task = video_sets.Task("t", [Item("q")] * 3, pool, [[0], [1], [2]], cutoffs=(1, 2, 3))
+    found = video.score("s", [task], look).pivot(index="query", columns="metric", values="value")
+    assert found.to_numpy().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 1]]  # without twins in the way `same` would be second
+    task = video_sets.Task("t", [Item("q")] * 2, pool, [[0], [1]], [[0, 3], [0, 1]], cutoffs=(1, 2))
+    assert video.score("s", [task], look)["value"].tolist() == [1, 0, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def drawn(emojis, tmp_path_factory) -> Path:
+    """Clips of five emoji in every motion."""
+    folder = tmp_path_factory.mktemp("drawn")
+    emoji_collection.write_clips(emojis, folder, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    return folder
+
+
+def test_clips_show_the_same_drawings_in_the_layout_of_msrvtt(drawn, emojis, tmp_path):
+    tasks = {word: video_sets.msrvtt(drawn / word, 8, "Find it.") for word in emoji_collection.MOTIONS}
+    (texts,) = {tuple(q.text for q in task.queries) for task in tasks.values()}
+    assert len(set(texts)) == 5 and all(task.positives == [[i] for i in range(5)] for task in tasks.values())
+    film = {word: clips.read(task.candidates[0].clips[0]).pixels.astype(int) for word, task in tasks.items()}
+    codes = next(e.codes for e in emojis if mbeir.normalise(f"Find it. {e.name}") == texts[0])
+    drawing = mbeir.open_image(emoji_collection.image_folder() / "Twtr" / f"{codes}.png").resize((96, 96), Image.Resampling.BICUBIC)
+    for frame in film["still"]:
+        assert np.abs(frame.transpose(1, 2, 0) - np.asarray(drawing, int)).mean() < 4
+    shown = (film["growing"] < 200).any(1).sum((1, 2))  # pixels that are not white
+    assert (np.diff(shown) > 0).all()
+    columns = [(f < 200).any((0, 1)).nonzero()[0].mean() for f in film["sliding"]]
+    assert len(set(np.sign(np.diff(columns)))) == 1 and abs(columns[-1] - columns[0]) > 24
+    assert all(np.abs(a - b).mean() > 4 for a, b in itertools.pairwise(film["rotating"]))
+    emoji_collection.write_clips(emojis, tmp_path, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    for path in drawn.rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(drawn)).read_bytes()
+
+
+def test_a_model_that_sees_motion_finds_the_named_one_and_a_blind_one_has_ties_against_it(drawn, smoke):
+    """Vectors made of what is known: the words of a query, the folder and number of a clip."""
+    words = sorted(emoji_collection.MOTIONS)
+    names = [q.text for q in video_sets.msrvtt(drawn / "still", 1, smoke.video.instruction).queries]
+
+    def look(items, *, sees):
+        out = np.zeros((len(items), len(names) + len(words) + 1), np.float32)
+        for row, item in zip(out, items, strict=True):
+            if item.clips:
+                path = item.clips[0].path
+                row[int(path.stem.removeprefix("video"))], motion = 1, path.parent.parent.name
+            else:
+                row[next(i for i, n in enumerate(names) if item.text.startswith(n.rstrip(".")))] = 1
+                motion = next((w for w in words if item.text.endswith(f"{w}.")), None)
+            row[len(names) + words.index(motion) if sees and motion else -1] = 0.5
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+    seeing, blind = (video.moving(drawn, smoke.video, lambda items, s=s: look(items, sees=s)) for s in (True, False))
+    for hits, expected in ((seeing, 1), (blind, 0)):  # a blind one ties, and ties count against the target
+        means = hits.groupby("metric")["value"].mean()
+        assert means["hit@1"] == 1 and means["named motion first"] == expected
+    counts = seeing.groupby(["words", "metric"])["value"].size()
+    assert counts["name", "hit@1"] == 5 * 4 * len(smoke.video.frames) and counts["name, motion", "hit@5"] == 5 * 3
+    rows = video.table(seeing.assign(model="m"), 10, 1)
+    assert set(rows["n"]) == {5} and len(rows) == len(seeing) / 5
+
+
+def test_the_gain_is_paired_over_what_moves_at_the_most_frames(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = itertools.product(("a", "b"), ("still", "rotating", "sliding"), (1, 8), ("name", "name, motion"), ("hit@1", "hit@5"), range(30))
+    hits = pd.DataFrame(rows, columns=["model", "motion", "frames", "words", "metric", "query"]).assign(set="clips")
+    hits["value"] = rng.integers(0, 2, len(hits))
+    tables = claims.reported()
+    (row,) = video.gain(hits, "a", "b", tables, 200, 1).to_dict("records")
+    own = hits.query("frames == 8 and words == 'name' and metric == 'hit@5' and motion != 'still'").set_index("model")["value"]
+    assert row["value"] == pytest.approx(100 * (own["a"].mean() - own["b"].mean())) and row["ci_low"] < row["value"] < row["ci_high"]
+    assert row["paper"] == pytest.approx(70.5 - 68.6) and row["n"] == 30
+    results = video.table(hits, 10, 1)
+    found = pd.DataFrame(video.claimed(results, pd.DataFrame([row]), "clips", evidence=True))
+    assert len(found) == 2 * 3 * 2 + 1 and set(found["source"]) == {video.SOURCE} and found["verdict"].tolist()[:-1] == [""] * 12
+    assert {r["verdict"] for r in video.claimed(results, pd.DataFrame([row]), "clips", evidence=False)} == {"not run"}
+
+
+def test_a_profile_may_name_the_sets_or_nothing(tmp_path, smoke):
+    def look(items):
+        return np.eye(len(items), 8, dtype=np.float32)
+
+    write_msrvtt(tmp_path / "msrvtt", [("video1", "a dog"), ("video2", "a cat")])
+    write_msvd(tmp_path / "msvd", {"one": ["a b"], "two": ["c"], "three": ["d"]})
+    known = settings.VideoSettings(sets=str(tmp_path), frames=(2, 4), instruction="Find it.")
+    hits = pd.concat(video.measure(known, tmp_path, look).assign(model=m) for m in "ab")
+    assert hits.groupby(["set", "frames"])["query"].nunique().to_dict() == {
+        ("MSR-VTT", 2): 2, ("MSR-VTT", 4): 2, ("MSVD", 2): 3, ("MSVD", 4): 3,
+    }  # fmt: skip
+    assert video.gain(hits, "a", "b", claims.reported(), 5, 1)["n"].tolist() == [5]
+    with pytest.raises(mbeir.ElvaDataError, match="none of"):
+        video.measure(known.model_copy(update={"sets": str(tmp_path / "msvd")}), tmp_path, look)
+    nothing = video.measure(None, tmp_path, look).assign(model="a")
+    results, gains = video.table(nothing, 5, 1), video.gain(nothing, "a", "b", claims.reported(), 5, 1)
+    assert not len(results) and not len(gains) and video.claimed(results, gains, "clips", True) == []
+    assert figures.frames_seen(results, "none") and figures.frames_seen(video.table(hits.query("metric == 'hit@5'"), 5, 1), "some")
+    for wrong in ({"sets": "x", "drawings": 3}, {}, {"drawings": 3, "frames": (4, 2)}):
+        with pytest.raises(ValueError, match=r"give either|must ascend"):
+            settings.VideoSettings(**{"frames": (2,), "instruction": ""} | wrong)
+
+
+def test_the_command_scores_a_folder_and_names_a_broken_video(model_folder, smoke, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "EMBEDDINGS", tmp_path / "kept")
+    encoder.load(model_folder, smoke.encoder).save(tmp_path / "model", stage="test", parent="none")
+    root = write_msrvtt(tmp_path / "set", [("video1", "a dog"), ("video2", "a cat"), ("video3", "a cow")])
+    asked = ["video", "--set", "msrvtt", "--root", root, "--model", tmp_path / "model", "--out", tmp_path / "out", "--profile", "smoke"]
+    assert workbook.main([*map(str, asked), "--frames", "2"]) == 0
+    found = pd.read_csv(tmp_path / "out/msrvtt.csv").set_index("metric")
+    assert found.loc["hit@5", "value"] == 1 and set(found["n"]) == {3}  # of three
+    (root / "videos/video2.mp4").write_bytes(b"no film")
+    assert workbook.main([*map(str, asked), "--frames", "2"]) == 1
+    assert "video2.mp4 cannot be decoded" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    assert workbook.main([str(a) if a != root else str(tmp_path / "other") for a in asked]) == 1
+    assert "unpack the annotations" in capsys.readouterr().err
