@@ -20,7 +20,7 @@ from elva_core.settings import VideoSettings
 from elva_core.video_sets import SETS, Task, msrvtt
 
 STILL = "still"  # the folder of clips in which nothing moves
-SOURCE = "Table 7, own clips"  # heading of the claims
+SOURCES = {"clips": "Table 7, own clips"}  # heading of the claims of a set, if not Table 7
 COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
 
@@ -138,7 +138,8 @@ def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, see
     column, rows = tables["table7"]["columns"].index("MSR-VTT R@5"), tables["table7"]["rows"]
     paper, value = round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1), float(np.mean([g.mean() for g in groups]))
     row = {"arm": f"{new} over {old}, what moves", "old": old, "value": value, "ci_low": low, "ci_high": high, "paper": paper}
-    return pd.DataFrame([row | {"source": SOURCE, "n": len(wide), "seeds": (seed,)}])
+    source = SOURCES.get(own["set"].iloc[0], "Table 7")
+    return pd.DataFrame([row | {"source": source, "n": len(wide), "seeds": (seed,)}])
 
 
 def claimed(results: pd.DataFrame, gains: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
@@ -152,7 +153,8 @@ def claimed(results: pd.DataFrame, gains: pd.DataFrame, dataset: str, evidence: 
     found = most[(most["words"] == "name") & most["metric"].isin(["hit@1", "hit@5"]) | (most["motion"] == "all")]
     rows = []
     for r in found.itertuples():
-        row = {"claim": f"{r.model}, {r.motion}, {r.frames} frames", "source": SOURCE, "dataset": dataset, "metric": r.metric}
+        row = {"claim": f"{r.model}, {r.motion}, {r.frames} frames", "source": SOURCES.get(r.set, "Table 7"), "dataset": dataset}
+        row |= {"metric": r.metric}
         numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
         chance = f"chance {100 / motions:.1f}" if r.motion == "all" else ""
         rows.append(row | numbers | {"baseline": chance, "verdict": "" if evidence else "not run"})

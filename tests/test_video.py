@@ -518,7 +518,7 @@ def test_the_gain_is_paired_over_what_moves_at_the_most_frames(tmp_path):
     assert row["paper"] == pytest.approx(70.5 - 68.6) and row["n"] == 30
     results = video.table(hits, 10, 1)
     found = pd.DataFrame(video.claimed(results, pd.DataFrame([row]), "clips", evidence=True))
-    assert len(found) == 2 * 3 * 2 + 1 and set(found["source"]) == {video.SOURCE} and found["verdict"].tolist()[:-1] == [""] * 12
+    assert len(found) == 2 * 3 * 2 + 1 and set(found["source"]) == {"Table 7, own clips"} and found["verdict"].tolist()[:-1] == [""] * 12
     assert {r["verdict"] for r in video.claimed(results, pd.DataFrame([row]), "clips", evidence=False)} == {"not run"}
 
 
@@ -533,7 +533,8 @@ def test_a_profile_may_name_the_sets_or_nothing(tmp_path, smoke):
     assert hits.groupby(["set", "frames"])["query"].nunique().to_dict() == {
         ("MSR-VTT", 2): 2, ("MSR-VTT", 4): 2, ("MSVD", 2): 3, ("MSVD", 4): 3,
     }  # fmt: skip
-    assert video.gain(hits, "a", "b", claims.reported(), 5, 1)["n"].tolist() == [5]
+    gains = video.gain(hits, "a", "b", claims.reported(), 5, 1)
+    assert gains["n"].tolist() == [5] and {r["source"] for r in video.claimed(video.table(hits, 5, 1), gains, "sets", True)} == {"Table 7"}
     with pytest.raises(mbeir.ElvaDataError, match="none of"):
         video.measure(known.model_copy(update={"sets": str(tmp_path / "msvd")}), tmp_path, look)
     nothing = video.measure(None, tmp_path, look).assign(model="a")
