@@ -12,15 +12,16 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import emoji as unicode_names
 import pandas as pd
+from PIL import Image
 
-from elva_core import mbeir
+from elva_core import clips, mbeir
 
 DATASET_ID = 10
 LICENCES = {"Goog": "Noto Emoji, Apache-2.0", "Twtr": "Twemoji, CC BY 4.0"}  # the only drawings in committed figures
@@ -38,6 +39,15 @@ INSTRUCTIONS = {
     ("image,text", "image"): ("Find the changed image.", "Change it.", "Which picture results?", "Get the modified drawing."),
     ("image,text", "image,text"): ("Find the answer card.", "Show the answer.", "Which card answers?", "Get the card that answers."),
 }  # fmt: skip
+
+SIDE = 96  # pixels of a clip; the small backbone sees 64
+# word for a motion -> turn in degrees, size, and shift in sides at a time from 0 to 1
+MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
+    "still": lambda t: (0, 1, 0),
+    "rotating": lambda t: (360 * t, 1, 0),
+    "growing": lambda t: (0, 0.4 + 0.6 * t, 0),
+    "sliding": lambda t: (0, 1, 0.8 * (t - 0.5)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,3 +353,33 @@ def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return len(table)
+
+
+def write_clips(emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings: int, length: int, rate: int, seed: int) -> None:
+    """Short clips of multi-grain emoji, one folder in MSR-VTT's layout for each motion; all folders show the same emoji.
+
+    Args:
+        drawings: emoji drawn by `seed`, which also says which way each turns or slides. length: frames. rate: frames per second.
+    """
+    rng = random.Random(mbeir.stable_hash(seed, "clips"))
+    known = [e for e in emojis if e.multi_grain]
+    chosen = rng.sample(known, min(drawings, len(known)))
+    signs = [rng.choice((-1, 1)) for _ in chosen]
+    for word, motion in MOTIONS.items():
+        rows = [(f"ret{i}", f"msr{i}", f"video{i}", e.name) for i, e in enumerate(chosen)]
+        for (_, _, video, _), e, sign in zip(rows, chosen, signs, strict=True):
+            drawing = mbeir.open_image(image_folder() / vendor / f"{e.codes}.png").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            frames = [_moved(drawing, sign, *motion((i + 0.5) / length)) for i in range(length)]
+            clips.write(folder / word / "videos" / f"{video}.mp4", frames, rate=rate)
+        table = pd.DataFrame(rows, columns=["key", "vid_key", "video_id", "sentence"])
+        table.to_csv(folder / word / "MSRVTT_JSFUSION_test.csv", index=False)
+
+
+def _moved(drawing: Image.Image, sign: int, turn: float, size: float, shift: float) -> Image.Image:
+    """A frame on white: the drawing in another size, turned about its middle, moved to the side."""
+    small = drawing.resize((round(size * SIDE), round(size * SIDE)), Image.Resampling.BILINEAR)
+    if turn:
+        small = small.rotate(sign * turn, Image.Resampling.BILINEAR, fillcolor="white")
+    canvas = Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(small, ((SIDE - small.width) // 2 + round(sign * shift * SIDE), (SIDE - small.height) // 2))
+    return canvas

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -27,12 +28,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import artifacts, mbeir, sharding
+from elva_core import artifacts, clips, mbeir, sharding
+from elva_core.clips import Clip
 from elva_core.settings import EncoderSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
+CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
+CLIPS_AT_ONCE = 8  # that the vision tower sees in one call: of 12 frames, three quarters of what 64 images take
 # transformers hands the lengths of packed images only to implementations with "flash" in their name
 VISION_ATTENTION = "flash_by_sdpa"
 
@@ -75,22 +80,31 @@ def quicken(tower: torch.nn.Module) -> None:
 class Item:
     """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
 
-    more: further parts between image and text, in their order: a path is an image, a string is text. M-BEIR needs none;
-        dialogues about several images and the prompts of a reranker do.
+    more: further parts between image and text, in their order: a path is an image, a string is text, a clip is a video. M-BEIR
+        needs none; dialogues about several images, the prompts of a reranker, and videos do.
     """
 
     text: str = ""
     image: Path | None = None
-    more: tuple[str | Path, ...] = ()
+    more: tuple[str | Path | Clip, ...] = ()
 
     @property
-    def parts(self) -> tuple[str | Path, ...]:
+    def parts(self) -> tuple[str | Path | Clip, ...]:
         """Everything in the order in which the model reads it."""
         return (*([self.image] if self.image else []), *self.more, self.text)
 
     @property
     def images(self) -> list[Path]:
         return [part for part in self.parts if isinstance(part, Path)]
+
+    @property
+    def clips(self) -> list[Clip]:
+        return [part for part in self.parts if isinstance(part, Clip)]
+
+    @property
+    def frames(self) -> int:
+        """Frames of all clips."""
+        return sum(clip.frames for clip in self.clips)
 
     @property
     def length(self) -> int:
@@ -100,7 +114,8 @@ class Item:
     @property
     def content(self) -> str:
         """The word LamRA's prompts use for what stands above."""
-        return "image and sentence" if self.images and self.length else "image" if self.images else "sentence"
+        there = {"image": self.images, "video": self.clips, "sentence": self.length}
+        return " and ".join(word for word, found in there.items() if found) or "sentence"
 
 
 def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
@@ -111,6 +126,15 @@ def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
 def candidate_item(root: mbeir.Root, candidate: mbeir.Candidate) -> Item:
     """A candidate; candidates never carry an instruction."""
     return Item(mbeir.normalise(candidate.text), root.image_path(candidate.image) if candidate.image else None)
+
+
+class Seen(NamedTuple):
+    """What the vision tower makes of an image or a clip. features: (n, D). grid: (3,) patches in time, height, width.
+    seconds: from one step in time to the next; an image has one step."""
+
+    features: torch.Tensor
+    grid: torch.Tensor
+    seconds: float = 1.0
 
 
 @dataclass(slots=True)
@@ -137,7 +161,7 @@ class Encoder:
         quicken(self.backbone.model.visual)
         # (pixels, grids) -> pixels; set only while a small backbone is taught, whose tower then sees every image anew
         self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self._vision: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._vision: dict[Path | Clip, Seen] = {}
         self._pixels: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
@@ -164,11 +188,17 @@ class Encoder:
         """Chat prompts up to and including the assistant's header; order: the item's parts, then the request."""
         out = []
         for item in items:
-            *before, text = [{"type": "image"} if isinstance(p, Path) else {"type": "text", "text": self._cut(p)} for p in item.parts]
+            *before, text = map(self._content, item.parts)
             text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
             content = [*before, text]
             out.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
         return out
+
+    def _content(self, part: str | Path | Clip) -> dict[str, str]:
+        """A part as chat templates know it."""
+        if isinstance(part, Path):
+            return {"type": "image"}
+        return {"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}
 
     def _cut(self, text: str) -> str:
         limit, tokenizer = self.settings.max_text_tokens, self.processor.tokenizer
@@ -178,46 +208,68 @@ class Encoder:
 
     def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
-        features, grids = self._image_inputs(items)
-        rows = self._token_rows(items, request, features)
+        images = self._seen([path for item in items for path in item.images], self._vision_features)
+        videos = self._seen([clip for item in items for clip in item.clips], self._clip_features)
+        rows = self._token_rows(items, request, images, videos)
         if endings is not None:
             rows = [row + list(ending) for row, ending in zip(rows, endings, strict=True)]
         length = max(map(len, rows))
         ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        embeds = self.backbone.get_input_embeddings()(ids)
-        is_image = ids == self.backbone.config.image_token_id
-        if grids is not None:
-            embeds = embeds.masked_scatter(is_image[..., None], torch.cat(features).to(embeds))
-            positions, _ = self.backbone.model.get_rope_index(ids, is_image.int(), image_grid_thw=grids, attention_mask=mask)
-        else:
+        embeds, config = self.backbone.get_input_embeddings()(ids), self.backbone.config
+        if not images and not videos:
             positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, *ids.shape)
+            return Batch(ids, mask, embeds, positions)
+        kinds, grids = torch.zeros_like(ids, dtype=torch.int), []
+        for kind, token, seen in ((1, config.image_token_id, images), (2, config.video_token_id, videos)):
+            kinds[ids == token] = kind
+            grids.append(torch.stack([s.grid for s in seen]).to(self.device) if seen else None)
+            if seen:
+                embeds = embeds.masked_scatter((kinds == kind)[..., None], torch.cat([s.features for s in seen]).to(embeds))
+        positions, _ = self.backbone.model.get_rope_index(
+            ids,
+            kinds,
+            image_grid_thw=grids[0],
+            video_grid_thw=grids[1],
+            second_per_grid_ts=torch.tensor([s.seconds for s in videos]),  # only Qwen2.5-VL looks at them
+            attention_mask=mask,
+        )
         return Batch(ids, mask, embeds, positions)
 
-    def _token_rows(self, items: Sequence[Item], request: str, features: Sequence[torch.Tensor]) -> list[list[int]]:
-        image_id, lengths = self.backbone.config.image_token_id, iter([len(f) for f in features])
-        rows = self.processor.tokenizer(self.prompts(items, request), add_special_tokens=False).input_ids
-        return [[i for t in row for i in ([image_id] * next(lengths) if t == image_id else [t])] for row in rows]
+    def _token_rows(self, items: Sequence[Item], request: str, images: Sequence[Seen], videos: Sequence[Seen]) -> list[list[int]]:
+        config, tokenizer = self.backbone.config, self.processor.tokenizer
+        lengths = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
+        rows = tokenizer(self.prompts(items, request), add_special_tokens=False).input_ids
+        return [[i for t in row for i in ([t] * len(next(lengths[t]).features) if t in lengths else [t])] for row in rows]
 
-    def _image_inputs(self, items: Sequence[Item]) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Vision features per image, each (n, D), and the patch grids (images, 3)."""
-        paths = [path for item in items for path in item.images]
-        if not paths:
-            return [], None
-        missing = [p for p in dict.fromkeys(paths) if p not in self._vision]
-        fresh = dict(zip(missing, self._vision_features(missing), strict=True)) if missing else {}
+    def _seen(self, wanted: Sequence[Path | Clip], look: Callable[[Sequence], list[Seen]]) -> list[Seen]:
+        """Images or clips in their order; what a frozen tower made of them is kept."""
+        missing = [w for w in dict.fromkeys(wanted) if w not in self._vision]
+        fresh = dict(zip(missing, look(missing), strict=True))
         if self.settings.cache_vision and not self.augment:
             self._vision.update(fresh)
-        found = [fresh[p] if p in fresh else self._vision[p] for p in paths]
-        return [f for f, _ in found], torch.stack([g for _, g in found]).to(self.device)
+        return [fresh[w] if w in fresh else self._vision[w] for w in wanted]
 
-    def _vision_features(self, paths: Sequence[Path]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _vision_features(self, paths: Sequence[Path]) -> list[Seen]:
         out = []
         for start in range(0, len(paths), 64):
             pixels, grids = self.pixels(paths[start : start + 64])
             with torch.no_grad():
                 features = self.backbone.model.get_image_features(pixels, grids).pooler_output
-            out += zip(features, grids, strict=True)
+            out += map(Seen, features, grids)
+        return out
+
+    def _clip_features(self, wanted: Sequence[Clip]) -> list[Seen]:
+        out, processor = [], self.processor.video_processor
+        for start in range(0, len(wanted), CLIPS_AT_ONCE):
+            frames = [clips.read(clip) for clip in wanted[start : start + CLIPS_AT_ONCE]]
+            videos = [torch.from_numpy(f.pixels) for f in frames]
+            # frames are never that many that their number should make them smaller
+            inputs = processor(videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt").to(self.device)
+            with torch.no_grad():
+                features = self.backbone.model.get_video_features(inputs.pixel_values_videos, inputs.video_grid_thw).pooler_output
+            seconds = [processor.temporal_patch_size / f.sampled_rate for f in frames]
+            out += map(Seen, features, inputs.video_grid_thw, seconds)
         return out
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,7 +410,8 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     model.to(device)
     processor = AutoProcessor.from_pretrained(folder)
     if settings.max_pixels:
-        processor.image_processor.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
+            images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
     return Encoder(model.eval(), processor, settings, str(folder))

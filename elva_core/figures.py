@@ -359,6 +359,27 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     return figure
 
 
+def frames_seen(table: pd.DataFrame, title: str) -> Figure:
+    """Hit rate against the number of frames that are looked at: a panel for each model, a line for each motion, 95 % intervals.
+
+    Args:
+        table: columns model, motion, frames, value, ci_low, ci_high (shares), n.
+    """
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = _axes(1, max(1, len(models)), (4.2 * max(1, len(models)), 3.2))
+    for axis, model in zip(axes.flat, models, strict=False):
+        for motion, own in table[table["model"] == model].groupby("motion", sort=False):
+            spread = 100 * np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
+            axis.errorbar(own["frames"], 100 * own["value"], yerr=spread, marker="o", label=motion, capsize=2)
+        axis.set_xscale("log", base=2)
+        axis.set(xticks=sorted(set(table["frames"])), xlabel="frames looked at", ylabel="hit@5, % (higher is better)", title=model)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_ylim(0, 100 * table["ci_high"].max() * 1.05)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.suptitle(f"{title} (n = {table['n'].min() if models else 0:,} queries a point, 95 % intervals)", fontsize=10)
+    return figure
+
+
 def efficiency(table: pd.DataFrame, title: str) -> Figure:
     """Hit rate against queries seen and against seconds of training, one line per way of training, with 95 % intervals.
 

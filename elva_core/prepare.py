@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from elva_core import emoji_collection, mbeir
-from elva_core.settings import DataSettings
+from elva_core.settings import DataSettings, Settings
 
 
 def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
@@ -43,6 +43,22 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:
     """(root, NLI file) of a finished data stage."""
     return mbeir.Root(folder / "root"), folder / "nli.csv"
+
+
+def write_clips(settings: Settings, folder: Path, seed: int) -> None:
+    """Short clips of drawings of the test vendor, one folder in MSR-VTT's layout for each motion; none where the profile has none.
+
+    Raises:
+        ElvaDataError: clips are asked for of data that has no drawings.
+    """
+    data, video = settings.data.emoji, settings.video
+    if video is None or video.drawings is None:
+        return
+    if data is None:
+        raise mbeir.ElvaDataError("video.drawings needs the embedded collection; give video.sets, a folder with msrvtt/ and msvd/")
+    emojis = emoji_collection.sample(emoji_collection.load(data.language), data.size)
+    (vendor,) = data.vendors["test"]
+    emoji_collection.write_clips(emojis, folder, vendor=vendor, drawings=video.drawings, length=video.length, rate=video.rate, seed=seed)
 
 
 def counts(root: mbeir.Root) -> pd.DataFrame:

@@ -31,7 +31,7 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
     """
     distinct = list(dict.fromkeys(items))
     # rows of one shape together: less padding, and the order does not depend on the caller
-    order = sorted(range(len(distinct)), key=lambda i: (len(distinct[i].images), distinct[i].length, str(distinct[i])))
+    order = sorted(range(len(distinct)), key=lambda i: (distinct[i].frames, len(distinct[i].images), distinct[i].length, str(distinct[i])))
     parts = [order[start : start + batch] for start in range(0, len(order), batch)]
     done = {}
     for number in runtime.own_share(len(parts)):

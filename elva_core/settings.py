@@ -256,6 +256,25 @@ class StudySettings(Section):
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 
+class VideoSettings(Section):
+    """Text to video: the sets of the paper's Table 7, or short clips that the embedded collection makes of its drawings."""
+
+    sets: str | None = None  # folder with msrvtt/ and msvd/, or one of them
+    drawings: Positive | None = None  # of the embedded collection, each in every motion
+    length: Positive = 16  # frames of a clip
+    rate: Positive = 8  # of them in a second
+    frames: Annotated[tuple[Positive, ...], Field(min_length=1)]  # that are looked at, the most last, which is reported
+    instruction: str  # of the queries
+
+    @model_validator(mode="after")
+    def _one_source(self) -> VideoSettings:
+        if (self.sets is None) == (self.drawings is None):
+            raise ValueError("give either sets or drawings")
+        if list(self.frames) != sorted(set(self.frames)):
+            raise ValueError(f"frames must ascend, and are {list(self.frames)}")
+        return self
+
+
 class Settings(Section):
     """One whole profile."""
 
@@ -274,6 +293,8 @@ class Settings(Section):
     mrbench: MrbenchSettings
     evaluation: EvaluationSettings
     study: StudySettings
+    # left out of the dump where there are none, so that results of before keep their fingerprint
+    video: VideoSettings | None = Field(None, exclude_if=lambda values: values is None)
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""

@@ -96,8 +96,9 @@ class Store:
 def _name(item: Item) -> int:
     """60 bits for the parts of an item: among six million the chance of two alike is 16 in a million.
 
-    An image counts by path, size and time of change, for reading all bytes would take as long as embedding.
+    An image or a clip counts by path, size and time of change, for reading all bytes would take as long as embedding.
     """
-    stats = [(path, path.stat() if path.is_file() else None) for path in item.images]  # a missing one is refused where it is opened
+    paths = [*item.images, *(clip.path for clip in item.clips)]
+    stats = [(path, path.stat() if path.is_file() else None) for path in paths]  # a missing one is refused where it is opened
     files = [value for path, stat in stats for value in (path, stat and stat.st_size, stat and stat.st_mtime_ns)]
     return mbeir.stable_hash(item.text, *files, *item.more)

@@ -274,6 +274,24 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
     print((out / "table.md").read_text())
 
 
+def video(name: str, root: Path, model: Path, out: Path, frames: int | None, profile_name: str) -> None:
+    """Scores a trained model on text to video; embeddings are kept, so that a killed run goes on."""
+    from elva_core import encoder, evaluate, runtime, store, video_sets
+    from elva_core import video as videos
+
+    profile, frames = settings.load(profile_name), video_sets.FRAMES if frames is None else frames
+    runtime.start(profile.threads)
+    task = video_sets.SETS[name](root, frames)
+    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    batch = max(1, profile.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
+    kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=batch, template="summary")
+    results = videos.table(videos.score(task.name, [task], kept), profile.evaluation.bootstrap, 0).assign(model=model.name)
+    if runtime.processes().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        runtime.write_whole(out / f"{name}.csv", results.to_csv(index=False))
+        print(results.round(4).to_string(index=False))
+
+
 def search(
     model: Path | None,
     root: Path | None,
@@ -398,6 +416,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
+    p = commands.add_parser("video", help="score a trained model on text to video: MSR-VTT or MSVD")
+    p.add_argument("--set", dest="name", choices=("msrvtt", "msvd"), required=True)
+    p.add_argument("--root", type=Path, required=True, help="folder with the annotations and videos/; layouts: elva_core/video_sets.py")
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--frames", type=int, help="looked at in each video; default as LamRA on MSVD")
+    p.add_argument("--profile", default="cpu", help="where device and batch come from")
     p = commands.add_parser("search", help="search a unit's pool, or a built index, with a text, an image, or both")
     p.add_argument("--model", type=Path)
     p.add_argument("--root", type=Path)
@@ -444,6 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check(a.root)
         elif a.command == "evaluate":
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread)
+        elif a.command == "video":
+            video(a.name, a.root, a.model, a.out, a.frames, a.profile)
         elif a.command == "search":
             search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.index, not a.no_pictures)
         elif a.command == "export":
