@@ -8,10 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 ORDER = [
     "settings", "artifacts", "mbeir", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
-    "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
-    "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer", "claims",
-    "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish",
-    "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index", "workbook", "__main__",
+    "metrics", "encoder", "unseen_files", "unseen_sets", "backbone", "second_backbone", "rollout", "search", "retrieval", "store",
+    "negatives", "annotate", "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate",
+    "unseen", "grains", "explorer", "claims", "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan",
+    "publish", "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index", "workbook", "__main__",
 ]  # fmt: skip
 
 
