@@ -1,6 +1,6 @@
 """Unseen sets scored: every tie counts against the target, and the paper's Table 2 in its column order.
 
-hits = score("SugarCrepe", load("sugarcrepe", folder), vectors)       # one row per query
+hits = score("sugarcrepe", unseen_sets.load("sugarcrepe", folder), vectors)       # one row per query
 rows = table(hits, samples=1000, seed=17)
 """
 
@@ -22,6 +22,7 @@ from elva_core.settings import Settings
 from elva_core.unseen_sets import SETS, Task
 
 SUBMITTED = 50  # images per query of CIRCO's server
+ALIKE = ("Table 2", "captions")  # questions of the paper; the others share no more with its sets than the layout of the files
 Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
 
 
@@ -49,7 +50,7 @@ def sources(settings: Settings, folder: Path) -> list[Source]:
     if asked is None:
         raise ElvaDataError("the profile has no unseen sets; give unseen.sets, a folder of them, or unseen.language for the embedded data")
     if asked.sets:
-        return [Source(name, "Table 2", name, Path(asked.sets) / SETS[name].folder) for name in unseen_sets.present(Path(asked.sets))]
+        return [Source(name, ALIKE[0], name, Path(asked.sets) / SETS[name].folder) for name in unseen_sets.present(Path(asked.sets))]
     written = prepare.write_unseen(settings, folder)
     own = ((5, 1), ("t2i", "pairs"))
     return [Source(name, question, kind, folder / name, prompts, *own) for name, (question, kind, prompts) in written.items()]
@@ -131,26 +132,60 @@ def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[
     return pd.DataFrame(rows)
 
 
+def measure(loaded: Sequence[tuple[Source, Sequence[Task]]], vectors: Vectors, model: str) -> pd.DataFrame:
+    """`score` of several sources under one model, with columns model, question and kind."""
+    parts = [
+        score(source.name, tasks, vectors, source.cutoffs).assign(model=model, question=source.question, kind=source.kind)
+        for source, tasks in loaded
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def described(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
+    """What each task asks: an example of a query and of what is right, how many there are of both."""
+    rows = []
+    for source, tasks in loaded:
+        for task in tasks:
+            example = {"query": shown(task.queries[0]), "right": shown(task.candidates[task.positives[0][0]]) if task.positives[0] else ""}
+            ranked = len(task.candidates) if task.galleries is None else float(np.mean([len(g) for g in task.galleries]))
+            numbers = {"queries": len(task.queries), "ranked": round(ranked, 1), "groups": len(set(task.groups or ()))}
+            rows.append({"question": source.question, "set": source.name, "task": task.name, **numbers, **example})
+    return pd.DataFrame(rows)
+
+
+def shown_metrics(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> set[str]:
+    """The metric that each task is reported by: accuracy of pairs, else that of its first cut-off."""
+    return {
+        "accuracy" if task.name == "pairs" else f"{task.metric}@{(source.cutoffs or task.cutoffs)[0]}"
+        for source, tasks in loaded
+        for task in tasks
+    }
+
+
+def shown(item: Item) -> str:
+    """An item in words; images by name."""
+    return " ".join(part if isinstance(part, str) else f"<{part.name}>" for part in item.parts).strip()
+
+
+def false_captions(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
+    """One true caption and the false one beside it, of every set and group of pairs."""
+    rows = []
+    for source, tasks in loaded:
+        for task in (t for t in tasks if t.name == "pairs"):
+            groups = list(task.groups or [""] * len(task.queries))
+            for group in dict.fromkeys(groups):
+                true, false = (task.candidates[row].text for row in task.galleries[groups.index(group)])
+                rows.append({"set": source.name, "group": group, "true": true, "false": false, "queries": groups.count(group)})
+    return pd.DataFrame(rows, columns=["set", "group", "true", "false", "queries"])
+
+
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     """Scores with 95 % intervals over queries: a row for each group, and for "" the mean of the groups' means.
 
     Args:
-        hits: `score` of several sets, with a column model if there are several models.
-        samples: of the bootstrap, which resamples inside the groups.
+        hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
     """
-    return _over(hits, ["model", "set", "task", "metric"] if "model" in hits else ["set", "task", "metric"], samples, seed)
-
-
-def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int) -> pd.DataFrame:
-    """The same of the paired differences of two models; columns new and old say which."""
-    keys = ["set", "task", "group", "query", "metric"]
-    wide = hits.pivot(index=keys, columns="model", values="value")
-    paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
-    return _over(paired, ["set", "task", "metric"], samples, seed).assign(new=new, old=old)
-
-
-def _over(hits: pd.DataFrame, keys: list[str], samples: int, seed: int) -> pd.DataFrame:
-    rows = []
+    keys, rows = [c for c in ("model", "question", "kind", "set", "task", "metric") if c in hits], []
     for names, own in hits.groupby(keys, sort=False):
         parts = dict(list(own.groupby("group", sort=False)))
         for group in ["", *(parts if len(parts) > 1 else ())]:
@@ -163,26 +198,55 @@ def _over(hits: pd.DataFrame, keys: list[str], samples: int, seed: int) -> pd.Da
     return pd.DataFrame(rows)
 
 
+def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
+    """The rows of one question of `table`, in percent with their intervals, one column per model; chance in percent."""
+    own = results[results["question"] == question]
+    cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in own.itertuples()]
+    own = own.assign(cell=cells, chance=(100 * own["chance"]).round(1))
+    rows, models = ["metric", "set", "group", "n", "chance"], list(dict.fromkeys(own["model"]))
+    return own.pivot(index=rows, columns="model", values="cell")[models].sort_index(sort_remaining=False, level="metric")
+
+
+def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int, reported: dict) -> pd.DataFrame:
+    """`table` of the paired differences of two models; columns new and old name them.
+
+    Args:
+        reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set asks the same.
+    """
+    keys = ["question", "kind", "set", "task", "group", "query", "metric"]
+    wide = hits.pivot(index=keys, columns="model", values="value")
+    paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
+    out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)
+    baseline, model = reported["table2"]["rows"].values()
+    gains = dict(zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True))
+    alike = [
+        gains.get(SETS[r.kind].columns.get(r.task, ""), np.nan)
+        if r.group == "" and r.question in ALIKE and r.metric == _metric(r.kind, r.task)
+        else np.nan
+        for r in out.itertuples()
+    ]
+    return out.assign(paper=alike)
+
+
+def _metric(kind: str, task: str) -> str:
+    """The metric that the paper's table has for a task."""
+    name = SETS[kind].columns.get(task, "").rpartition(" ")[2]
+    return name.replace("R@", "hit@").replace("MAP", "map")
+
+
 def table2(results: pd.DataFrame) -> pd.DataFrame:
     """A row per model, in percent, in the column order of the paper's Table 2; nothing where nothing was measured.
 
     Args:
         results: `table` of sets under their names in SETS.
     """
-    columns = {}
-    for name, kind in SETS.items():
-        for task, column in kind.columns.items():
-            columns[column] = (
-                name,
-                task,
-                "accuracy" if task == "pairs" else column.rpartition(" ")[2].replace("R@", "hit@").replace("MAP", "map"),
-            )
+    columns = {column: (name, task, _metric(name, task)) for name, kind in SETS.items() for task, column in kind.columns.items()}
     order = sorted(columns, key=lambda c: 0 if " t2i " in c else 1 if " i2t " in c else 2)
     rows = []
     for model, own in results[results["group"] == ""].groupby("model", sort=False):
         found = own.set_index(["set", "task", "metric"])["value"]
         rows.append({"model": model} | {c: 100 * found.get(columns[c], np.nan) for c in order})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["model", *order])
 
 
 def submission(task: Task, vectors: Vectors) -> dict[str, list[int]]:

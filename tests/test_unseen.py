@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from elva_core import claims, evaluate, unseen, unseen_sets, workbook
+from elva_core import claims, evaluate, figures, mbeir, prepare, unseen, unseen_sets, workbook
+from elva_core import emoji_collection as ec
+from elva_core import settings as profiles
 from elva_core.encoder import Item
 from elva_core.mbeir import ElvaDataError
 from elva_core.unseen_sets import GENECIS, SETS, SUGARCREPE, Task
@@ -478,3 +480,111 @@ def test_the_command_lints_scores_and_writes_the_table(tiny, sets, tmp_path, cap
     assert workbook.main(["unseen", "--sets", str(sets), "--set", "sugarcrepe", "--lint"]) == 0
     assert workbook.main(["unseen", "--sets", str(sets), "--set", "nothing", "--lint"]) == 1
     assert "no sets ['nothing']" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def profile():
+    """A profile whose root is that of conftest.py."""
+    data = {"vendors": {"train": ("Appl", "Joy"), "val": ("Goog",), "test": ("Twtr",)}, "size": 60}
+    return profiles.load("smoke").changed({"data": {"emoji": data}, "unseen": {"queries": 7}})
+
+
+@pytest.fixture(scope="module")
+def own(profile, tmp_path_factory):
+    """The rows of the embedded collection: name -> (source, tasks)."""
+    sources = unseen.sources(profile, tmp_path_factory.mktemp("own"))
+    return {source.name: (source, unseen.load(source)) for source in sources}
+
+
+def test_own_rows_are_clean_files_of_the_papers_formats(own):
+    assert {source.question for source, _ in own.values()} == {"vendor", "language", "captions"}
+    for source, tasks in own.values():
+        assert unseen_sets.lint(source.kind, source.folder) == ([], []) and len(tasks) == 1 and len(tasks[0].queries) >= 6
+    table = unseen.described(list(own.values()))
+    assert (table["ranked"] == [14, 14, 14, 14, 2, 2]).all()
+
+
+def test_unseen_compositions_are_in_no_training_row_and_the_others_are(own, root):
+    trained = {c.source["codes"] for c in root.pool("", "train", "global") if "codes" in c.source}
+    for name in ("trained vendor", "unseen vendor"):
+        (task,) = own[name][1]
+        codes = [task.candidates[row].image.stem for (row,) in task.positives]
+        assert [c not in trained for c in codes] == [g == "unseen composition" for g in task.groups] and len(set(task.groups)) == 2
+
+
+def test_vendors_and_languages_are_asked_for_the_same_emoji(own, emojis):
+    rows = {name: [c.image.stem for c in tasks[0].candidates] for name, (_, tasks) in own.items() if tasks[0].name == "t2i"}
+    assert len(set(map(tuple, rows.values()))) == 1
+    names = {"trained vendor": {e.codes: e.name for e in emojis}, "names in de": {e.codes: e.translation for e in emojis}}
+    names |= {"unseen vendor": names["trained vendor"], "names in es": {e.codes: e.translation for e in ec.load("es")}}
+    for name, codes in rows.items():
+        (task,) = own[name][1]
+        assert [q.text.lower() for q in task.queries] == [f"find the image. {names[name][c].lower()}." for c in codes]
+        vendor = "Appl" if name == "trained vendor" else "Twtr"
+        assert all(c.image.read_bytes() == (ec.image_folder() / vendor / c.image.name).read_bytes() for c in task.candidates)
+
+
+def test_a_false_caption_is_false_in_one_thing(emojis):
+    known = {e.name: e for e in emojis}
+    kinds = {"replace_obj": {"who", "what"}, "replace_rel": {"what"}, "replace_att": {"tone", "hair"}}
+    found = ec.replaced_captions(emojis)
+    assert list(found) == list(SUGARCREPE) and min(map(len, found.values())) >= 60
+    for kind, rows in found.items():
+        for e, false in rows:
+            if kind in kinds:
+                differing = [k for (k, a), (_, b) in zip(e.segments, known[false].segments, strict=True) if a != b]
+                assert len(differing) == 1 and differing[0] in kinds[kind]
+                assert kind != "replace_rel" or "who" in e.grains
+            elif kind.startswith("swap"):
+                assert sorted(false.split()) == sorted(e.name.split()) and false != e.name
+            else:
+                assert len(false.split()) > len(e.name.split()) and set(e.name.split()) < set(false.split())
+            assert kind not in ("swap_att", "add_att") or known[false].codes != e.codes
+
+
+def test_a_negation_denies_one_grain(own):
+    (task,) = own["negation"][1]
+    texts = [c.text.lower().rstrip(".") for c in task.candidates]
+    for true, false in zip(texts[::2], texts[1::2], strict=True):
+        assert false.split().count("not") == 1 and false.replace("not ", "") == true
+        grain = false.partition("not ")[2]
+        assert any(grain.startswith(text) for _, text in ec.parse_name(true))
+
+
+def test_a_language_of_training_is_no_unseen_one(profile, tmp_path):
+    for language in ("en", "de"):
+        with pytest.raises(ElvaDataError, match="is trained on"):
+            prepare.write_unseen(profile.changed({"unseen": {"language": language}}), tmp_path)
+    with pytest.raises(ElvaDataError, match=r"unseen\.sets"):
+        unseen.sources(profile.model_copy(update={"unseen": None}), tmp_path)
+
+
+def test_sets_of_a_profile_are_scored_where_they_are(profile, sets):
+    asked = profile.model_copy(update={"unseen": profiles.UnseenSettings(sets=str(sets))})
+    found = unseen.sources(asked, sets / "nowhere")
+    assert [source.name for source in found] == list(SETS) and all(unseen.load(source) for source in found)
+    with pytest.raises(ValueError, match="either sets"):
+        profiles.UnseenSettings(sets="x", language="es", queries=3)
+
+
+def test_claims_have_a_verdict_only_beside_a_figure_of_the_paper(own):
+    rng = np.random.default_rng(0)
+    spaces = {name: rng.normal(size=(4000, 8)) for name in ("old", "new")}
+
+    def space(name):
+        return lambda items: (
+            (v := spaces[name][[mbeir.stable_hash(unseen.shown(i)) % 4000 for i in items]]) / np.linalg.norm(v, axis=1, keepdims=True)
+        )
+
+    loaded = list(own.values())
+    hits = pd.concat([unseen.measure(loaded, space(name), name) for name in spaces])
+    results, gains = unseen.table(hits, 20, 0), unseen.differences(hits, "new", "old", 20, 0, claims.reported())
+    assert gains.dropna(subset="paper").set_index("set")["paper"].to_dict() == {"negation": 7.7, "composition": 5.3}
+    rows = pd.DataFrame(claims.generalised(results, gains, "x", True))
+    beside = rows["paper"].notna()
+    assert rows.loc[beside, "verdict"].isin(["same direction", "not reproduced"]).all() and (rows.loc[~beside, "verdict"] == "").all()
+    assert set(rows["source"]) == {"Table 2, own rows"} and claims.assemble(rows.to_dict("records"), 1)["ours"].notna().all()
+    assert not rows.duplicated(["claim", "metric", "dataset"]).any()
+    figure = figures.generalisation(results.assign(row=results["set"] + results["group"] + results["metric"]), "title")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(labels) == len(results) / 2 and all("n = " in label for label in labels)
