@@ -23,6 +23,7 @@ from elva_core.unseen_sets import SETS, Task
 
 SUBMITTED = 50  # images per query of CIRCO's server
 ALIKE = ("Table 2", "captions")  # questions of the paper; the others share no more with its sets than the layout of the files
+GROUPED = "vendor"  # the question whose groups, kinds of compositions, are a question of their own
 Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
 
 
@@ -113,7 +114,7 @@ def chance(task: Task, query: int, k: int) -> float:
 
 
 def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[int] | None = None) -> pd.DataFrame:
-    """One row per query, task and metric: set, task, group, query, metric, value, chance.
+    """One row per query, task and metric: set, task, group, query, metric, reported, value, chance. reported: at the first cut-off.
 
     Two captions are reported as accuracy, which is hit@1 of a gallery of two. Tasks without labels have no rows.
     """
@@ -124,11 +125,14 @@ def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[
         pairs = task.name == "pairs"
         for query, ranks in enumerate(ranked(task, vectors)):
             row = {"set": name, "task": task.name, "group": task.groups[query] if task.groups else "", "query": query}
-            for k in (1,) if pairs else cutoffs or task.cutoffs:
+            ks = (1,) if pairs else cutoffs or task.cutoffs
+            for k in ks:
                 metric = "accuracy" if pairs else f"{task.metric}@{k}"
                 hit = task.metric == "hit"
                 value = float(ranks[0] <= k) if hit else average_precision(ranks, k)
-                rows.append(row | {"metric": metric, "value": value, "chance": chance(task, query, k) if hit else np.nan})
+                rows.append(
+                    row | {"metric": metric, "reported": k == ks[0], "value": value, "chance": chance(task, query, k) if hit else np.nan}
+                )
     return pd.DataFrame(rows)
 
 
@@ -151,15 +155,6 @@ def described(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
             numbers = {"queries": len(task.queries), "ranked": round(ranked, 1), "groups": len(set(task.groups or ()))}
             rows.append({"question": source.question, "set": source.name, "task": task.name, **numbers, **example})
     return pd.DataFrame(rows)
-
-
-def shown_metrics(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> set[str]:
-    """The metric that each task is reported by: accuracy of pairs, else that of its first cut-off."""
-    return {
-        "accuracy" if task.name == "pairs" else f"{task.metric}@{(source.cutoffs or task.cutoffs)[0]}"
-        for source, tasks in loaded
-        for task in tasks
-    }
 
 
 def shown(item: Item) -> str:
@@ -185,7 +180,7 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     Args:
         hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
     """
-    keys, rows = [c for c in ("model", "question", "kind", "set", "task", "metric") if c in hits], []
+    keys, rows = [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits], []
     for names, own in hits.groupby(keys, sort=False):
         parts = dict(list(own.groupby("group", sort=False)))
         for group in ["", *(parts if len(parts) > 1 else ())]:
@@ -196,6 +191,11 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
             row = {"value": value, "ci_low": low, "ci_high": high, "n": sum(map(len, groups)), "chance": expected}
             rows.append(dict(zip(keys, names, strict=True)) | {"group": group} | row)
     return pd.DataFrame(rows)
+
+
+def headline(results: pd.DataFrame) -> pd.DataFrame:
+    """What a summary needs of `table` or `differences`: the reported metrics; of vendors each group, of others their mean."""
+    return results[results["reported"] & ((results["question"] == GROUPED) == (results["group"] != ""))]
 
 
 def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
@@ -213,7 +213,7 @@ def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int,
     Args:
         reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set asks the same.
     """
-    keys = ["question", "kind", "set", "task", "group", "query", "metric"]
+    keys = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
     wide = hits.pivot(index=keys, columns="model", values="value")
     paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
     out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)

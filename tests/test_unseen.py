@@ -284,10 +284,11 @@ def test_the_score_of_a_set_is_the_mean_of_its_files_means():
     hits = pd.DataFrame(
         {"set": "s", "task": "t", "group": groups, "query": range(40), "metric": "accuracy", "value": values, "chance": 0.5}
     )
+    hits = hits.assign(question="captions", kind="sugarcrepe", reported=True)
     table = unseen.table(hits, 50, 0).set_index("group")
     assert table["value"].to_dict() == {"": 0.5, "a": 1.0, "b": 0.0} and table["n"].to_dict() == {"": 40, "a": 30, "b": 10}
     both = pd.concat([hits.assign(model="old"), hits.assign(model="new", value=[1.0] * 40)])
-    gain = unseen.differences(both, "new", "old", 50, 0).set_index("group")
+    gain = unseen.differences(both, "new", "old", 50, 0, claims.reported()).set_index("group")
     assert gain["value"].to_dict() == {"": 0.5, "a": 0.0, "b": 1.0} and (gain["ci_low"] <= gain["value"]).all()
 
 
@@ -585,6 +586,8 @@ def test_claims_have_a_verdict_only_beside_a_figure_of_the_paper(own):
     assert rows.loc[beside, "verdict"].isin(["same direction", "not reproduced"]).all() and (rows.loc[~beside, "verdict"] == "").all()
     assert set(rows["source"]) == {"Table 2, own rows"} and claims.assemble(rows.to_dict("records"), 1)["ours"].notna().all()
     assert not rows.duplicated(["claim", "metric", "dataset"]).any()
+    main = unseen.headline(results[results["model"] == "new"])
+    assert len(main) == 8 and set(main["metric"]) == {"hit@5", "accuracy"} and set(main["group"]) == {"", *ec.COMPOSITIONS}
     figure = figures.generalisation(results.assign(row=results["set"] + results["group"] + results["metric"]), "title")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == len(results) / 2 and all("n = " in label for label in labels)
