@@ -186,6 +186,26 @@ def in_points(differences: pd.DataFrame, dataset: str, evidence: bool) -> list[d
     return rows
 
 
+def generalised(scores: pd.DataFrame, differences: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
+    """Rows for unseen data: each model's score, and paired differences beside what the paper's model gains on the set of that kind.
+
+    Args:
+        scores: shares; model, set, group, metric, value, ci_low, ci_high, n, as `unseen.table` gives them. differences: as
+            `unseen.differences` gives them; paper in points.
+    """
+    rows = []
+    for r in scores.itertuples():
+        common = {"source": "Table 2, own rows", "dataset": f"{dataset}, unseen", "baseline": "", "verdict": ""}
+        numbers = {"metric": r.metric, "ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
+        rows.append(common | {"claim": ", ".join(filter(None, (r.model, r.set, r.group)))} | numbers)
+    for r in differences.itertuples():
+        row = common | {"claim": ", ".join(filter(None, (f"{r.new} over {r.old}", r.set, r.group))), "baseline": r.old, "paper": r.paper}
+        numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
+        said = "" if r.paper != r.paper else "same direction" if r.ci_low > 0 else "not reproduced"  # another set than the paper's
+        rows.append(row | numbers | {"metric": f"difference of {r.metric}, points", "verdict": said if evidence else "not run"})
+    return rows
+
+
 def verdict(row: dict, evidence: bool) -> str:
     """Of a gain, where the paper has one: reproduced if it is as large and its interval above zero, same direction if only the latter."""
     if not evidence:

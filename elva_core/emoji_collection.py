@@ -9,9 +9,11 @@ package emoji; nothing is downloaded. Dataset id 10, name `emoji`, units emoji_t
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -28,6 +30,12 @@ LICENCES = {"Goog": "Noto Emoji, Apache-2.0", "Twtr": "Twemoji, CC BY 4.0"}  # t
 _TONE = re.compile(r"(?:(?:medium-light|medium-dark|light|medium|dark) skin tone ?)+")
 _HAIR = re.compile(r"(?:red|curly|white|blond) hair|bald|beard")
 _WHO = re.compile(r"(?:(?:old |pregnant )?(?:man|woman|person)|men|women|people|boy|girl)(?=\s|$)")
+TONES = tuple(f"{shade} skin tone" for shade in ("light", "medium-light", "medium", "medium-dark", "dark"))
+_ONE_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
+_TWO = re.compile(r"\b(woman)( and | )(man)\b")
+PARTNER = {"man": "woman", "woman": "man", "boy": "girl", "girl": "boy"}
+FALSE = {"add": ("att", "obj"), "replace": ("att", "obj", "rel"), "swap": ("att", "obj")}  # SugarCrepe's files
+COMPOSITIONS = ("seen composition", "unseen composition")
 QUESTIONS = {"who": "Who is it?", "what": "What is it or what does it do?", "tone": "Which skin tone?", "hair": "Which hair?"}
 INSTRUCTIONS = {
     ("text", "image"): ("Find the image.", "Show it.", "Which picture is it?", "Get the drawing."),
@@ -383,3 +391,100 @@ def _moved(drawing: Image.Image, sign: int, turn: float, size: float, shift: flo
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
     canvas.paste(small, ((SIDE - small.width) // 2 + round(sign * shift * SIDE), (SIDE - small.height) // 2))
     return canvas
+
+
+def write_unseen(
+    emojis: Sequence[Emoji], folder: Path, *, trained: str, new: str, held_out_share: float, languages: Sequence[str], queries: int
+) -> dict[str, tuple[str, str]]:
+    """What no stage saw, as files in the layouts of ShareGPT4V, CC-Neg and SugarCrepe.
+
+    Args:
+        emojis: of the root; compositions held out of training are told from the others in the key `group`.
+        trained, new: a vendor whose drawings were trained on, and one whose were not.
+        languages: the second one of training, and one that no stage trains on.
+        queries: of each row, or as many as there are.
+
+    Returns:
+        set -> (question that it answers, format of its files); the set's folder has its name.
+    """
+    spoken = {language: {e.codes: e.translation for e in load(language)} for language in languages}
+    names = {"en": {e.codes: e.name for e in emojis}} | spoken
+    once = {language: {n for n, count in Counter(own.values()).items() if count == 1} for language, own in names.items()}
+    clear = [e for e in emojis if e.multi_grain and all(own[e.codes] in once[language] for language, own in names.items())]
+    unseen = held_out(emojis, held_out_share)
+    drawn = {g: _drawn([e for e in clear if (e.codes in unseen) == (g == "unseen composition")], queries) for g in COMPOSITIONS}
+    sets = {"trained vendor": ("vendor", trained, "en"), "unseen vendor": ("vendor", new, "en")}
+    sets |= {f"names in {language}": ("language", new, language) for language in languages}
+    for name, (question, vendor, language) in sets.items():
+        groups = question == "vendor"
+        rows = [(e, names[language][e.codes], {"group": g} if groups else {}) for g, own in drawn.items() for e in own]
+        records = [{"image_name": f"{e.codes}.png", "caption": caption} | group for e, caption, group in rows]
+        _write_set(folder / name, "val_data", vendor, [e for e, _, _ in rows], {"datas_for_validation.json": records})
+    _write_negations(folder / "negation", new, _drawn(clear, queries))
+    everything = load(languages[0])
+    wrong = {kind: _drawn(rows, queries) for kind, rows in replaced_captions(everything).items()}
+    tables = {f"data/{kind}.json": {f"{i}": _pair(e, false) for i, (e, false) in enumerate(rows)} for kind, rows in wrong.items()}
+    _write_set(folder / "composition", "val2017", new, [e for rows in wrong.values() for e, _ in rows], tables)
+    questions = {name: (question, "sharegpt4v") for name, (question, _, _) in sets.items()}
+    return questions | {"negation": ("captions", "ccneg"), "composition": ("captions", "sugarcrepe")}
+
+
+def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, str]]]:
+    """SugarCrepe's seven kinds by grain algebra: kind -> emoji with a caption that is false in one thing.
+
+    obj is who, or what there is if there is nobody; rel is what somebody does; att is skin tone and hair. Two people with two skin
+    tones swap tones, or swap places. A false caption is the name of another emoji wherever one exists.
+    """
+    near, taken = twins(emojis), {e.name: e for e in emojis}
+    out: dict[str, list[tuple[Emoji, str]]] = {f"{how}_{what}": [] for how, whats in FALSE.items() for what in whats}
+    for e in emojis:
+        for kind, _ in e.segments:
+            others = [t for t in near[e.codes] if t.grains[kind] != e.grains[kind]]
+            if others:
+                other = others[mbeir.stable_hash("replace", e.codes, kind) % len(others)]
+                what = "att" if kind in ("tone", "hair") else "rel" if kind == "what" and "who" in e.grains else "obj"
+                out[f"replace_{what}"].append((e, other.name))
+        toned = [name for tone in TONES if (name := f"{e.name} {tone}") in taken]
+        if toned and "tone" not in e.grains:
+            out["add_att"].append((e, toned[mbeir.stable_hash("add", e.codes) % len(toned)]))
+        if (who := e.grains.get("who")) in PARTNER:
+            out["add_obj"].append((e, e.name.replace(who, f"{who} and {PARTNER[who]}", 1)))
+        tones = [tone.strip() for tone in _ONE_TONE.findall(e.name)]
+        swapped = e.name.replace(" ".join(tones), " ".join(tones[::-1])) if len(tones) == 2 else e.name
+        if swapped in taken and swapped != e.name:
+            out["swap_att"].append((e, swapped))
+            if two := _TWO.search(e.name):
+                out["swap_obj"].append((e, e.name.replace(two.group(), f"{two[3]}{two[2]}{two[1]}")))
+    return out
+
+
+def _drawn(rows: Sequence, count: int) -> list:
+    """`count` of them; the same emoji in every set that can have them, so that sets compare the same drawings."""
+    return sorted(rows, key=lambda row: mbeir.stable_hash("unseen", (row[0] if isinstance(row, tuple) else row).codes))[:count]
+
+
+def _pair(e: Emoji, false: str) -> dict:
+    return {"filename": f"{e.codes}.png", "caption": e.name, "negative_caption": false}
+
+
+def _write_set(folder: Path, images: str, vendor: str, emojis: Sequence[Emoji], tables: Mapping[str, object]) -> None:
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    for e in emojis:
+        shutil.copyfile(image_folder() / vendor / f"{e.codes}.png", folder / images / f"{e.codes}.png")
+    for name, table in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(table), encoding="ascii")
+
+
+def _write_negations(folder: Path, vendor: str, emojis: Sequence[Emoji]) -> None:
+    """Each name against itself with "not" before one of its grains."""
+    rows = []
+    for e in emojis:
+        denied = mbeir.stable_hash("negation", e.codes) % len(e.segments)
+        false = " ".join(f"not {text}" if i == denied else text for i, (_, text) in enumerate(e.segments))
+        rows.append({"json": {"caption": e.name}, "sop_data": {"negative-prompt": false}})
+    _write_set(folder, "images", vendor, emojis, {})
+    import torch
+
+    paths = [f"images/{e.codes}.png" for e in emojis]
+    torch.save({"image_paths": paths, "annotations": rows}, folder / "ccneg_preprocessed.pt")

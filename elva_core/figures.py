@@ -396,3 +396,27 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     figure.suptitle(f"{title} (n = {table['n'].min():,} queries, 95 % intervals)", fontsize=10)
     return figure
+
+
+def generalisation(table: pd.DataFrame, title: str) -> Figure:
+    """One line per row of unseen data: each model with its 95 % interval over queries, and what chance would give.
+
+    Args:
+        table: columns row, model, value, ci_low, ci_high, chance (shares), n.
+    """
+    rows, models = list(dict.fromkeys(table["row"])), list(dict.fromkeys(table["model"]))
+    figure, ((axis,),) = _axes(size=(8.4, 0.42 * len(rows) + 1.4))
+    for place, model in enumerate(models):
+        part = 100 * table[table["model"] == model].set_index("row").reindex(rows)[["value", "ci_low", "ci_high", "chance"]]
+        y = np.arange(len(rows)) + 0.7 * ((place + 0.5) / len(models) - 0.5)
+        spread = np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(min=0)
+        style = {"fmt": "o", "markersize": 3.5, "elinewidth": 1.1, "color": MODEL_COLOURS.get(model)}
+        axis.errorbar(part["value"], y, xerr=spread, label=model, **style)
+    axis.plot(part["chance"], np.arange(len(rows)), "k|", markersize=18, label="chance")
+    counts = table.groupby("row", sort=False)["n"].first()
+    axis.set(yticks=np.arange(len(rows)), xlabel="% of queries, macro mean where a row has groups (higher is better)", xlim=(-1, 101))
+    axis.set_yticklabels([f"{row}, n = {counts[row]:,}" for row in rows])
+    axis.invert_yaxis()
+    figure.suptitle(f"{title} (95 % intervals over queries, ties against the target)", fontsize=10)
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=len(models) + 1, loc="outside lower center")
+    return figure

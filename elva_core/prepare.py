@@ -40,6 +40,32 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
     return mbeir.Root(root), triplets
 
 
+def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, dict[str, str]]]:
+    """The rows that the embedded collection has of its own beside the paper's unseen sets, written into `folder`.
+
+    Returns:
+        set -> (question, format, the instructions of training by direction); the set's folder has its name.
+    """
+    data, asked = settings.data.emoji, settings.unseen
+    if data is None:
+        raise mbeir.ElvaDataError("unseen.language is for the embedded data; give unseen.sets, a folder of the paper's unseen sets")
+    emojis = emoji_collection.sample(emoji_collection.load(data.language), data.size)
+    if asked.language in ("en", data.language):
+        raise mbeir.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
+    written = emoji_collection.write_unseen(
+        emojis,
+        folder,
+        trained=data.vendors["train"][0],
+        new=data.vendors["test"][0],
+        held_out_share=data.held_out_share,
+        languages=(data.language, asked.language),
+        queries=asked.queries,
+    )
+    words = emoji_collection.INSTRUCTIONS
+    prompts = {"t2i": words["text", "image"][0], "i2t": words["image", "text"][0]}
+    return {name: (question, kind, prompts) for name, (question, kind) in written.items()}
+
+
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:
     """(root, NLI file) of a finished data stage."""
     return mbeir.Root(folder / "root"), folder / "nli.csv"

@@ -12,7 +12,7 @@ import mistune
 import nbformat
 import pandas as pd
 
-from elva_core import artifacts, claims, runtime
+from elva_core import artifacts, claims, runtime, unseen
 from elva_core.artifacts import Stage
 
 GATHERED = (
@@ -65,6 +65,8 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
     rows += claims.in_points(study_table(run, "booster", "80_generalise"), f"MRBench-{dataset}", evidence)
     rows += claims.in_points(study_table(run, "held_out", "80_generalise"), f"{dataset}, units held out", evidence)
+    tables = [pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""}) for name in ("unseen", "unseen_differences")]
+    rows += claims.generalised(*map(unseen.headline, tables), dataset, evidence)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
 
 

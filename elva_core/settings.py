@@ -275,6 +275,20 @@ class VideoSettings(Section):
         return self
 
 
+class UnseenSettings(Section):
+    """What no stage saw: the sets of the paper's Table 2, or rows that the embedded collection has of its own."""
+
+    sets: str | None = None  # folder of the sets, as their authors publish them
+    language: str | None = None  # of the embedded collection: one that no stage trains on
+    queries: Positive | None = None  # of each row
+
+    @model_validator(mode="after")
+    def _one_source(self) -> UnseenSettings:
+        if (self.sets is None) != (self.language is not None and self.queries is not None):
+            raise ValueError("give either sets, or both language and queries")
+        return self
+
+
 class Settings(Section):
     """One whole profile."""
 
@@ -295,6 +309,7 @@ class Settings(Section):
     study: StudySettings
     # left out of the dump where there are none, so that results of before keep their fingerprint
     video: VideoSettings | None = Field(None, exclude_if=lambda values: values is None)
+    unseen: UnseenSettings | None = Field(None, exclude_if=lambda values: values is None)
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""

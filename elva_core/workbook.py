@@ -31,6 +31,7 @@ STAGES = {
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
     "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
 STAGES["90_report"] = tuple(s for s in STAGES if s != "90_report")
@@ -292,6 +293,33 @@ def video(name: str, root: Path, model: Path, out: Path, frames: int | None, pro
         print(results.round(4).to_string(index=False))
 
 
+def unseen(
+    sets: Path, names: Sequence[str], model: Path | None, out: Path | None, profile_name: str, template: str, encoding: str, lint_only: bool
+) -> int:
+    """Lints a folder of unseen sets and, if it is clean, scores a trained model on them; the exit status is 1 if it is not."""
+    from elva_core import unseen as unseen_scores
+
+    if not lint_only and (model is None or out is None):
+        raise ValueError("unseen needs --model and --out, or --lint")
+    problems, notes = unseen_scores.check(sets, names, decode=lint_only)
+    for line in [*(f"note: {note}" for note in notes), *problems]:
+        print(line)
+    print(f"{sets}: {len(problems)} problems, {len(notes)} notes")
+    if problems or lint_only:
+        return int(bool(problems))
+    from elva_core import encoder, evaluate, runtime, store
+
+    profile = settings.load(profile_name)
+    runtime.start(profile.threads)
+    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
+    results = unseen_scores.run(sets, names, kept, out, model=model.name, encoding=encoding, samples=profile.evaluation.bootstrap)
+    if results is not None:
+        print(results.round(4).to_string(index=False))
+        print((out / "table2.md").read_text())
+    return 0
+
+
 def search(
     model: Path | None,
     root: Path | None,
@@ -423,6 +451,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--frames", type=int, help="looked at in each video; default as LamRA on MSVD")
     p.add_argument("--profile", default="cpu", help="where device and batch come from")
+    p = commands.add_parser("unseen", help="check the unseen sets of the paper's Table 2 and score a trained model on them")
+    p.add_argument("--sets", type=Path, required=True, help="the folder that holds sharegpt4v, Urban1k, flickr, CIRCO, ...")
+    p.add_argument("--set", nargs="*", default=[], dest="names", metavar="NAME", help="only these; default: all whose folder is there")
+    p.add_argument("--lint", action="store_true", help="only check, and decode every image")
+    p.add_argument("--model", type=Path)
+    p.add_argument("--template", choices=("summary", "eol"), default="summary")
+    p.add_argument("--encoding", choices=("by direction", "once"), default="by direction", help="once: LamRA's way of the captioned sets")
+    p.add_argument("--out", type=Path)
+    p.add_argument("--profile", default="cpu", help="where device and batch come from")
     p = commands.add_parser("search", help="search a unit's pool, or a built index, with a text, an image, or both")
     p.add_argument("--model", type=Path)
     p.add_argument("--root", type=Path)
@@ -471,6 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread)
         elif a.command == "video":
             video(a.name, a.root, a.model, a.out, a.frames, a.profile)
+        elif a.command == "unseen":
+            return unseen(a.sets, a.names, a.model, a.out, a.profile, a.template, a.encoding, a.lint)
         elif a.command == "search":
             search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.index, not a.no_pictures)
         elif a.command == "export":
