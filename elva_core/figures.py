@@ -407,12 +407,12 @@ def generalisation(table: pd.DataFrame, title: str) -> Figure:
     rows, models = list(dict.fromkeys(table["row"])), list(dict.fromkeys(table["model"]))
     figure, ((axis,),) = _axes(size=(8.4, 0.42 * len(rows) + 1.4))
     for place, model in enumerate(models):
-        part = 100 * table[table["model"] == model].set_index("row").reindex(rows)[["value", "ci_low", "ci_high", "chance"]]
+        part = 100 * table[table["model"] == model].set_index("row").reindex(rows)[["value", "ci_low", "ci_high"]]
         y = np.arange(len(rows)) + 0.7 * ((place + 0.5) / len(models) - 0.5)
         spread = np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(min=0)
         style = {"fmt": "o", "markersize": 3.5, "elinewidth": 1.1, "color": MODEL_COLOURS.get(model)}
         axis.errorbar(part["value"], y, xerr=spread, label=model, **style)
-    axis.plot(part["chance"], np.arange(len(rows)), "k|", markersize=18, label="chance")
+    axis.plot(100 * table.groupby("row", sort=False)["chance"].first(), np.arange(len(rows)), "k|", markersize=18, label="chance")
     counts = table.groupby("row", sort=False)["n"].first()
     axis.set(yticks=np.arange(len(rows)), xlabel="% of queries, macro mean where a row has groups (higher is better)", xlim=(-1, 101))
     axis.set_yticklabels([f"{row}, n = {counts[row]:,}" for row in rows])

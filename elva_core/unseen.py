@@ -42,7 +42,8 @@ class Source:
 
 
 def sources(settings: Settings, folder: Path) -> list[Source]:
-    """The unseen sets of a profile: those that its data collection has of its own, written into `folder`, else the nine where they are.
+    """The unseen sets of a profile: those that its data collection has of its own, written into `folder`, else the nine where they are;
+    none, with a warning, where their folder is missing, so that the chain goes on without them.
 
     Raises:
         ElvaDataError: the profile names neither.
@@ -50,6 +51,9 @@ def sources(settings: Settings, folder: Path) -> list[Source]:
     asked = settings.unseen
     if asked is None:
         raise ElvaDataError("the profile has no unseen sets; give unseen.sets, a folder of them, or unseen.language for the embedded data")
+    if asked.sets and not Path(asked.sets).is_dir():
+        runtime.log.warning("%s is missing: no unseen set is scored; put them there and run the stage again", asked.sets)
+        return []
     if asked.sets:
         return [Source(name, ALIKE[0], name, Path(asked.sets) / SETS[name].folder) for name in unseen_sets.present(Path(asked.sets))]
     written = prepare.write_unseen(settings, folder)
@@ -142,7 +146,8 @@ def measure(loaded: Sequence[tuple[Source, Sequence[Task]]], vectors: Vectors, m
         score(source.name, tasks, vectors, source.cutoffs).assign(model=model, question=source.question, kind=source.kind)
         for source, tasks in loaded
     ]
-    return pd.concat(parts, ignore_index=True)
+    columns = ["set", "task", "group", "query", "metric", "reported", "value", "chance", "model", "question", "kind"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def described(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
@@ -190,12 +195,13 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
             value, expected = (float(np.mean([g[column].mean() for g in groups])) for column in ("value", "chance"))
             row = {"value": value, "ci_low": low, "ci_high": high, "n": sum(map(len, groups)), "chance": expected}
             rows.append(dict(zip(keys, names, strict=True)) | {"group": group} | row)
-    return pd.DataFrame(rows)
+    out = pd.DataFrame(rows, columns=[*keys, "group", "value", "ci_low", "ci_high", "n", "chance"])
+    return out.astype({"reported": bool} if "reported" in keys else {})
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """What a summary needs of `table` or `differences`: the reported metrics; of vendors each group, of others their mean."""
-    return results[results["reported"] & ((results["question"] == GROUPED) == (results["group"] != ""))]
+    return results[results["reported"].astype(bool) & ((results["question"] == GROUPED) == (results["group"] != ""))]
 
 
 def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
@@ -214,7 +220,7 @@ def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int,
         reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set asks the same.
     """
     keys = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
-    wide = hits.pivot(index=keys, columns="model", values="value")
+    wide = hits.pivot(index=keys, columns="model", values="value").reindex(columns=[new, old])
     paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
     out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)
     baseline, model = reported["table2"]["rows"].values()

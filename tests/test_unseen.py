@@ -568,6 +568,25 @@ def test_sets_of_a_profile_are_scored_where_they_are(profile, sets):
         profiles.UnseenSettings(sets="x", language="es", queries=3)
 
 
+def test_a_chain_without_the_sets_goes_on_with_empty_tables(profile, tmp_path):
+    asked = profile.model_copy(update={"unseen": profiles.UnseenSettings(sets=str(tmp_path / "nowhere"))})
+    loaded = unseen.sources(asked, tmp_path)
+    hits = pd.concat([pd.DataFrame(), unseen.measure(loaded, None, "stage 2")], ignore_index=True)
+    results = unseen.table(hits, 10, 0)
+    gains = unseen.differences(hits, "stage 3", "stage 2", 10, 0, claims.reported())
+    results.to_csv(tmp_path / "unseen.csv", index=False)
+    again = pd.read_csv(tmp_path / "unseen.csv").fillna({"group": ""})
+    assert (
+        not loaded
+        and unseen.described(loaded).empty
+        and unseen.false_captions(loaded).empty
+        and unseen.side_by_side(results, "vendor").empty
+    )
+    assert claims.generalised(unseen.headline(again), unseen.headline(gains), "x", True) == []
+    reached = results[results["reported"]]
+    assert figures.generalisation(reached.assign(row=reached["set"] + reached["group"].radd(", ")), "title").axes
+
+
 def test_claims_have_a_verdict_only_beside_a_figure_of_the_paper(own):
     rng = np.random.default_rng(0)
     spaces = {name: rng.normal(size=(4000, 8)) for name in ("old", "new")}
