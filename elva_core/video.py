@@ -1,6 +1,6 @@
 """Text to video by frames, scored: on the sets of Table 7, or on short clips in which the same things stand still or move.
 
-hits = score("MSR-VTT", [task], vectors)           # one row per query and cut-off
+hits = measure(settings.video, folder, vectors)     # one row per query and cut-off
 rows = table(hits, samples=1000, seed=17)
 """
 
@@ -8,39 +8,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from elva_core import claims, mbeir, metrics, runtime, search
+from elva_core import claims, mbeir, metrics, runtime, unseen
 from elva_core.encoder import Item
 from elva_core.mbeir import ElvaDataError
 from elva_core.settings import VideoSettings
-from elva_core.video_sets import SETS, Task, msrvtt
+from elva_core.unseen_sets import Task
+from elva_core.video_sets import SETS, msrvtt
 
 STILL = "still"  # the folder of clips in which nothing moves
 SOURCES = {"clips": "Table 7, own clips"}  # heading of the claims of a set, if not Table 7
 COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
-
-
-def score(name: str, tasks: Sequence[Task], vectors: Vectors) -> pd.DataFrame:
-    """One row per query, task and cut-off: set, task, query, metric, value. A clip that scores as the target does counts as before it."""
-    rows = []
-    for task in tasks:
-        queries, candidates = vectors(task.queries), vectors(task.candidates)
-        if task.galleries is None:
-            ranks = search.exact(queries[:], candidates, 1, task.positives).pessimistic
-        else:
-            ranks = [
-                search.exact(queries[i : i + 1], candidates[np.array(own)], 1, [[own.index(p) for p in right]]).pessimistic[0]
-                for i, (own, right) in enumerate(zip(task.galleries, task.positives, strict=True))
-            ]
-        for k in task.cutoffs:
-            values = metrics.hit_rate_at_k(ranks, k)
-            rows.append(pd.DataFrame({"set": name, "task": task.name, "query": range(len(ranks)), "metric": f"hit@{k}", "value": values}))
-    return pd.concat(rows, ignore_index=True)
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
@@ -69,7 +53,7 @@ def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> p
     parts = []
     for name, frames in itertools.product(there, settings.frames):
         task = SETS[name](Path(settings.sets) / name, frames, settings.instruction)
-        parts.append(score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name"))
+        parts.append(unseen.score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name"))
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
@@ -89,12 +73,12 @@ def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFr
     for motion in names:
         for frames in settings.frames:
             task = seen[motion] = msrvtt(folder / motion, frames, settings.instruction)
-            parts.append(score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name"))
+            parts.append(unseen.score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name"))
     most, words = settings.frames[-1], [n for n in names if n != STILL]
     told = {m: [Item(mbeir.normalise(f"{q.text.rstrip('.')} {m}")) for q in seen[m].queries] for m in words}
     for motion in words:
-        task = Task(motion, told[motion], seen[motion].candidates, seen[motion].positives)
-        parts.append(score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion"))
+        task = replace(seen[motion], queries=told[motion])
+        parts.append(unseen.score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion"))
     parts.append(
         _named_first(told, {m: seen[m].candidates for m in words}, vectors).assign(motion="all", frames=most, words="name, motion")
     )
@@ -107,7 +91,7 @@ def _named_first(told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item
     queries, candidates = ([item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown))
     rows = range(len(queries))
     galleries = [list(range(r - r % per_thing, r - r % per_thing + per_thing)) for r in rows]
-    chosen = score("clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors)
+    chosen = unseen.score("clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors)
     share = chosen["value"].to_numpy().reshape(-1, per_thing).mean(1)
     return pd.DataFrame({"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share})
 

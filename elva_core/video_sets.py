@@ -8,34 +8,19 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
-from elva_core import mbeir
 from elva_core.clips import Clip
 from elva_core.encoder import Item
 from elva_core.mbeir import ElvaDataError
+from elva_core.unseen_sets import Task, asked
 
 INSTRUCTION = "Find an everyday video match with caption."  # LamRA's, of both sets
 FRAMES = 12  # LamRA's, of MSVD
 CUTOFFS = (1, 5, 10)  # of Table 7
 SUFFIXES = (".mp4", ".webm", ".avi", ".mkv")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One ranking task. positives: per query its right rows of `candidates`. galleries: per query the rows that it ranks; None is all."""
-
-    name: str
-    queries: Sequence[Item]
-    candidates: Sequence[Item]
-    positives: Sequence[Sequence[int]]
-    galleries: Sequence[Sequence[int]] | None = None
-    metric: Literal["hit"] = "hit"
-    cutoffs: tuple[int, ...] = CUTOFFS
 
 
 def msrvtt(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
@@ -115,9 +100,5 @@ def _task(name: str, root: Path, rows: Sequence[tuple[str, object, object]], fra
     if not rows:
         raise ElvaDataError(f"{root}: no rows; is it the right folder?")
     queries = [asked(instruction, caption) for _, _, caption in rows]
-    return Task(name, queries, [Item("", None, (Clip(files[v], frames),)) for v in place], [[place[v]] for _, v, _ in rows])
-
-
-def asked(instruction: str, caption: str) -> Item:
-    """A query as M-BEIR words it, instruction and text each normalised; LamRA leaves these captions as they are."""
-    return Item(mbeir.normalise(f"{mbeir.normalise(instruction)} {caption}"))
+    candidates = [Item("", None, (Clip(files[v], frames),)) for v in place]
+    return Task(name, queries, candidates, [[place[v]] for _, v, _ in rows], cutoffs=CUTOFFS)

@@ -278,6 +278,7 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
 def video(name: str, root: Path, model: Path, out: Path, frames: int | None, profile_name: str) -> None:
     """Scores a trained model on text to video; embeddings are kept, so that a killed run goes on."""
     from elva_core import encoder, evaluate, runtime, store, video_sets
+    from elva_core import unseen as unseen_scores
     from elva_core import video as videos
 
     profile, frames = settings.load(profile_name), video_sets.FRAMES if frames is None else frames
@@ -286,7 +287,8 @@ def video(name: str, root: Path, model: Path, out: Path, frames: int | None, pro
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     batch = max(1, profile.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
     kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=batch, template="summary")
-    results = videos.table(videos.score(task.name, [task], kept), profile.evaluation.bootstrap, 0).assign(model=model.name)
+    hits = unseen_scores.score(task.name, [task], kept)[["set", "query", "metric", "value"]]
+    results = videos.table(hits, profile.evaluation.bootstrap, 0).assign(model=model.name)
     if runtime.processes().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         runtime.write_whole(out / f"{name}.csv", results.to_csv(index=False))

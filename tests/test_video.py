@@ -32,6 +32,8 @@ from elva_core import (
     rollout,
     settings,
     store,
+    unseen,
+    unseen_sets,
     video,
     video_sets,
     workbook,
@@ -445,11 +447,11 @@ def test_ties_count_against_the_target_in_the_pool_and_in_a_gallery():
         return np.array([vectors[i.text] for i in items], np.float32)
 
     pool = [Item(n) for n in ("same", "twin", "best", "far")]
-    task = video_sets.Task("t", [Item("q")] * 3, pool, [[0], [1], [2]], cutoffs=(1, 2, 3))
-    found = video.score("s", [task], look).pivot(index="query", columns="metric", values="value")
+    task = unseen_sets.Task("t", [Item("q")] * 3, pool, [[0], [1], [2]], cutoffs=(1, 2, 3))
+    found = unseen.score("s", [task], look).pivot(index="query", columns="metric", values="value")
     assert found.to_numpy().tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 1]]  # without twins in the way `same` would be second
-    task = video_sets.Task("t", [Item("q")] * 2, pool, [[0], [1]], [[0, 3], [0, 1]], cutoffs=(1, 2))
-    assert video.score("s", [task], look)["value"].tolist() == [1, 0, 1, 1]
+    task = unseen_sets.Task("t", [Item("q")] * 2, pool, [[0], [1]], [[0, 3], [0, 1]], cutoffs=(1, 2))
+    assert unseen.score("s", [task], look)["value"].tolist() == [1, 1, 0, 1]
 
 
 @pytest.fixture(scope="module")
