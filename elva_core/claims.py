@@ -193,9 +193,8 @@ def generalised(scores: pd.DataFrame, differences: pd.DataFrame, dataset: str, e
         scores: shares; model, set, group, metric, value, ci_low, ci_high, n, as `unseen.table` gives them. differences: as
             `unseen.differences` gives them; paper in points.
     """
-    rows = []
+    common, rows = {"source": "Table 2, own rows", "dataset": f"{dataset}, unseen", "baseline": "", "verdict": ""}, []
     for r in scores.itertuples():
-        common = {"source": "Table 2, own rows", "dataset": f"{dataset}, unseen", "baseline": "", "verdict": ""}
         numbers = {"metric": r.metric, "ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
         rows.append(common | {"claim": ", ".join(filter(None, (r.model, r.set, r.group)))} | numbers)
     for r in differences.itertuples():
