@@ -374,7 +374,7 @@ def test_msrvtt_is_read_in_both_layouts(tmp_path):
     rows = [("video9", 'a man says "no, thanks"'), ("video7", "a dog runs"), ("video9", "NA")]
     task = video_sets.msrvtt(write_msrvtt(tmp_path, rows), 4)
     words = ["a man says no, thanks.", "a dog runs.", "NA."]
-    assert [q.text.replace('"', "") for q in task.queries] == [f"{video_sets.INSTRUCTION} {w}" for w in words]
+    assert [q.text.replace('"', "") for q in task.queries] == [f"{video_sets.INSTRUCTION} {w[0].upper()}{w[1:]}" for w in words]
     assert [c.clips for c in task.candidates] == [[Clip(tmp_path / f"videos/{n}.mp4", 4)] for n in ("video9", "video7")]
     assert task.positives == [[0], [1], [0]] and task.galleries is None
     (tmp_path / "MSRVTT_JSFUSION_test.csv").unlink()
@@ -386,7 +386,7 @@ def test_msrvtt_is_read_in_both_layouts(tmp_path):
 def test_every_caption_of_msvd_asks_for_its_video(tmp_path):
     captions = {"b_0_5": ["a cat sleeps", "the cat is asleep"], "a_3_9": ["a man cooks"]}
     task = video_sets.msvd(write_msvd(tmp_path, captions), 6, "Find it.")
-    assert [q.text for q in task.queries] == ["Find it. a cat sleeps.", "Find it. the cat is asleep.", "Find it. a man cooks."]
+    assert [q.text for q in task.queries] == ["Find it. A cat sleeps.", "Find it. The cat is asleep.", "Find it. A man cooks."]
     assert [c.clips for c in task.candidates] == [[Clip(tmp_path / f"videos/{n}.avi", 6)] for n in captions]
     assert task.positives == [[0], [0], [1]]
 
@@ -467,7 +467,7 @@ def test_clips_show_the_same_drawings_in_the_layout_of_msrvtt(drawn, emojis, tmp
     (texts,) = {tuple(q.text for q in task.queries) for task in tasks.values()}
     assert len(set(texts)) == 5 and all(task.positives == [[i] for i in range(5)] for task in tasks.values())
     film = {word: clips.read(task.candidates[0].clips[0]).pixels.astype(int) for word, task in tasks.items()}
-    codes = next(e.codes for e in emojis if mbeir.normalise(f"Find it. {e.name}") == texts[0])
+    codes = next(e.codes for e in emojis if f"Find it. {mbeir.normalise(e.name)}" == texts[0])
     drawing = mbeir.open_image(emoji_collection.image_folder() / "Twtr" / f"{codes}.png").resize((96, 96), Image.Resampling.BICUBIC)
     for frame in film["still"]:
         assert np.abs(frame.transpose(1, 2, 0) - np.asarray(drawing, int)).mean() < 4
