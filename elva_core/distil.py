@@ -62,7 +62,7 @@ def train(
 
     def step_fn(step: int) -> dict[str, float]:
         # rows of one shape together: less padding
-        rows = sorted(draw(step, settings.batch), key=lambda i: (items[i].image is not None, len(items[i].text), i))
+        rows = sorted(draw(step, settings.batch), key=lambda i: (len(items[i].images), items[i].length, i))
         chunks = [rows[start : start + settings.chunk] for start in range(0, len(rows), settings.chunk)]
         sums = {"distance": 0.0, "kl": 0.0}
         for number in runtime.own_share(len(chunks)):

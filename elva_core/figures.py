@@ -303,6 +303,28 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     return figure
 
 
+def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
+    """One point per way to answer: its hit rate with the 95 % interval over queries, against queries per second with their range.
+
+    Args:
+        table: columns way, value, ci_low, ci_high (percent), per second, lowest, highest, n, rounds.
+    """
+    figure, ((axis,),) = _axes(size=(7.2, 3.8))
+    for place, r in enumerate(table.to_dict("records")):
+        low, high = max(0, r["value"] - r["ci_low"]), max(0, r["ci_high"] - r["value"])
+        slow, fast = r["per second"] - r["lowest"], r["highest"] - r["per second"]
+        colour = MODEL_COLOURS.get(r["way"], f"C{place}")
+        axis.errorbar(r["per second"], r["value"], [[low], [high]], [[slow], [fast]], fmt="o", color=colour, capsize=2, label=r["way"])
+    axis.set(
+        xscale="log",
+        xlabel=f"queries per second, one process (median and range of {table['rounds'].min()} rounds)",
+        ylabel="hit@5, % (higher is better)",
+        title=f"{title} (n = {table['n'].min():,} queries, 95 % intervals)",
+    )
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    return figure
+
+
 def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     """One line per arm: the mean over seeds with its 95 % interval over queries, and each seed as a dot.
 

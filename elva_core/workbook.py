@@ -31,6 +31,7 @@ STAGES = {
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
     "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "85_trade_cost": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
 STAGES["90_report"] = tuple(s for s in STAGES if s != "90_report")
@@ -254,8 +255,23 @@ def check(root: Path) -> int:
     return int(bool(problems))
 
 
-def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str, template: str, spread: bool) -> None:
-    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again."""
+def evaluate(
+    root: Path,
+    units: Sequence[str],
+    model: Path,
+    pool: str,
+    out: Path,
+    profile_name: str,
+    template: str | None,
+    spread: bool,
+    index: Path | None,
+) -> None:
+    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again.
+
+    Args:
+        template: how the queries are read; None reads them as the model's folder says. index: the model that embeds the candidates,
+            as its folder says; None is `model`, read like the queries.
+    """
     from elva_core import encoder, mbeir, runtime
     from elva_core import evaluate as evaluation
 
@@ -263,7 +279,8 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     kept = profile.evaluation.model_copy(update={"on_disk": True})
-    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template)
+    candidates = _index(index, loaded, profile) if index else None
+    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates)
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
@@ -274,8 +291,38 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
     print((out / "table.md").read_text())
 
 
-def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k: int, profile_name: str) -> None:
-    """Prints the best candidates of a unit's pool for a free query; the pool is embedded once and kept."""
+def _index(folder: Path, asking, profile: settings.Settings):
+    """The kept embeddings of another model than the one that reads the queries.
+
+    Raises:
+        ValueError: its embeddings have another size.
+    """
+    from elva_core import encoder, store
+    from elva_core import evaluate as evaluation
+
+    loaded = encoder.load(folder, dtype=profile.dtype, device=profile.device)
+    sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take the index of its teacher")
+    return store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
+
+
+def search(
+    model: Path,
+    root: Path,
+    unit: str,
+    text: str,
+    image: Path | None,
+    k: int,
+    profile_name: str,
+    template: str | None,
+    index: Path | None,
+) -> None:
+    """Prints the best candidates of a unit's pool for a free query; the pool is embedded once and kept.
+
+    Args:
+        template, index: as in `evaluate`; read in one pass ("eol") there is no summary to print.
+    """
     from elva_core import encoder, evaluate, mbeir, retrieval, runtime, store
     from elva_core import search as searching
 
@@ -283,10 +330,15 @@ def search(model: Path, root: Path, unit: str, text: str, image: Path | None, k:
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     candidates = data.pool(unit, "test")
-    kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template="summary")
-    query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1)
+    template = template or loaded.template
+    if index:
+        kept = _index(index, loaded, profile)
+    else:
+        kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
+    query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1, template=template)
     answers = searching.exact(query, kept(encoder.candidate_item(data, c) for c in candidates), min(k, len(candidates)))
-    print(f"summary: {summary!r}")
+    if template == "summary":
+        print(f"summary: {summary!r}")
     for rank, (row, value) in enumerate(zip(answers.rows[0], answers.scores[0], strict=True), start=1):
         found = candidates[row]
         print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
@@ -316,6 +368,13 @@ def readme(profile_name: str) -> None:
     report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
 
 
+def _reading(command: argparse.ArgumentParser) -> None:
+    """How a command turns queries and candidates into vectors."""
+    said = "read at [RET] after a summary, or in one pass; default: as the model's elva.json says"
+    command.add_argument("--template", choices=("summary", "eol"), help=said)
+    command.add_argument("--index", type=Path, metavar="DIR", help="the model that embeds the candidates; default: --model")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elva_core", description="The ELVA workbook")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -332,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
     p = commands.add_parser("train", help="train one stage, also under accelerate launch")
-    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control"))
+    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil"))
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17)
     p = commands.add_parser("plan", help="what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
@@ -346,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--unit", nargs="*", default=[])
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--pool", choices=("local", "global", "both"), default="local")
-    p.add_argument("--template", choices=("summary", "eol"), default="summary", help="read at [RET] after a summary, or in one pass")
+    _reading(p)
     p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
@@ -357,6 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("text", nargs="?", default="")
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
+    _reading(p)
     p.add_argument("--profile", default="cpu")
     p = commands.add_parser("push", help="put a trained model with its model card into a folder or on the hub")
     p.add_argument("--model", type=Path, required=True)
@@ -380,9 +440,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":
-            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread)
+            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread, a.index)
         elif a.command == "search":
-            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile)
+            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.index)
         elif a.command == "push":
             push(a.model, a.to, a.profile, a.results)
         elif a.command == "readme":
