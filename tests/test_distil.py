@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,17 @@ from elva_core import (
     encoder,
     evaluate,
     figures,
+    mbeir,
     objectives,
+    plan,
+    publish,
     retrieval,
     rollout,
     runtime,
     throughput,
     training,
     workbook,
+    workload,
 )
 from elva_core.contrastive import union_pairs
 from elva_core.settings import ProfileError
@@ -244,14 +249,36 @@ def test_images_are_paid_for_in_every_round(tiny, items, monkeypatch):
     assert opened == [len({i.image for i in items if i.image})] * 3
 
 
+def test_the_card_of_a_single_pass_has_code_that_makes_one(tiny, items, tmp_path):
+    tiny.save(tmp_path / "model", stage="distil", parent="none", template="eol")
+    publish.push(tmp_path / "model", str(tmp_path / "elva"))
+    card = (tmp_path / "elva/README.md").read_text()
+    code, space = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {}
+    assert "generate" not in code and "One forward" in card
+    exec(code.replace('from_pretrained("elva")', f"from_pretrained({str(tmp_path / 'elva')!r})"), space)
+    with torch.no_grad():
+        for item, vector in zip(items, tiny.embed_eol(items), strict=True):
+            theirs, _ = space["embed"](item.text, mbeir.open_image(item.image) if item.image else None)
+            torch.testing.assert_close(theirs, vector, atol=1e-5, rtol=0)
+
+
+def test_a_plan_counts_the_passes_and_summaries_of_the_single_pass(smoke):
+    load = workload.make(smoke, gpu="cpu")
+    rows = {stage.name: stage.cost for stage in plan.stages(load)}
+    assert rows["single pass"].prompts == smoke.distil.steps * smoke.distil.batch and rows["single pass"].rollouts == 0
+    assert rows["single pass, its summaries"].rollouts == 2 * smoke.distil.pairs
+    without = workload.make(smoke.model_copy(update={"distil": None}), gpu="cpu")
+    assert {stage.name for stage in plan.stages(without)} == rows.keys() - {"single pass", "single pass, its summaries"}
+
+
 def test_quality_and_speed_become_claims_and_a_figure():
     quality = pd.DataFrame([["single pass", "average", "hit@5", 0.3, 0.2, 0.4, 50]], columns=["model", "unit", "metric", *"vlhn"])
     quality.columns = ["model", "unit", "metric", "value", "ci_low", "ci_high", "n"]
     pair = {"new": "single pass", "old": "stage 3", "metric": "hit@5", "old value": 0.4, "ci_low": -0.2, "ci_high": 0.0}
     speed = pd.DataFrame({"way": "single pass", "side": "queries", "batch": [1, 64], "per second": [9.0, 90.0], "forwards": [1.0, 1.0]})
     speed = speed.assign(lowest=80.0, highest=95.0, n=128, rounds=5)
-    table = claims.assemble(claims.traded(quality, [pair | {"relative %": -25.0, "n": 50}], speed, "x"), 7)
-    assert list(table.columns) == claims.COLUMNS and (table["verdict"] == "").all()
+    table = claims.assemble(claims.traded(quality, [pair | {"relative %": -25.0, "n": 50}], speed, "x", "single pass"), 7)
+    assert list(table.columns) == claims.COLUMNS and set(table["verdict"]) == {""} and set(table["source"]) == {"single pass"}
     found = table.set_index(["claim", "metric"])["ours"]
     assert found["single pass, average", "hit@5"] == 30 and found["single pass", "queries per second"] == 90
     assert table.set_index("claim").loc["single pass over stage 3", "ci_low"] == pytest.approx(-50)
