@@ -2,8 +2,8 @@
 
 The teacher is the model itself, read after a greedy summary; it embeds a fixed sample of train items once. The student is the same model
 with a fresh adapter, read after one forward. Every item is compared with its own teacher embedding and, through the bank of all of
-them, with what the teacher says of its neighbours; so no row of a batch needs another, and an index that the teacher wrote
-stays in use.
+them, with what the teacher says of its neighbours; so no row of a batch needs another, and a pool that the teacher
+embedded stays in use.
 
     items = sample(union_pairs(root, settings.stage2, seed), settings.distil.pairs, settings.stage2.batch)
     rows = train(encoder, items, taught(encoder, items, batch=256, path=out / "teacher.safetensors"), settings.distil, seed=17, folder=out)

@@ -47,14 +47,14 @@ def measure(
     split: str = "test",
     template: str = "summary",
     pools: Sequence[str] = ("local", "global"),
-    index: Vectors | None = None,
+    embed_pool: Vectors | None = None,
 ) -> Measured:
     """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools.
 
     Args:
-        index: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
+        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
     """
-    searcher = searcher_of(encoder, root, split, settings, template, index)
+    searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
     rows = []
     for pool in pools:
         for unit in root.units(split):
@@ -72,11 +72,11 @@ def measure(
 
 
 def searcher_of(
-    encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str, index: Vectors | None = None
+    encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str, embed_pool: Vectors | None = None
 ) -> Searcher:
     """A searcher that keeps its embeddings where the profile says."""
     kept = Store(EMBEDDINGS, encoder, batch=settings.batch, template=template) if settings.on_disk else None
-    return Searcher(encoder, root, split, settings, template=template, store=kept, index=index)
+    return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
 
 
 def score(

@@ -16,8 +16,8 @@ import pandas as pd
 from elva_core.encoder import Encoder, Item
 from elva_core.retrieval import encode
 
-ROUNDS = 5
-CALLS = 2  # batches of a round
+ROUNDS = 3
+LEAST = 16  # items of a round
 
 
 class Way(NamedTuple):
@@ -28,7 +28,7 @@ class Way(NamedTuple):
 
 
 def measure(
-    ways: Mapping[str, Way], sides: Mapping[str, Sequence[Item]], *, batches: Sequence[int], rounds: int = ROUNDS, calls: int = CALLS
+    ways: Mapping[str, Way], sides: Mapping[str, Sequence[Item]], *, batches: Sequence[int], rounds: int = ROUNDS, least: int = LEAST
 ) -> pd.DataFrame:
     """Items per second from item to embedding, images opened and seen anew by the vision tower each time.
 
@@ -36,7 +36,7 @@ def measure(
     slows down, or a first call that is slow, favours none.
 
     Args:
-        sides: name, for instance "queries", -> items; `calls` batches of the distinct ones, evenly chosen, are timed.
+        sides: name, for instance "queries", -> items; a batch of the distinct ones, evenly chosen, and at least `least` are timed.
 
     Returns:
         way, side, batch, per second (median of the rounds), lowest, highest, forwards (passes of the language model that a row of a
@@ -46,7 +46,8 @@ def measure(
     for side, items in sides.items():
         for batch in batches:
             distinct = list(dict.fromkeys(items))
-            chosen = distinct[:: max(1, len(distinct) // (calls * batch))][: calls * batch]
+            asked = max(batch, least)
+            chosen = distinct[:: max(1, len(distinct) // asked)][:asked]
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             passes = {}
             for name, way in ways.items():

@@ -264,12 +264,12 @@ def evaluate(
     profile_name: str,
     template: str | None,
     spread: bool,
-    index: Path | None,
+    pool_model: Path | None,
 ) -> None:
     """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again.
 
     Args:
-        template: how the queries are read; None reads them as the model's folder says. index: the model that embeds the candidates,
+        template: how the queries are read; None reads them as the model's folder says. pool_model: embeds the candidates,
             as its folder says; None is `model`, read like the queries.
     """
     from elva_core import encoder, mbeir, runtime
@@ -279,7 +279,7 @@ def evaluate(
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     kept = profile.evaluation.model_copy(update={"on_disk": True})
-    candidates = _index(index, loaded, profile) if index else None
+    candidates = _kept_pool(pool_model, loaded, profile) if pool_model else None
     searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates)
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
@@ -291,7 +291,7 @@ def evaluate(
     print((out / "table.md").read_text())
 
 
-def _index(folder: Path, asking, profile: settings.Settings):
+def _kept_pool(folder: Path, asking, profile: settings.Settings):
     """The kept embeddings of another model than the one that reads the queries.
 
     Raises:
@@ -303,7 +303,7 @@ def _index(folder: Path, asking, profile: settings.Settings):
     loaded = encoder.load(folder, dtype=profile.dtype, device=profile.device)
     sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take the index of its teacher")
+        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher")
     return store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
 
 
@@ -316,12 +316,12 @@ def search(
     k: int,
     profile_name: str,
     template: str | None,
-    index: Path | None,
+    pool_model: Path | None,
 ) -> None:
     """Prints the best candidates of a unit's pool for a free query; the pool is embedded once and kept.
 
     Args:
-        template, index: as in `evaluate`; read in one pass ("eol") there is no summary to print.
+        template, pool_model: as in `evaluate`; read in one pass ("eol") there is no summary to print.
     """
     from elva_core import encoder, evaluate, mbeir, retrieval, runtime, store
     from elva_core import search as searching
@@ -331,8 +331,8 @@ def search(
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     candidates = data.pool(unit, "test")
     template = template or loaded.template
-    if index:
-        kept = _index(index, loaded, profile)
+    if pool_model:
+        kept = _kept_pool(pool_model, loaded, profile)
     else:
         kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
     query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1, template=template)
@@ -372,7 +372,7 @@ def _reading(command: argparse.ArgumentParser) -> None:
     """How a command turns queries and candidates into vectors."""
     said = "read at [RET] after a summary, or in one pass; default: as the model's elva.json says"
     command.add_argument("--template", choices=("summary", "eol"), help=said)
-    command.add_argument("--index", type=Path, metavar="DIR", help="the model that embeds the candidates; default: --model")
+    command.add_argument("--pool-model", type=Path, metavar="DIR", help="the model that embeds the candidates; default: --model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -440,9 +440,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":
-            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread, a.index)
+            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread, a.pool_model)
         elif a.command == "search":
-            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.index)
+            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.pool_model)
         elif a.command == "push":
             push(a.model, a.to, a.profile, a.results)
         elif a.command == "readme":

@@ -181,19 +181,19 @@ def test_evaluate_reads_as_the_folder_says_unless_told_otherwise(command, tmp_pa
     assert own != summary
 
 
-def test_queries_in_one_pass_meet_the_index_of_another_model(tiny, root, smoke, command, tmp_path, capsys, monkeypatch):
+def test_queries_in_one_pass_meet_the_pool_of_another_model(tiny, root, smoke, command, tmp_path, capsys, monkeypatch):
     tiny.save(tmp_path / "teacher", stage="test", parent="none")
     teacher, student = (retrieval.Searcher(tiny, root, "test", smoke.evaluation, template=t) for t in encoder.TEMPLATES)
-    mixed = retrieval.Searcher(tiny, root, "test", smoke.evaluation, template="eol", index=teacher.vectors).embedded("emoji_task0")
+    mixed = retrieval.Searcher(tiny, root, "test", smoke.evaluation, template="eol", embed_pool=teacher.vectors).embedded("emoji_task0")
     assert (mixed.query_vectors == student.embedded("emoji_task0").query_vectors).all()
     assert (mixed.pool_vectors == teacher.embedded("emoji_task0").pool_vectors).all()
-    assert command("search", "--k", "3", "--index", str(tmp_path / "teacher"), "woman running") == 0
+    assert command("search", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
     shown = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(rollout, "generate", never)  # the index is kept; a query needs no summary
-        assert command("search", "--k", "3", "--index", str(tmp_path / "teacher"), "woman running") == 0
+        patched.setattr(rollout, "generate", never)  # the pool is kept; a query needs no summary
+        assert command("search", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
     assert capsys.readouterr().out == shown
-    assert command("evaluate", "--out", str(tmp_path / "out"), "--index", str(tmp_path / "teacher")) == 0
+    assert command("evaluate", "--out", str(tmp_path / "out"), "--pool-model", str(tmp_path / "teacher")) == 0
     got = pd.read_csv(tmp_path / "out/results.csv").set_index("metric").loc["mrr@10", "value"]
     assert got == pytest.approx(np.mean([1 / r[0] if r[0] <= 10 else 0 for r in student_ranks(mixed)]), abs=1e-3)
 
@@ -203,7 +203,7 @@ def student_ranks(asked) -> list[list[int]]:
     return [sorted(int((row > row[i]).sum()) + 1 for i in rows) for row, rows in zip(scores, asked.relevant, strict=True)]
 
 
-def test_the_index_of_a_model_of_another_size_is_refused(tiny, command, tmp_path, capsys, monkeypatch):
+def test_the_pool_of_a_model_of_another_size_is_refused(tiny, command, tmp_path, capsys, monkeypatch):
     tiny.save(tmp_path / "wide", stage="test", parent="none")
     load, config = encoder.load, tiny.backbone.config.get_text_config()
 
@@ -214,7 +214,7 @@ def test_the_index_of_a_model_of_another_size_is_refused(tiny, command, tmp_path
         return model
 
     monkeypatch.setattr(encoder, "load", wider)
-    assert command("search", "--index", str(tmp_path / "wide"), "x") == 1
+    assert command("search", "--pool-model", str(tmp_path / "wide"), "x") == 1
     assert f"has embeddings of size {2 * config.hidden_size}" in capsys.readouterr().err
 
 
@@ -238,7 +238,7 @@ def test_timed_items_come_from_the_whole_side(tiny, items, monkeypatch):
     seen = []
     monkeypatch.setattr(throughput, "_timed", lambda way, chosen, batch: seen.append(chosen) or 1.0)
     texts = [encoder.Item(str(n)) for n in range(7)]
-    throughput.measure({"eol": throughput.Way(tiny, "eol")}, {"queries": [*texts, texts[0]]}, batches=(1,), rounds=1, calls=3)
+    throughput.measure({"eol": throughput.Way(tiny, "eol")}, {"queries": [*texts, texts[0]]}, batches=(1,), rounds=1, least=3)
     assert seen[0] == texts[:6:2]
 
 
