@@ -281,7 +281,8 @@ def test_quality_and_speed_become_claims_and_a_figure():
     table = claims.assemble(claims.traded(quality, [pair | {"relative %": -25.0, "n": 50}], speed, "x", "single pass"), 7)
     assert list(table.columns) == claims.COLUMNS and set(table["verdict"]) == {""} and set(table["source"]) == {"single pass"}
     found = table.set_index(["claim", "metric"])["ours"]
-    assert found["single pass, average", "hit@5"] == 30 and found["single pass", "queries per second"] == 90
+    assert found["single pass, average", "hit@5"] == 30 and found["single pass", "queries per second, 64 at a time"] == 90
+    assert found["single pass", "queries per second, 1 at a time"] == 9 and found["single pass", "forward passes, queries"] == 1
     assert table.set_index("claim").loc["single pass over stage 3", "ci_low"] == pytest.approx(-50)
     rates = quality.rename(columns={"model": "way"}).assign(value=30.0, ci_low=20.0, ci_high=40.0)
     (axis,) = figures.quality_against_speed(rates.merge(speed[speed["batch"] == 64], on="way", suffixes=("", "_timed")), "t").axes
