@@ -194,6 +194,7 @@ def test_queries_in_one_pass_meet_the_pool_of_another_model(tiny, root, smoke, c
         patched.setattr(rollout, "generate", never)  # the pool is kept; a query needs no summary
         assert command("search", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
     assert capsys.readouterr().out == shown
+    assert command("search", "--k", "3", "woman running") == 0 and capsys.readouterr().out != shown
     assert command("evaluate", "--out", str(tmp_path / "out"), "--pool-model", str(tmp_path / "teacher")) == 0
     got = pd.read_csv(tmp_path / "out/results.csv").set_index("metric").loc["mrr@10", "value"]
     assert got == pytest.approx(np.mean([1 / r[0] if r[0] <= 10 else 0 for r in student_ranks(mixed)]), abs=1e-3)
