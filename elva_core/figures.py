@@ -79,6 +79,32 @@ def retrieved(rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequenc
     return figure
 
 
+def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, columns: int = 6) -> Figure:
+    """A grid of pictures with a label under each; the first has a frame.
+
+    Args:
+        cards: (text, image, label); a text without an image is a text card, with one it goes under the label.
+    """
+    lines = -(-len(cards) // columns)
+    figure, axes = _axes(lines, columns, (1.6 * columns, 1.9 * lines + 0.4))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for axis, (text, image, label) in zip(axes.flat, cards, strict=False):
+        text = _wrapped(text.replace("$", r"\$"))  # no formulas
+        if image is not None:
+            axis.imshow(mbeir.open_image(image))
+            label = f"{label}\n{text}".strip()
+        else:
+            axis.text(0.5, 0.5, text, ha="center", va="center", fontsize=7, transform=axis.transAxes)
+            axis.set(aspect="equal")
+        axis.set_xlabel(label, fontsize=7)
+    axes.flat[0].spines[:].set(visible=True, color="#4c78a8", linewidth=2)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def _wrapped(text: str, width: int = 22) -> str:
     words, lines = text.split(), [""]
     for word in words:

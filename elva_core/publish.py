@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -72,7 +73,7 @@ def push(
             )
         refuse_local_paths(staged)
         if is_folder(to):
-            return _to_folder(staged, target)
+            return to_folder(staged, target)
         return _to_hub(staged, to, api or HfApi())
 
 
@@ -167,9 +168,24 @@ def _row(model: Path, token: str) -> int | None:
     return next((t["id"] for t in added if t["content"] == token), None)
 
 
-def _to_folder(staged: Path, target: Path) -> str:
+def to_folder(staged: Path, target: Path) -> str:
     """The whole folder or nothing; only a model of ours, or an empty folder, is replaced."""
-    if target.is_dir() and any(target.iterdir()) and not (target / "elva.json").is_file():
+    with whole_folder(target, "elva.json") as partial:
+        shutil.copytree(staged, partial)
+    return str(target)
+
+
+@contextmanager
+def whole_folder(target: Path, mark: str) -> Iterator[Path]:
+    """A place to make a folder in, which becomes `target` when all went well.
+
+    Args:
+        mark: the file by which a folder that may be replaced is known; an empty one may, too.
+
+    Raises:
+        PublishError: the target is in use.
+    """
+    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
         raise PublishError(f"{target} holds other files; name an empty or a new folder")
     if target.is_file():
         raise PublishError(f"{target} is a file; name a folder")
@@ -177,12 +193,11 @@ def _to_folder(staged: Path, target: Path) -> str:
     partial, retired = (target.with_name(f".{target.name}.{word}") for word in ("partial", "retired"))
     for old in (partial, retired):
         shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(staged, partial)
+    yield partial
     if target.exists():
         target.rename(retired)
     partial.rename(target)
     shutil.rmtree(retired, ignore_errors=True)
-    return str(target)
 
 
 def _to_hub(staged: Path, name: str, api: HfApi) -> str:

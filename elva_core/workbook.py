@@ -292,56 +292,105 @@ def evaluate(
 
 
 def _kept_pool(folder: Path, asking, profile: settings.Settings):
-    """The kept embeddings of another model than the one that reads the queries.
+    """The kept embeddings of another model than the one that reads the queries; errors as `_pool_encoder` has them."""
+    from elva_core import evaluate as evaluation
+    from elva_core import store
+
+    loaded = _pool_encoder(folder, asking, profile)
+    return store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
+
+
+def _pool_encoder(folder: Path, asking, profile: settings.Settings):
+    """The model that embeds the candidates.
 
     Raises:
-        ValueError: its embeddings have another size.
+        ValueError: its embeddings have another size than those of the model that reads the queries.
     """
-    from elva_core import encoder, store
-    from elva_core import evaluate as evaluation
+    from elva_core import encoder
 
     loaded = encoder.load(folder, dtype=profile.dtype, device=profile.device)
     sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher")
-    return store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
+    return loaded
 
 
 def search(
-    model: Path,
-    root: Path,
-    unit: str,
+    model: Path | None,
+    root: Path | None,
+    unit: str | None,
     text: str,
     image: Path | None,
     k: int,
     profile_name: str,
-    template: str | None,
-    pool_model: Path | None,
+    template: str | None = None,
+    pool_model: Path | None = None,
+    built: Path | None = None,
+    pictures: bool = True,
 ) -> None:
-    """Prints the best candidates of a unit's pool for a free query; the pool is embedded once and kept.
+    """Prints the best candidates of a unit's pool, or of a built index, for a free query; a sheet of pictures goes where one stands.
+
+    The pool of a unit is embedded once and kept. An index says which model and root it was made from; either may be given instead.
 
     Args:
-        template, pool_model: as in `evaluate`; read in one pass ("eol") there is no summary to print.
+        template, pool_model: as in `evaluate`; an index is asked as it was read. In one pass there is no summary to print.
     """
-    from elva_core import encoder, evaluate, mbeir, retrieval, runtime, store
-    from elva_core import search as searching
+    from elva_core import answers, encoder, index, mbeir, runtime
 
-    profile, data = settings.load(profile_name), mbeir.Root(root)
+    if built is None and not (model and root and unit):
+        raise ValueError("search needs --model, --root and --unit, or --index")
+    if built is not None:
+        written = index.manifest(built)
+        if unit not in (None, written["unit"]):
+            raise ValueError(f"{built} is an index of {written['unit']}, not of {unit}; leave --unit out, or export that unit's index")
+        places = written["made_from"]
+        model, root = (given or index.place_of(built, places[name]) for given, name in ((model, "model"), (root, "root")))
+        if model is None:
+            raise ValueError(f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR")
+    profile = settings.load(profile_name)
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
-    candidates = data.pool(unit, "test")
-    template = template or loaded.template
-    if pool_model:
-        kept = _kept_pool(pool_model, loaded, profile)
-    else:
-        kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
-    query, (summary,) = retrieval.encode(loaded, [encoder.Item(mbeir.normalise(text), image)], batch=1, template=template)
-    answers = searching.exact(query, kept(encoder.candidate_item(data, c) for c in candidates), min(k, len(candidates)))
-    if template == "summary":
-        print(f"summary: {summary!r}")
-    for rank, (row, value) in enumerate(zip(answers.rows[0], answers.scores[0], strict=True), start=1):
-        found = candidates[row]
-        print(f"{rank:3} {value:.3f} {found.did:10} {found.text or ''} {found.image or ''} {mbeir.caption(found)}")
+    data = mbeir.Root(root) if root else None
+    if built and pool_model:
+        raise ValueError("--index holds embedded candidates; leave --pool-model out")
+    other = _pool_encoder(pool_model, loaded, profile) if pool_model else loaded
+    read = other.template if pool_model else template or loaded.template
+    batch = profile.evaluation.batch
+    pool = index.opened(built, loaded, data) if built else answers.of_unit(other, data, unit, batch=batch, template=read)
+    asked = template or (pool.template if built else loaded.template)
+    found = answers.search(loaded, pool, text, image, k=k, template=asked)
+    if asked == "summary":
+        print(f"summary: {found.summary!r}")
+    for rank, score, did, words, picture, caption in found.table().fillna("").itertuples(index=False):
+        print(f"{rank:3} {score:.3f} {did:10} {words} {picture} {caption}")
+    if pictures:
+        print(f"pictures: {found.save(Path.cwd())}" + ("" if data else " without images; say where they are with --root ROOT"))
+
+
+def export(
+    model: Path, to: Path, template: str | None, root: Path | None, unit: str | None, index_wanted: bool, pool: str, profile_name: str
+) -> None:
+    """Writes a model for sentence-transformers, or the embeddings of a unit's pool as parquet and for FAISS."""
+    from elva_core import mbeir
+
+    data = mbeir.Root(root) if root else None
+    if not index_wanted:
+        from elva_core import export as exporting
+
+        print(f"{model} is now {exporting.sentence_transformer(model, to, template=template, root=data, unit=unit)}; see its README.md")
+        return
+    from elva_core import answers, encoder, index, runtime
+
+    if not (data and unit):
+        raise ValueError("export --index needs --root and --unit, whose pool it embeds")
+    profile = settings.load(profile_name)
+    runtime.start(profile.threads)
+    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    embedded = answers.of_unit(loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool)
+    files = index.write(loaded, embedded, to)
+    print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(files)}")
+    if index.FAISS not in files:
+        print(f"no {index.FAISS}: faiss is not installed; pip install faiss-cpu, then export again")
 
 
 def plan(profile_name: str, gpu: str | None, devices: int) -> None:
@@ -409,15 +458,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
-    p = commands.add_parser("search", help="search a unit's pool with a text, an image, or both")
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--root", type=Path, required=True)
-    p.add_argument("--unit", required=True)
+    p = commands.add_parser("search", help="search a unit's pool, or a built index, with a text, an image, or both")
+    p.add_argument("--model", type=Path)
+    p.add_argument("--root", type=Path)
+    p.add_argument("--unit")
+    p.add_argument("--index", type=Path, help="what `export --index` wrote, instead of --model, --root and --unit")
     p.add_argument("text", nargs="?", default="")
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
     _reading(p)
+    p.add_argument("--no-pictures", action="store_true", help="write no contact sheet into this folder")
     p.add_argument("--profile", default="cpu")
+    p = commands.add_parser(
+        "export", help="write a model for sentence-transformers, or with --index a pool's embeddings for FAISS and as parquet"
+    )
+    p.add_argument("--model", type=Path, required=True)
+    p.add_argument("--to", type=Path, required=True, metavar="FOLDER")
+    p.add_argument(
+        "--template", choices=("summary", "eol"), help="read at [RET] after a summary, or in one pass; by default what the model says"
+    )
+    p.add_argument("--root", type=Path, help="an M-BEIR folder: its instructions become prompts; with --index, where the pool is")
+    p.add_argument("--unit", help="whose instruction encode_query takes; with --index, whose pool is embedded")
+    p.add_argument("--index", action="store_true", help="the embeddings of a pool as parquet and for FAISS, instead of the model")
+    p.add_argument("--pool", choices=("local", "global"), default="local")
+    p.add_argument("--profile", default="cpu", help="where device and batch come from")
     p = commands.add_parser("push", help="put a trained model with its model card into a folder or on the hub")
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="a folder (existing, or starting with . / ~), else a hub name")
@@ -442,7 +506,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "evaluate":
             evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread, a.pool_model)
         elif a.command == "search":
-            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.pool_model)
+            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.pool_model, a.index, not a.no_pictures)
+        elif a.command == "export":
+            export(a.model, a.to, a.template, a.root, a.unit, a.index, a.pool, a.profile)
         elif a.command == "push":
             push(a.model, a.to, a.profile, a.results)
         elif a.command == "readme":

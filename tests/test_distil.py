@@ -166,10 +166,10 @@ def command(tiny, root, tmp_path, monkeypatch):
 def test_a_search_in_one_pass_generates_nothing_and_shows_no_summary(command, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(rollout, "generate", never)
-        assert command("search", "--k", "3", "woman running") == 0
+        assert command("search", "--no-pictures", "--k", "3", "woman running") == 0
     single = capsys.readouterr().out.strip().splitlines()
     assert len(single) == 3 and not any("summary" in line for line in single)
-    assert command("search", "--k", "3", "--template", "summary", "woman running") == 0
+    assert command("search", "--no-pictures", "--k", "3", "--template", "summary", "woman running") == 0
     assert capsys.readouterr().out.startswith("summary: ")
 
 
@@ -188,13 +188,13 @@ def test_queries_in_one_pass_meet_the_pool_of_another_model(tiny, root, smoke, c
     mixed = retrieval.Searcher(tiny, root, "test", smoke.evaluation, template="eol", embed_pool=teacher.vectors).embedded("emoji_task0")
     assert (mixed.query_vectors == student.embedded("emoji_task0").query_vectors).all()
     assert (mixed.pool_vectors == teacher.embedded("emoji_task0").pool_vectors).all()
-    assert command("search", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
+    assert command("search", "--no-pictures", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
     shown = capsys.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr(rollout, "generate", never)  # the pool is kept; a query needs no summary
-        assert command("search", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
+        assert command("search", "--no-pictures", "--k", "3", "--pool-model", str(tmp_path / "teacher"), "woman running") == 0
     assert capsys.readouterr().out == shown
-    assert command("search", "--k", "3", "woman running") == 0 and capsys.readouterr().out != shown
+    assert command("search", "--no-pictures", "--k", "3", "woman running") == 0 and capsys.readouterr().out != shown
     assert command("evaluate", "--out", str(tmp_path / "out"), "--pool-model", str(tmp_path / "teacher")) == 0
     got = pd.read_csv(tmp_path / "out/results.csv").set_index("metric").loc["mrr@10", "value"]
     assert got == pytest.approx(np.mean([1 / r[0] if r[0] <= 10 else 0 for r in student_ranks(mixed)]), abs=1e-3)
@@ -216,7 +216,7 @@ def test_the_pool_of_a_model_of_another_size_is_refused(tiny, command, tmp_path,
         return model
 
     monkeypatch.setattr(encoder, "load", wider)
-    assert command("search", "--pool-model", str(tmp_path / "wide"), "x") == 1
+    assert command("search", "--no-pictures", "--pool-model", str(tmp_path / "wide"), "x") == 1
     assert f"has embeddings of size {2 * config.hidden_size}" in capsys.readouterr().err
 
 

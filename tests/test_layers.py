@@ -10,8 +10,8 @@ ORDER = [
     "settings", "artifacts", "mbeir", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
     "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "throughput", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "distil", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer",
-    "claims",
-    "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "workbook", "__main__",
+    "claims", "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish",
+    "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index", "workbook", "__main__",
 ]  # fmt: skip
 
 

@@ -269,7 +269,7 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
     assert workbook.main(["evaluate", *common[:4], "--unit", "nowhere_task0", "--out", str(tmp_path / "out")]) == 1
     assert "no test units ['nowhere_task0']" in capsys.readouterr().err
-    assert workbook.main(["search", *common, "--k", "3", "woman running"]) == 0
+    assert workbook.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
 
 
