@@ -89,8 +89,11 @@ class Answers:
         return out.getvalue()
 
 
-def search(loaded: Encoder, pool: Pool, text: str = "", image: Path | None = None, *, k: int = 10) -> Answers:
+def search(loaded: Encoder, pool: Pool, text: str = "", image: Path | None = None, *, k: int = 10, template: str | None = None) -> Answers:
     """The k best candidates for a text, an image, or both; the whole pool where it has fewer.
+
+    Args:
+        template: how the query is read; None reads it as the pool was.
 
     Raises:
         ValueError: no text and no image, or k below 1. ElvaDataError: an image that cannot be read.
@@ -100,6 +103,6 @@ def search(loaded: Encoder, pool: Pool, text: str = "", image: Path | None = Non
         raise ValueError("nothing to search for: give a text, an image, or both")
     if k < 1:
         raise ValueError(f"k = {k}; ask for at least one answer")
-    vector, (summary,) = retrieval.encode(loaded, [query], batch=1, template=pool.template)
+    vector, (summary,) = retrieval.encode(loaded, [query], batch=1, template=template or pool.template)
     best = searching.exact(vector, pool.vectors, min(k, len(pool.candidates)))
     return Answers(query, summary, [pool.candidates[int(row)] for row in best.rows[0]], best.scores[0].tolist(), pool)

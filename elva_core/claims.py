@@ -149,6 +149,32 @@ def _distances(distances: pd.DataFrame, reported: dict, dataset: str, evidence: 
     return rows
 
 
+def traded(quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, dataset: str, source: str) -> list[dict]:
+    """Rows for what an answer costs and what more or less cost buys; the paper has no numbers for it, so there are no verdicts.
+
+    Args:
+        quality, pairs: as `results` and `pairs` of `measured`; units other than the average stay in the table.
+        speed: as `throughput.measure` gives it.
+        source: the question they belong to, a heading of the report.
+    """
+    common = {"source": source, "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
+    rows = []
+    for r in quality[quality["unit"] == "average"].itertuples():
+        numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
+        rows.append(common | {"claim": f"{r.model}, {r.unit}", "metric": r.metric} | numbers)
+    for pair in pairs:
+        scale = 100 / pair["old value"] if pair["old value"] else np.nan
+        row = common | {"claim": f"{pair['new']} over {pair['old']}", "metric": f"relative gain of {pair['metric']}, %", "n": pair["n"]}
+        gain = {"ours": pair["relative %"], "ci_low": scale * pair["ci_low"], "ci_high": scale * pair["ci_high"]}
+        rows.append(row | gain | {"baseline": pair["old"]})
+    for r in speed.to_dict("records"):
+        row = common | {"claim": r["way"], "n": r["n"]}
+        rows.append(row | {"metric": f"{r['side']} per second, {r['batch']} at a time", "ours": r["per second"]})
+        if r["batch"] == 1:  # in a larger one all wait for the longest summary
+            rows.append(row | {"metric": f"forward passes, {r['side']}", "ours": r["forwards"]})
+    return rows
+
+
 def studied(scores: pd.DataFrame, differences: pd.DataFrame, tables: dict, dataset: str, evidence: bool) -> list[dict]:
     """Rows for what the study measured; they take the place of the chain's rows of the same claim and metric.
 

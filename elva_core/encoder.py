@@ -33,6 +33,7 @@ from elva_core.clips import Clip
 from elva_core.settings import EncoderSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
+TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
@@ -153,8 +154,9 @@ class Batch:
 class Encoder:
     """A vision-language model of transformers with its processor and the prompts of `EncoderSettings`."""
 
-    def __init__(self, model, processor, settings: EncoderSettings, source: str = "") -> None:
+    def __init__(self, model, processor, settings: EncoderSettings, source: str = "", template: str = "summary") -> None:
         self.source = source  # folder or hub name that it was loaded from
+        self.template = template  # the way it was trained to be read
         self.model = model
         self.processor = processor
         self.settings = settings
@@ -342,16 +344,30 @@ class Encoder:
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def save(self, folder: Path, *, stage: str, parent: str, weights: dict[str, torch.Tensor] | None = None) -> None:
-        """Safetensors, processor and elva.json (prompts, pooling, stage, and the models it came from).
+    def forget(self) -> None:
+        """Drops the vision features that were kept: the next batch pays for its images, as one that nobody has seen."""
+        self._vision.clear()
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        stage: str,
+        parent: str,
+        weights: dict[str, torch.Tensor] | None = None,
+        template: str = "summary",
+    ) -> None:
+        """Safetensors, processor and elva.json (prompts, pooling, template, stage, and the models it came from).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its hash alone.
             weights: of a sharded model, from `sharding.whole`.
+            template: the way it wants to be read, "summary" or "eol".
         """
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
-        card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "stage": stage, "parents": lineage(parent)}
+        card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
+        card |= {"stage": stage, "parents": lineage(parent)}
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
 
 
@@ -398,12 +414,17 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
 
     Raises:
         FileNotFoundError: no elva.json and no settings.
+        ValueError: elva.json wants to be read in a way that is not known here.
     """
+    path = Path(folder) / "elva.json"
+    card = json.loads(path.read_text()) if path.is_file() else {}
+    template = card.get("template", "summary")
+    if template not in TEMPLATES:
+        raise ValueError(f"{path}: template {template!r} is none of {', '.join(TEMPLATES)}; correct it, or save the model again")
     if settings is None:
-        card = Path(folder) / "elva.json"
-        if not card.is_file():
-            raise FileNotFoundError(f"{card} is missing: pass settings, or a folder that a training stage wrote")
-        settings = EncoderSettings.model_validate(json.loads(card.read_text())["encoder"])
+        if not card:
+            raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a training stage wrote")
+        settings = EncoderSettings.model_validate(card["encoder"])
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
     if sharding.asked():  # before the device holds all of it
         sharding.shard(model.model.language_model)
@@ -414,7 +435,7 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
             images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
-    return Encoder(model.eval(), processor, settings, str(folder))
+    return Encoder(model.eval(), processor, settings, str(folder), template)
 
 
 @torch.no_grad()

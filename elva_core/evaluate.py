@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 
 from elva_core import artifacts, mbeir, metrics, prepare, retrieval, runtime
-from elva_core.encoder import Encoder
+from elva_core.encoder import Encoder, Item
 from elva_core.retrieval import Embedded, Searcher, UnitResult
 from elva_core.settings import EvaluationSettings
 from elva_core.store import Store
 
 EMBEDDINGS = artifacts.OUTPUTS / "cache/embeddings"
+Vectors = Callable[[Iterable[Item]], Sequence]  # items -> (N, D) embeddings
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ def measure(
     split: str = "test",
     template: str = "summary",
     pools: Sequence[str] = ("local", "global"),
+    embed_pool: Vectors | None = None,
 ) -> Measured:
-    """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools."""
-    searcher = searcher_of(encoder, root, split, settings, template)
+    """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools.
+
+    Args:
+        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
+    """
+    searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
     rows = []
     for pool in pools:
         for unit in root.units(split):
@@ -65,10 +71,12 @@ def measure(
     return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
 
 
-def searcher_of(encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str) -> Searcher:
+def searcher_of(
+    encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str, embed_pool: Vectors | None = None
+) -> Searcher:
     """A searcher that keeps its embeddings where the profile says."""
     kept = Store(EMBEDDINGS, encoder, batch=settings.batch, template=template) if settings.on_disk else None
-    return Searcher(encoder, root, split, settings, template=template, store=kept)
+    return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
 
 
 def score(

@@ -15,6 +15,7 @@ from elva_core import mbeir, rewards
 from elva_core.settings import RewardSettings
 
 MODEL_COLOURS = {"zero-shot": "#9aa0a6", "stage 2": "#4c78a8", "InfoNCE control": "#e4a23a", "stage 3": "#c43d4b"}
+WAY_COLOURS = ("#9aa0a6", "#2e8b57", "#4c78a8", "#e4a23a", "#7b5ea7")
 PRINTED, CORRECTED = "#c43d4b", "#4c78a8"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11, "font.size": 9}
 
@@ -326,6 +327,30 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     right.bar(place + 0.2, memory["peak"], width=0.4, color=CORRECTED, label="peak of the process")
     right.set(xticks=place, xticklabels=[f"{int(n):,}" for n in memory.index], xlabel="vectors on disk", ylabel="MB", title="Memory")
     right.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
+    """One point per way to answer: its hit rate with the 95 % interval over queries, against queries per second with their range.
+
+    Args:
+        table: columns way, value, ci_low, ci_high (percent), per second, lowest, highest, n, rounds.
+    """
+    figure, ((axis,),) = _axes(size=(7.2, 3.8))
+    for place, r in enumerate(table.to_dict("records")):
+        low, high = max(0, r["value"] - r["ci_low"]), max(0, r["ci_high"] - r["value"])
+        slow, fast = r["per second"] - r["lowest"], r["highest"] - r["per second"]
+        colour, mark = MODEL_COLOURS.get(r["way"], WAY_COLOURS[place % len(WAY_COLOURS)]), "osD^vP"[place % 6]
+        axis.errorbar(r["per second"], r["value"], [[low], [high]], [[slow], [fast]], fmt=mark, color=colour, capsize=2, label=r["way"])
+    axis.set_xscale("log")
+    for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        which("{x:,.3g}")
+    axis.set(
+        xlabel=f"queries per second, one process (median and range of {table['rounds'].min()} rounds)",
+        ylabel="hit@5, % (higher is better)",
+        title=f"{title} (n = {table['n'].min():,} queries, 95 % intervals)",
+    )
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 

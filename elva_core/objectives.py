@@ -43,6 +43,29 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
     return torch.tensor([[i != j and did in dids for j, did in enumerate(candidates)] for i, dids in enumerate(relevant)])
 
 
+def distillation(
+    student: torch.Tensor, teacher: torch.Tensor, bank: torch.Tensor, *, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far each student embedding is from its teacher's, and from what the teacher's says of a bank of others.
+
+    Args:
+        student, teacher: (B, D) float32, L2-normalised; row i of both is of the same item.
+        bank: (N, D) teacher embeddings that both are compared with; the item's own may be among them.
+        temperature: divides the cosines before the softmax over the bank.
+
+    Returns:
+        1 - cosine (B,), and KL(teacher || student) of the softmax over the bank (B,), in nats.
+
+    Source: the divergence is SEED's (Fang et al. 2021), with all of a fixed sample for its queue.
+
+    >>> x = torch.eye(3)
+    >>> [part.abs().max().item() for part in distillation(x, x, x, temperature=0.05)]
+    [0.0, 0.0]
+    """
+    wanted, found = (torch.log_softmax(x @ bank.T / temperature, dim=-1) for x in (teacher, student))
+    return 1 - (student * teacher).sum(-1), (wanted.exp() * (wanted - found)).sum(-1)
+
+
 def backward_in_chunks(
     embed: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     chunks: Sequence[int],

@@ -20,7 +20,7 @@ from elva_core import workload
 from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
 from elva_core.workload import Cost, Side, Workload
 
-SAVED_MODELS = 3  # stage 2, stage 3, control
+SAVED_MODELS = 4  # stage 2, stage 3, control, single pass
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32
 
 
@@ -79,6 +79,10 @@ def stages(load: Workload) -> list[Stage]:
         negatives=negatives.hard + negatives.random,
         distinct=s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool)),
     )
+    if s.distil:
+        train, made = load.distillation()
+        rows.append(Stage("single pass", train, load.dealt(math.ceil(s.distil.batch / s.distil.chunk)), _distillation_peak(load)))
+        rows.append(Stage("single pass, its summaries", made, load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)), batch))
     models = load.known.evaluated_models
     rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
     return rows + [Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")]
@@ -113,6 +117,18 @@ def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int,
         "logits": _logits(load, rows * ending),
     }
     return Peak(parts, f"{key}.chunk" if rows == s.chunk else f"{key}.chunk with gradient_cache: true")
+
+
+def _distillation_peak(load: Workload) -> Peak:
+    """One chunk with its graph, and the teacher's embeddings that it is compared with."""
+    s, sizes = load.settings.distil, load.sizes
+    kept = sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    length = load.longest(load.side("candidate", "train"), load.settings.encoder.eol_request)
+    parts = _weights(load, s.lora.rank) | {
+        "activations": s.chunk * length * kept / 1e9,
+        "teacher's embeddings": 2 * s.pairs * sizes.hidden * 4 / 1e9,
+    }
+    return Peak(parts, "distil.chunk")
 
 
 def _rlvr_peak(load: Workload, sides: str) -> Peak:
@@ -150,7 +166,7 @@ def _logits(load: Workload, positions: float) -> float:
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control))
+    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil) if stage)
     return {
         "images": load.data.images_gb,
         f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,

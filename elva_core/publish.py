@@ -103,6 +103,7 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
     """The model card, README.md with its YAML header."""
     found = json.loads((model / "elva.json").read_text())
     settings, parents = EncoderSettings.model_validate(found["encoder"]), found.get("parents", [])
+    template = found.get("template", "summary")
     hub = next((p["hub"] for p in parents if "hub" in p), None)
     data = ModelCardData(
         base_model=hub,
@@ -120,7 +121,8 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
         parents=parents,
         encoder=settings,
         ret_row=_row(model, settings.ret_token),
-        request=json.dumps(settings.summary_request),
+        template=template,
+        request=json.dumps(settings.eol_request if template == "eol" else settings.summary_request),
         results=results_table(results) if results else "",
         values=training_values(profile) if profile else "",
         hub=hub,
@@ -130,7 +132,7 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
 
 def training_values(profile: Settings) -> str:
     """The profile's values as YAML, without what only this machine knows."""
-    kept = profile.model_dump(mode="json", include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control"})
+    kept = profile.model_dump(mode="json", include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"})
     return yaml.safe_dump({"data": profile.data.name} | kept, sort_keys=False, allow_unicode=True)
 
 

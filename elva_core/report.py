@@ -25,6 +25,7 @@ GATHERED = (
     "60_ablate",
     "70_analyse_grains",
     "80_generalise",
+    "85_trade_cost",
 )
 STYLE = (
     "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}table{border-collapse:collapse;margin:1rem 0}"
@@ -60,7 +61,11 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
     dataset, evidence = run.settings.data.name, run.settings.evidence
-    rows = claims.measured(mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap)
+    traded = run.require("85_trade_cost")
+    tables = {name: pd.read_csv(traded / f"{name}.csv") for name in ("quality", "comparisons", "speed")}
+    # first, for of the models that both measure, the rows of the main result stand
+    rows = claims.traded(tables["quality"], tables["comparisons"].to_dict("records"), tables["speed"], dataset, "single pass")
+    rows += claims.measured(mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap)
     rows += claims.studied(study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence)
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
     rows += claims.in_points(study_table(run, "booster", "80_generalise"), f"MRBench-{dataset}", evidence)

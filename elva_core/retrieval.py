@@ -114,6 +114,7 @@ class Searcher:
 
     Args:
         store: where embeddings are kept (store.Store); None keeps them, and the summaries, in memory.
+        embed_pool: what embeds the candidates, where that is another model than the queries'; None is this one.
     """
 
     def __init__(
@@ -126,10 +127,12 @@ class Searcher:
         template: str = "summary",
         seed: int = 0,
         store: Callable[[Iterable[Item]], Sequence] | None = None,
+        embed_pool: Callable[[Iterable[Item]], Sequence] | None = None,
     ) -> None:
         self.encoder, self.root, self.split, self.settings, self.template, self.seed = encoder, root, split, settings, template, seed
         self._known: dict[Item, tuple[np.ndarray, str]] = {}
         self.vectors = store or self._in_memory
+        self.embed_pool = embed_pool or self.vectors
 
     def _in_memory(self, items: Iterable[Item]) -> np.ndarray:
         """(N, D) embeddings."""
@@ -176,7 +179,7 @@ class Searcher:
                 )
             relevant.append(rows)
         q = self.vectors(self.query(query, unit, prompt_index) for query in queries)
-        return Embedded(unit, pool, queries, candidates, relevant, q, self.vectors(candidate_item(self.root, x) for x in candidates))
+        return Embedded(unit, pool, queries, candidates, relevant, q, self.embed_pool(candidate_item(self.root, x) for x in candidates))
 
     def rank(self, asked: Embedded) -> UnitResult:
         """Where the positives stand, and the best candidates."""

@@ -204,6 +204,20 @@ class RlvrSettings(Section):
         return self
 
 
+class DistilSettings(Section):
+    """The generative embedding taught to the EOL pass of the same model."""
+
+    pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
+    steps: Positive
+    batch: Positive  # items
+    chunk: Positive  # items per forward
+    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
+    temperature: Annotated[float, Field(gt=0)]  # of the similarities that are matched
+    kl_weight: float  # of their divergence, beside 1 - cosine
+    lora: LoraSettings
+    optimiser: OptimiserSettings
+
+
 class AnnotatorSettings(Section):
     """Who names the grains of a query: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
 
@@ -304,6 +318,7 @@ class Settings(Section):
     stage2: ContrastiveSettings
     stage3: RlvrSettings
     control: ContrastiveSettings
+    distil: DistilSettings | None = Field(None, exclude_if=lambda section: section is None)
     mrbench: MrbenchSettings
     evaluation: EvaluationSettings
     study: StudySettings

@@ -17,16 +17,17 @@ from typing import Literal
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import artifacts, backbone, contrastive, encoder, mbeir, negatives, nli, prepare, rlvr, runtime, sharding
-from elva_core.settings import Settings
+from elva_core import artifacts, backbone, contrastive, distil, encoder, mbeir, negatives, nli, prepare, rlvr, runtime, sharding
+from elva_core.settings import ProfileError, Settings
 
-Name = Literal["stage1", "stage2", "stage3", "control"]
+Name = Literal["stage1", "stage2", "stage3", "control", "distil"]
 # stage of training -> the notebook that holds it
 NOTEBOOKS = {
     "stage1": "30_pretrain_contrastive",
     "stage2": "30_pretrain_contrastive",
     "stage3": "40_finetune_rlvr",
     "control": "40_finetune_rlvr",
+    "distil": "85_trade_cost",
 }
 
 
@@ -65,12 +66,17 @@ def following(name: Name, stage: artifacts.Stage) -> Job:
 
     Raises:
         MissingStageError: they have not been trained; the message has the command.
+        ProfileError: the profile has no values for it.
     """
     if NOTEBOOKS[name] != stage.name:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
         root, _ = prepare.locate(stage.require("10_prepare_data"))
         return job(name, stage, backbone.ensure(stage.settings.backbone, stage.settings.encoder, root, artifacts.OUTPUTS / "cache"))
+    if name == "distil":
+        if stage.settings.distil is None:
+            raise ProfileError(f"params/{stage.settings.profile}.yaml has no section distil; copy the one of params/cpu.yaml")
+        return job(name, stage, stage.require("40_finetune_rlvr") / "model")
     if name != "stage2":
         return job(name, stage, stage.require("30_pretrain_contrastive") / "model")
     before = job("stage1", stage, "")
@@ -123,8 +129,11 @@ def run(wanted: Job) -> None:
     if wanted.name == "stage1":
         contrastive.train(model, contrastive.triplet_pairs(nli.read(wanted.triplets), seed), settings.stage1, seed=seed, folder=folder)
     elif wanted.name == "stage2":
-        pairs = contrastive.union_pairs(wanted.root, settings.stage2, seed, settings.data.exclude_units)
-        contrastive.train(model, pairs, settings.stage2, seed=seed, folder=folder)
+        contrastive.train(model, _stage2_pairs(wanted), settings.stage2, seed=seed, folder=folder)
+    elif wanted.name == "distil":
+        drawn = distil.sample(_stage2_pairs(wanted), settings.distil.pairs, settings.stage2.batch)
+        targets = distil.taught(model, drawn, batch=settings.evaluation.batch, path=folder / "teacher.safetensors")
+        distil.train(model, drawn, targets, settings.distil, seed=seed, folder=folder)
     else:
         ranked = negatives.read(wanted.mined, wanted.root, seed)
         if wanted.name == "control":
@@ -134,9 +143,14 @@ def run(wanted: Job) -> None:
     weights = sharding.whole(model.model)
     if runtime.processes().is_main_process:
         partial = folder / "model.partial"
-        model.save(partial, stage=wanted.name, parent=wanted.start, weights=weights)
+        template = "eol" if wanted.name in ("stage1", "distil") else "summary"
+        model.save(partial, stage=wanted.name, parent=wanted.start, weights=weights, template=template)
         partial.rename(wanted.model)
     runtime.processes().wait_for_everyone()
+
+
+def _stage2_pairs(wanted: Job) -> contrastive.Draw:
+    return contrastive.union_pairs(wanted.root, wanted.settings.stage2, wanted.seed, wanted.settings.data.exclude_units)
 
 
 def mine(wanted: Job) -> None:

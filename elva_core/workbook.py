@@ -31,7 +31,8 @@ STAGES = {
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
     "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr", "60_ablate"),
+    "85_trade_cost": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
 STAGES["90_report"] = tuple(s for s in STAGES if s != "90_report")
@@ -255,8 +256,23 @@ def check(root: Path) -> int:
     return int(bool(problems))
 
 
-def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path, profile_name: str, template: str, spread: bool) -> None:
-    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again."""
+def evaluate(
+    root: Path,
+    units: Sequence[str],
+    model: Path,
+    pool: str,
+    out: Path,
+    profile_name: str,
+    template: str | None,
+    spread: bool,
+    pool_model: Path | None,
+) -> None:
+    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again.
+
+    Args:
+        template: how the queries are read; None reads them as the model's folder says. pool_model: embeds the candidates,
+            as its folder says; None is `model`, read like the queries.
+    """
     from elva_core import encoder, mbeir, runtime
     from elva_core import evaluate as evaluation
 
@@ -264,7 +280,8 @@ def evaluate(root: Path, units: Sequence[str], model: Path, pool: str, out: Path
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     kept = profile.evaluation.model_copy(update={"on_disk": True})
-    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template)
+    candidates = _kept_pool(pool_model, loaded, profile) if pool_model else None
+    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates)
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
@@ -322,6 +339,30 @@ def unseen(
     return 0
 
 
+def _kept_pool(folder: Path, asking, profile: settings.Settings):
+    """The kept embeddings of another model than the one that reads the queries; errors as `_pool_encoder` has them."""
+    from elva_core import evaluate as evaluation
+    from elva_core import store
+
+    loaded = _pool_encoder(folder, asking, profile)
+    return store.Store(evaluation.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
+
+
+def _pool_encoder(folder: Path, asking, profile: settings.Settings):
+    """The model that embeds the candidates.
+
+    Raises:
+        ValueError: its embeddings have another size than those of the model that reads the queries.
+    """
+    from elva_core import encoder
+
+    loaded = encoder.load(folder, dtype=profile.dtype, device=profile.device)
+    sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher")
+    return loaded
+
+
 def search(
     model: Path | None,
     root: Path | None,
@@ -330,12 +371,17 @@ def search(
     image: Path | None,
     k: int,
     profile_name: str,
+    template: str | None = None,
+    pool_model: Path | None = None,
     built: Path | None = None,
     pictures: bool = True,
 ) -> None:
     """Prints the best candidates of a unit's pool, or of a built index, for a free query; a sheet of pictures goes where one stands.
 
     The pool of a unit is embedded once and kept. An index says which model and root it was made from; either may be given instead.
+
+    Args:
+        template, pool_model: as in `evaluate`; an index is asked as it was read. In one pass there is no summary to print.
     """
     from elva_core import answers, encoder, index, mbeir, runtime
 
@@ -353,9 +399,16 @@ def search(
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
     data = mbeir.Root(root) if root else None
-    pool = index.opened(built, loaded, data) if built else answers.of_unit(loaded, data, unit, batch=profile.evaluation.batch)
-    found = answers.search(loaded, pool, text, image, k=k)
-    print(f"summary: {found.summary!r}")
+    if built and pool_model:
+        raise ValueError("--index holds embedded candidates; leave --pool-model out")
+    other = _pool_encoder(pool_model, loaded, profile) if pool_model else loaded
+    read = other.template if pool_model else template or loaded.template
+    batch = profile.evaluation.batch
+    pool = index.opened(built, loaded, data) if built else answers.of_unit(other, data, unit, batch=batch, template=read)
+    asked = template or (pool.template if built else loaded.template)
+    found = answers.search(loaded, pool, text, image, k=k, template=asked)
+    if asked == "summary":
+        print(f"summary: {found.summary!r}")
     for rank, score, did, words, picture, caption in found.table().fillna("").itertuples(index=False):
         print(f"{rank:3} {score:.3f} {did:10} {words} {picture} {caption}")
     if pictures:
@@ -381,7 +434,7 @@ def export(
     profile = settings.load(profile_name)
     runtime.start(profile.threads)
     loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
-    embedded = answers.of_unit(loaded, data, unit, batch=profile.evaluation.batch, template=template or "summary", pool=pool)
+    embedded = answers.of_unit(loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool)
     files = index.write(loaded, embedded, to)
     print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(files)}")
     if index.FAISS not in files:
@@ -412,6 +465,13 @@ def readme(profile_name: str) -> None:
     report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
 
 
+def _reading(command: argparse.ArgumentParser) -> None:
+    """How a command turns queries and candidates into vectors."""
+    said = "read at [RET] after a summary, or in one pass; default: as the model's elva.json says"
+    command.add_argument("--template", choices=("summary", "eol"), help=said)
+    command.add_argument("--pool-model", type=Path, metavar="DIR", help="the model that embeds the candidates; default: --model")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m elva_core", description="The ELVA workbook")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -428,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
     p = commands.add_parser("train", help="train one stage, also under accelerate launch")
-    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control"))
+    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil"))
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17)
     p = commands.add_parser("plan", help="what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
@@ -442,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--unit", nargs="*", default=[])
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--pool", choices=("local", "global", "both"), default="local")
-    p.add_argument("--template", choices=("summary", "eol"), default="summary", help="read at [RET] after a summary, or in one pass")
+    _reading(p)
     p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--profile", default="cpu", help="where device, batch and cut-offs come from")
@@ -470,6 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("text", nargs="?", default="")
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
+    _reading(p)
     p.add_argument("--no-pictures", action="store_true", help="write no contact sheet into this folder")
     p.add_argument("--profile", default="cpu")
     p = commands.add_parser(
@@ -507,13 +568,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif a.command == "lint":
             return check(a.root)
         elif a.command == "evaluate":
-            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread)
+            evaluate(a.root, a.unit, a.model, a.pool, a.out, a.profile, a.template, a.spread, a.pool_model)
         elif a.command == "video":
             video(a.name, a.root, a.model, a.out, a.frames, a.profile)
         elif a.command == "unseen":
             return unseen(a.sets, a.names, a.model, a.out, a.profile, a.template, a.encoding, a.lint)
         elif a.command == "search":
-            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.index, not a.no_pictures)
+            search(a.model, a.root, a.unit, a.text, a.image, a.k, a.profile, a.template, a.pool_model, a.index, not a.no_pictures)
         elif a.command == "export":
             export(a.model, a.to, a.template, a.root, a.unit, a.index, a.pool, a.profile)
         elif a.command == "push":

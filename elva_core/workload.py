@@ -181,6 +181,18 @@ class Workload:
                 made += self.write(missing, side, 1, per_call=min(SUMMARIES_AT_ONCE, n / self.devices) * missing / asked)
         return train, made
 
+    def distillation(self) -> tuple[Cost, Cost]:
+        """(training the single pass, the teacher's summaries); comparing with the bank is little beside a forward."""
+        s, train, made = self.settings.distil, Cost(), Cost()
+        for which in ("query", "candidate"):
+            side, shape = self.side(which, "train"), {"per_call": min(s.chunk, s.batch), "rank": s.lora.rank}
+            rows = s.steps * s.batch / 2
+            train += self.read(
+                rows, side, self.settings.encoder.eol_request, backward=True, checkpointing=s.gradient_checkpointing, **shape
+            )
+            made += self.write(s.pairs, side, 1, per_call=self.settings.evaluation.batch, mixed=False)
+        return train, made
+
     @property
     def own_queries(self) -> int:
         """Queries of a step of stage 3 that one device takes."""
