@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 ORDER = [
-    "settings", "artifacts", "mbeir", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
+    "settings", "artifacts", "mbeir", "lint", "sharding", "zero", "runtime", "emoji_collection", "nli", "prepare", "objectives", "rewards",
     "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "training", "evaluate", "grains", "explorer", "claims",
     "study", "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "workbook", "__main__",
