@@ -69,9 +69,9 @@ class Shared:
     def reduce(self) -> float:
         """Sums the gradients of all processes, each keeping its share; the norm of the whole, infinite if a number is not finite."""
         count = dist.get_world_size()  # DeepSpeed takes the mean
-        terms = ((their * our.grad).sum() for their, our in zip(self._theirs, self._ours, strict=True) if our.grad is not None)
-        nothing = sum((their * 0).sum() for their, our in zip(self._theirs, self._ours, strict=True) if our.grad is None)
-        self._engine.backward((sum(terms) + nothing) * count)
+        grads = (torch.zeros_like(our) if our.grad is None else our.grad for our in self._ours)
+        # one sum of the same terms everywhere: DeepSpeed puts gradients together in the order in which they come
+        self._engine.backward(sum((their * grad).sum() for their, grad in zip(self._theirs, grads, strict=True)) * count)
         for parameter in self._ours:
             parameter.grad = None
         norm = float(self._zero.scaled_global_norm())
