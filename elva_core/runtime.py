@@ -21,7 +21,7 @@ from accelerate.utils import gather_object, get_int_from_env, reduce
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elva_core import sharding
+from elva_core import sharding, zero
 from elva_core.settings import OptimiserSettings
 
 log = logging.getLogger("elva")
@@ -88,8 +88,11 @@ def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Every process gets the sum of all gradients; each has computed its own rows of the step."""
-    if processes().num_processes > 1:
+    """Every process gets the sum of all gradients; each has computed its own rows of the step.
+
+    Where DeepSpeed shares them, `optimise` sums them.
+    """
+    if processes().num_processes > 1 and not zero.asked():
         sharding.turn(sharding.MEETING)
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -166,7 +169,9 @@ def optimise(
         DivergedError: a gradient is not finite, or `check` gave a reason, more often than `settings.rollbacks`.
             The last checkpoint stays.
     """
-    optimisers = optimisers or [torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)]
+    shared = zero.Shared(parameters.values(), settings) if zero.asked() and not optimisers else None
+    if not optimisers:
+        optimisers = [shared or torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)]
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     rows = _restore(checkpoint, parameters, optimisers)
@@ -184,7 +189,7 @@ def optimise(
             for group in optimiser.param_groups:
                 group["lr"] = rate
         row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
-        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
+        row["grad_norm"] = shared.reduce() if shared else float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
             return f"step {step}: {reason}"
@@ -218,15 +223,16 @@ def write_whole(path: Path, text: str) -> None:
 
 def _checkpoint(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]) -> None:
     """One safetensors file with weights, moments and the log, replaced atomically; all processes hold the same."""
+    states = [optimiser.state for optimiser in optimisers]  # shares are put together, so every process comes here
     if not processes().is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"] = parameter.detach()
-        for optimiser in optimisers:
-            if parameter in optimiser.state:
-                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in optimiser.state[parameter].items()}
+        for moments in states:
+            if parameter in moments:
+                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in moments[parameter].items()}
     partial = folder / "state.safetensors.partial"
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"rows": json.dumps(rows)})
     partial.replace(folder / "state.safetensors")
@@ -249,5 +255,8 @@ def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Op
             if any(parameter is p for group in optimiser.param_groups for p in group["params"]):
                 moments = {k: v if k == "step" else v.to(parameter.device) for k, v in state[name].items()}
                 optimiser.state[parameter] = moments  # the count of steps stays on the CPU
+    for optimiser in optimisers:
+        if isinstance(optimiser, zero.Shared):
+            optimiser.take([state[name] for name in parameters])
     log.info("resumed after step %d from %s", len(rows), path)
     return rows

@@ -19,11 +19,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 QUERIES = 1024  # that are multiplied at once
-ROWS, TILE = 8192, 1024  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
-GROUP, COUNTED = 8, 128  # rows whose maximum, and whose count, decides whether they are looked at one by one
+ROWS, TILE = 8192, 2048  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
+GROUP, COUNTED = 8, 64  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
 SPARE = 14  # rows kept beyond k, because float32 may order neighbours wrongly
 PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
+PAGE = 2**21  # bytes of a huge page
 
 # slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
 Rows = np.ndarray | Sequence
@@ -75,11 +76,11 @@ def _passed(vectors: np.ndarray, parts: list, size: int, k: int, relevant: Seque
     width = max(1, min(QUERIES, -(-len(vectors) // threads)))
     starts = range(0, len(vectors), width)
     blocks = [_Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, wide=wide) for i in starts]
-    space = [(np.empty((TILE, width), np.float32), np.empty((TILE, width), bool)) for _ in range(threads)]
+    space = [_in_huge_pages(TILE * width) for _ in range(threads)]
 
     def work(thread: int, part: np.ndarray, start: int) -> None:
         for block in blocks[thread::threads]:
-            block.see(part, start, *space[thread])
+            block.see(part, start, space[thread])
 
     with threadpool_limits(1), ThreadPoolExecutor(threads) as workers:
         running: list[Future] = []
@@ -109,6 +110,7 @@ class _Block:
         self.floor = np.full(len(queries), -np.inf, np.float32)  # a lower score than this is not among the best
         self.tops: np.ndarray | None = np.empty((0, len(queries)), np.float32)  # maxima of groups, until the first keys are kept
         self.new: list[tuple[np.ndarray, np.ndarray]] = []
+        self.waiting = 0  # keys in `new`
         lengths = [len(rows) for rows in relevant]
         self.column = np.repeat(np.arange(len(queries)), lengths)
         self.row = np.array([row for rows in relevant for row in rows], np.int64)
@@ -118,15 +120,15 @@ class _Block:
         nth = np.arange(len(self.row)) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int64)
         self.layers = [np.flatnonzero(nth == n) for n in range(max(lengths, default=0))]  # at most one entry per query in each
 
-    def see(self, part: np.ndarray, start: int, scores: np.ndarray, marks: np.ndarray) -> None:
+    def see(self, part: np.ndarray, start: int, scores: np.ndarray) -> None:
         """Takes the rows from `start` on into account.
 
         Args:
             part: (n, D) float32.
-            scores, marks: (TILE, at least the queries), to work in.
+            scores: (at least TILE times the queries,) float32, to work in.
         """
         width = len(self.queries)
-        scores, marks = (x.reshape(-1)[: TILE * width].reshape(TILE, width) for x in (scores, marks))
+        scores = scores[: TILE * width].reshape(TILE, width)
         for first in range(0, len(part), TILE):
             rows = part[first : first + TILE]
             n = len(rows)
@@ -137,18 +139,18 @@ class _Block:
             scores[n:] = -np.inf
             if self.tops is not None:
                 self._raise_floor(scores)
-            np.greater_equal(scores, self.floor - self.slack, out=marks)
-            some = np.flatnonzero(marks.reshape(-1, 8).view(np.uint64) != 0)  # eight at a time: nearly all are unmarked
-            place = np.flatnonzero(marks.reshape(-1, 8)[some])
-            place = some[place // 8] * 8 + place % 8
-            self.new.append((place % width, _keys(scores.reshape(-1)[place], start + first + place // width)))
-            if sum(len(keys) for _, keys in self.new) > self.best.size // 4:
-                self._keep()
+            groups = scores.reshape(-1, COUNTED, width)
+            peaks = groups.max(1)  # one look at all scores; few groups are looked at again
+            low = self.floor - self.slack
+            group, column = _marked(peaks >= low)
+            values = groups[group, :, column]
+            found, row = _marked(values >= low[column, None])
+            self._add(column[found], values[found, row], start + first + group[found] * COUNTED + row)
             if self.wide:
                 self._count_exactly(scores[:n], np.arange(start + first, start + first + n))
             else:
                 for layer in self.layers:
-                    self._count(scores, layer, rows, start + first)
+                    self._count(scores, peaks.max(0), layer, rows, start + first)
 
     def _raise_floor(self, scores: np.ndarray) -> None:
         """A bound before anything is kept: where n groups of rows have a score as high as this, n rows have."""
@@ -158,11 +160,17 @@ class _Block:
             self.tops = np.partition(self.tops, -n, axis=0)[-n:]
             self.floor = self.tops[0]
 
+    def _add(self, columns: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
+        self.new.append((columns, _keys(scores, rows)))
+        self.waiting += len(rows)
+        if self.waiting > self.best.size // 4:
+            self._keep()
+
     def _keep(self) -> None:
         """Lets the new keys compete with the best ones."""
         columns, keys = (np.concatenate(x) for x in zip(*self.new, strict=True))
-        self.new, self.tops = [], None
-        order = np.argsort(columns, kind="stable")
+        self.new, self.waiting, self.tops = [], 0, None
+        order = np.argsort(columns.astype(np.uint16), kind="stable")  # numpy sorts two bytes by their digits
         touched, first, count = np.unique(columns[order], return_index=True, return_counts=True)
         width = count.max(initial=0)
         new = np.full((len(touched), width), EMPTY)
@@ -171,10 +179,9 @@ class _Block:
         floor = _decoded(self.best[touched, 0])[1]
         self.floor[touched] = np.where(self.best[touched, 0] == EMPTY, -np.inf, floor)
 
-    def _count(self, scores: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int) -> None:
+    def _count(self, scores: np.ndarray, peaks: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int) -> None:
         """Counts the scores above those of a layer's entries; those too close to say are computed exactly."""
-        peaks = scores.max(0)[self.column[layer]]
-        reached = layer[(peaks >= self.goal[layer] - self.slack) & (self.close[layer] <= self.too_close)]
+        reached = layer[(peaks[self.column[layer]] >= self.goal[layer] - self.slack) & (self.close[layer] <= self.too_close)]
         if not len(reached):
             return
         place = self.column[reached]
@@ -271,6 +278,12 @@ def _cosines(part: np.ndarray, rows: np.ndarray, queries: np.ndarray, columns: n
         some = slice(first, first + PAIRS)
         out[some] = np.einsum("nd,nd->n", part[rows[some]].astype(np.float64), queries[columns[some]].astype(np.float64))
     return out
+
+
+def _in_huge_pages(count: int) -> np.ndarray:
+    """Room for float32 numbers. numpy asks for huge pages, in which a product finds its rows sooner; none is only half in it."""
+    room = np.empty(count + 2 * PAGE // 4, np.float32)
+    return room[-room.ctypes.data % PAGE // 4 :][:count]
 
 
 def _marked(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
