@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import artifacts, backbone, contrastive, encoder, mbeir, negatives, nli, prepare, rlvr, runtime, sharding
-from elva_core.settings import Settings
+from elva_core import artifacts, backbone, contrastive, encoder, mbeir, negatives, nli, prepare, rerank, rlvr, runtime, sharding
+from elva_core.settings import ProfileError, Settings
 
-Name = Literal["stage1", "stage2", "stage3", "control"]
+Name = Literal["stage1", "stage2", "stage3", "control", "rerank"]
 # stage of training -> the notebook that holds it
 NOTEBOOKS = {
     "stage1": "30_pretrain_contrastive",
     "stage2": "30_pretrain_contrastive",
     "stage3": "40_finetune_rlvr",
     "control": "40_finetune_rlvr",
+    "rerank": "85_trade_cost",
 }
 
 
@@ -35,7 +36,7 @@ class Job:
     """What one stage needs.
 
     start: folder or hub name of the model it begins with. folder: checkpoints and metrics.jsonl, and in the end model/.
-    mined: file of the negatives of stage 3 and its control, written by whichever of the two comes first.
+    mined: file of the negatives of stage 3, its control or the reranker, written by whichever of them in the folder comes first.
     """
 
     name: Name
@@ -65,12 +66,18 @@ def following(name: Name, stage: artifacts.Stage) -> Job:
 
     Raises:
         MissingStageError: they have not been trained; the message has the command.
+        ProfileError: the profile has no values for it.
     """
     if NOTEBOOKS[name] != stage.name:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
         root, _ = prepare.locate(stage.require("10_prepare_data"))
         return job(name, stage, backbone.ensure(stage.settings.backbone, stage.settings.encoder, root, artifacts.OUTPUTS / "cache"))
+    if name == "rerank":
+        if (own := stage.settings.rerank) is None:
+            raise ProfileError(f"params/{stage.settings.profile}.yaml has no section rerank; copy the one of params/cpu.yaml")
+        mining = stage.settings.changed({"stage3": {"queries": own.queries, "negatives": {"pool": own.pool}}})
+        return replace(job(name, stage, stage.require("40_finetune_rlvr") / "model"), settings=mining)
     if name != "stage2":
         return job(name, stage, stage.require("30_pretrain_contrastive") / "model")
     before = job("stage1", stage, "")
@@ -117,7 +124,7 @@ def run(wanted: Job) -> None:
     settings, seed, folder = wanted.settings, wanted.seed, wanted.folder
     runtime.start(settings.threads)
     runtime.processes()  # each takes its own device before anything is loaded
-    if wanted.name in ("stage3", "control"):
+    if wanted.name in ("stage3", "control", "rerank"):
         mine(wanted)
     model = _loaded(wanted)
     if wanted.name == "stage1":
@@ -129,6 +136,8 @@ def run(wanted: Job) -> None:
         ranked = negatives.read(wanted.mined, wanted.root, seed)
         if wanted.name == "control":
             contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
+        elif wanted.name == "rerank":
+            rerank.train(model, ranked, settings.rerank, seed=seed, folder=folder)
         else:
             rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=lambda: _mined_by(model, wanted))
     weights = sharding.whole(model.model)
