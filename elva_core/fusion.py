@@ -115,7 +115,7 @@ def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
 def choose(table: pd.DataFrame) -> dict[Kind, float]:
     """The best weight of each kind; of equals the one that trusts the retriever most."""
     best = table.assign(mrr=table["mrr"].round(9)).sort_values(["mrr", "weight"]).groupby("kind").last()
-    return best["weight"].to_dict()
+    return {kind: float(best.loc[kind, "weight"]) for kind in rerank.KINDS}
 
 
 def hits(seen: Sequence[Seen], weights: Mapping[Kind, float], temperature: float, *, first: str, cutoffs: Sequence[int]) -> pd.DataFrame:
