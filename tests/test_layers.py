@@ -10,8 +10,8 @@ ORDER = [
     "settings", "artifacts", "mbeir", "clips", "lint", "sharding", "runtime", "emoji_collection", "nli", "prepare", "objectives",
     "rewards", "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store", "negatives", "annotate",
     "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "rerank", "training", "evaluate", "grains", "explorer",
-    "claims", "fusion", "unseen_files", "unseen_sets", "unseen", "video_sets", "video", "study", "comparisons", "figures", "report", "sizes",
-    "catalogue", "workload", "plan", "publish", "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index",
+    "claims", "fusion", "unseen_files", "unseen_sets", "unseen", "video_sets", "video", "study", "comparisons", "figures", "report",
+    "sizes", "catalogue", "workload", "plan", "publish", "inputs", "sentence_module", "export", "mteb_encoder", "answers", "index",
     "workbook", "__main__",
 ]  # fmt: skip
 
