@@ -175,6 +175,24 @@ def traded(quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, da
     return rows
 
 
+def reranked(pairs: pd.DataFrame, taken: pd.DataFrame, dataset: str) -> list[dict]:
+    """Rows for what a second look brings and costs; no verdicts, for the paper does not rerank.
+
+    Args:
+        pairs: `fusion.compared`. taken: `fusion.seconds`.
+    """
+    common = {"source": "reranking", "dataset": f"MRBench-{dataset}", "verdict": ""}
+    rows = []
+    for pair in pairs.to_dict("records"):
+        row = common | {"claim": f"{pair['new']} over {pair['old']}", "metric": f"difference of {pair['metric']}, points"}
+        points = {"ours": 100 * pair["difference"], "ci_low": 100 * pair["ci_low"], "ci_high": 100 * pair["ci_high"]}
+        rows.append(row | points | {"n": pair["n"], "baseline": pair["old"]})
+    for r in taken.to_dict("records"):
+        # the name of the retriever alone has many rows already
+        rows.append(common | {"claim": r["model"], "metric": "milliseconds per query", "ours": 1000 * r["seconds"], "n": r["n"]})
+    return rows
+
+
 def studied(scores: pd.DataFrame, differences: pd.DataFrame, tables: dict, dataset: str, evidence: bool) -> list[dict]:
     """Rows for what the study measured; they take the place of the chain's rows of the same claim and metric.
 

@@ -354,6 +354,31 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
+def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
+    """Hit rates against the seconds of a query, before (`first`) and after; dashed: the best order of what was looked at.
+
+    Args:
+        table: `fusion.table`.
+    """
+    figure, (pair,) = _axes(columns=2, size=(9.0, 3.8))
+    timed, ceiling = table[table["seconds"].notna()], table[table["seconds"].isna()]
+    for axis, metric in zip(pair, ("hit@1", "hit@5"), strict=True):
+        before = timed[timed["model"] == first].iloc[0]
+        for place, r in enumerate(timed.to_dict("records")):
+            colour = MODEL_COLOURS.get(r["model"], f"C{place}")
+            if r["model"] != first:
+                axis.plot([before["seconds"], r["seconds"]], [before[metric], r[metric]], color=colour, linewidth=0.8, alpha=0.5)
+            across = [[r["seconds"] - r["lower quartile"]], [r["upper quartile"] - r["seconds"]]]
+            along = [[max(0, r[metric] - r[f"{metric} low"])], [max(0, r[f"{metric} high"] - r[metric])]]
+            axis.errorbar(r["seconds"], r[metric], along, across, fmt="o", color=colour, capsize=2, label=r["model"])
+        for r in ceiling.to_dict("records"):
+            axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
+        axis.set(xscale="log", xlabel="seconds per query (median and quartiles)", ylabel=f"{metric}, % (95 % interval)")
+    figure.suptitle(f"{title} (n = {table['n'].min():,} queries; higher and further left is better)", fontsize=11)
+    figure.legend(*pair[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    return figure
+
+
 def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     """One line per arm: the mean over seeds with its 95 % interval over queries, and each seed as a dot.
 

@@ -72,7 +72,18 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     rows += claims.in_points(study_table(run, "held_out", "80_generalise"), f"{dataset}, units held out", evidence)
     tables = [pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""}) for name in ("unseen", "unseen_differences")]
     rows += claims.generalised(*map(unseen.headline, tables), dataset, evidence)
+    rows += second_look(run)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
+
+
+def second_look(run: Stage) -> list[dict]:
+    """Claims of reranking, if 85_trade_cost has written its tables."""
+    folder = artifacts.stage_folder(run.settings.profile, "85_trade_cost")
+    files = [folder / f"{name}.csv" for name in ("reranking", "reranking_seconds")]
+    if not all(path.is_file() for path in files):
+        return []
+    run.require("85_trade_cost")
+    return claims.reranked(*map(pd.read_csv, files), run.settings.data.name)
 
 
 def study_table(run: Stage, name: str, stage: str = "60_ablate") -> pd.DataFrame:

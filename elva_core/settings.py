@@ -218,6 +218,34 @@ class DistilSettings(Section):
     optimiser: OptimiserSettings
 
 
+class RerankSettings(Section):
+    """A model that reads a query together with its first candidates (rerank.py)."""
+
+    queries: Positive  # of the train split, the same number per task
+    pool: Positive | None = None  # candidates per modality that their negatives are mined from; None is all
+    steps: Positive  # one half pointwise, one half listwise
+    batch: Positive  # queries per step
+    chunk: Positive  # prompts per forward
+    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
+    hard: Positive  # of each query's mined negatives the first are trained on
+    negatives: Positive  # of a query in a pointwise step, beside its positive
+    window: Annotated[int, Field(ge=2)]  # most candidates in a listwise prompt
+    depth: Annotated[int, Field(ge=2)]  # of the retriever's answers that are looked at again
+    timed: Positive  # queries whose seconds are measured
+    pointwise_request: str
+    listwise_request: str
+    lora: LoraSettings
+    optimiser: OptimiserSettings
+
+    @model_validator(mode="after")
+    def _enough(self) -> RerankSettings:
+        if max(self.negatives, self.window - 1) > self.hard:
+            raise ValueError(
+                f"hard = {self.hard} negatives do not fill negatives = {self.negatives} and window = {self.window} (one is right)"
+            )
+        return self
+
+
 class AnnotatorSettings(Section):
     """Who names the grains of a query: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
 
@@ -319,6 +347,7 @@ class Settings(Section):
     stage3: RlvrSettings
     control: ContrastiveSettings
     distil: DistilSettings | None = Field(None, exclude_if=lambda section: section is None)
+    rerank: RerankSettings | None = Field(None, exclude_if=lambda section: section is None)
     mrbench: MrbenchSettings
     evaluation: EvaluationSettings
     study: StudySettings

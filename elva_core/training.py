@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import artifacts, backbone, contrastive, distil, encoder, mbeir, negatives, nli, prepare, rlvr, runtime, sharding
+from elva_core import artifacts, backbone, contrastive, distil, encoder, mbeir, negatives, nli, prepare, rerank, rlvr, runtime, sharding
 from elva_core.settings import ProfileError, Settings
 
-Name = Literal["stage1", "stage2", "stage3", "control", "distil"]
+Name = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 # stage of training -> the notebook that holds it
 NOTEBOOKS = {
     "stage1": "30_pretrain_contrastive",
@@ -28,6 +28,7 @@ NOTEBOOKS = {
     "stage3": "40_finetune_rlvr",
     "control": "40_finetune_rlvr",
     "distil": "85_trade_cost",
+    "rerank": "85_trade_cost",
 }
 
 
@@ -36,7 +37,7 @@ class Job:
     """What one stage needs.
 
     start: folder or hub name of the model it begins with. folder: checkpoints and metrics.jsonl, and in the end model/.
-    mined: file of the negatives of stage 3 and its control, written by whichever of the two comes first.
+    mined: file of the negatives of stage 3, its control or the reranker, written by whichever of them in the folder comes first.
     """
 
     name: Name
@@ -73,10 +74,14 @@ def following(name: Name, stage: artifacts.Stage) -> Job:
     if name == "stage1":
         root, _ = prepare.locate(stage.require("10_prepare_data"))
         return job(name, stage, backbone.ensure(stage.settings.backbone, stage.settings.encoder, root, artifacts.OUTPUTS / "cache"))
-    if name == "distil":
-        if stage.settings.distil is None:
-            raise ProfileError(f"params/{stage.settings.profile}.yaml has no section distil; copy the one of params/cpu.yaml")
-        return job(name, stage, stage.require("40_finetune_rlvr") / "model")
+    if name in ("distil", "rerank"):
+        if (own := getattr(stage.settings, name)) is None:
+            raise ProfileError(f"params/{stage.settings.profile}.yaml has no section {name}; copy the one of params/cpu.yaml")
+        begun = job(name, stage, stage.require("40_finetune_rlvr") / "model")
+        if name == "distil":
+            return begun
+        mining = {"stage3": {"queries": own.queries, "negatives": {"pool": own.pool}}}  # of its own, with stage 3's rules
+        return replace(begun, settings=stage.settings.changed(mining))
     if name != "stage2":
         return job(name, stage, stage.require("30_pretrain_contrastive") / "model")
     before = job("stage1", stage, "")
@@ -123,7 +128,7 @@ def run(wanted: Job) -> None:
     settings, seed, folder = wanted.settings, wanted.seed, wanted.folder
     runtime.start(settings.threads)
     runtime.processes()  # each takes its own device before anything is loaded
-    if wanted.name in ("stage3", "control"):
+    if wanted.name in ("stage3", "control", "rerank"):
         mine(wanted)
     model = _loaded(wanted)
     if wanted.name == "stage1":
@@ -138,6 +143,8 @@ def run(wanted: Job) -> None:
         ranked = negatives.read(wanted.mined, wanted.root, seed)
         if wanted.name == "control":
             contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
+        elif wanted.name == "rerank":
+            rerank.train(model, ranked, settings.rerank, seed=seed, folder=folder)
         else:
             rlvr.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=lambda: _mined_by(model, wanted))
     weights = sharding.whole(model.model)

@@ -488,7 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17, help="of the finished chain, whose data and backbone it takes")
     p = commands.add_parser("train", help="train one stage, also under accelerate launch")
-    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil"))
+    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil", "rerank"))
     p.add_argument("profile")
     p.add_argument("--seed", type=int, default=17)
     p = commands.add_parser("plan", help="what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 ORDER = [
     "settings", "artifacts", "mbeir", "clips", "lint", "sharding", "zero", "runtime", "emoji_collection", "nli", "prepare",
     "objectives", "rewards", "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store",
-    "negatives", "annotate", "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "distil", "training",
-    "evaluate", "grains", "explorer", "claims", "unseen_files", "unseen_sets", "unseen", "video_sets", "video", "study", "comparisons",
-    "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "inputs", "sentence_module", "export", "mteb_encoder",
-    "answers", "index", "throughput", "workbook", "__main__",
+    "negatives", "annotate", "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "distil", "rerank",
+    "training", "evaluate", "grains", "explorer", "claims", "unseen_files", "unseen_sets", "unseen", "video_sets", "video", "study",
+    "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "inputs", "sentence_module", "export",
+    "mteb_encoder", "answers", "index", "throughput", "fusion", "workbook", "__main__",
 ]  # fmt: skip
 
 
