@@ -12,7 +12,7 @@ import mistune
 import nbformat
 import pandas as pd
 
-from elva_core import artifacts, claims, runtime, unseen
+from elva_core import artifacts, claims, runtime, unseen, video
 from elva_core.artifacts import Stage
 
 GATHERED = (
@@ -25,6 +25,7 @@ GATHERED = (
     "60_ablate",
     "70_analyse_grains",
     "80_generalise",
+    "82_transfer",
     "85_trade_cost",
 )
 STYLE = (
@@ -61,29 +62,28 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
     dataset, evidence = run.settings.data.name, run.settings.evidence
-    traded = run.require("85_trade_cost")
-    tables = {name: pd.read_csv(traded / f"{name}.csv") for name in ("quality", "comparisons", "speed")}
-    # first, for of the models that both measure, the rows of the main result stand
-    rows = claims.traded(tables["quality"], tables["comparisons"].to_dict("records"), tables["speed"], dataset, "single pass")
+    rows = _costs(run, dataset)  # first, for of the models that both measure, the rows of the main result stand
     rows += claims.measured(mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap)
     rows += claims.studied(study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence)
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
-    rows += claims.in_points(study_table(run, "booster", "80_generalise"), f"MRBench-{dataset}", evidence)
-    rows += claims.in_points(study_table(run, "held_out", "80_generalise"), f"{dataset}, units held out", evidence)
-    tables = [pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""}) for name in ("unseen", "unseen_differences")]
-    rows += claims.generalised(*map(unseen.headline, tables), dataset, evidence)
-    rows += second_look(run)
+    rows += _transfers(run, dataset, evidence)
     return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
 
 
-def second_look(run: Stage) -> list[dict]:
-    """Claims of reranking, if 85_trade_cost has written its tables."""
-    folder = artifacts.stage_folder(run.settings.profile, "85_trade_cost")
-    files = [folder / f"{name}.csv" for name in ("reranking", "reranking_seconds")]
-    if not all(path.is_file() for path in files):
-        return []
-    run.require("85_trade_cost")
-    return claims.reranked(*map(pd.read_csv, files), run.settings.data.name)
+def _costs(run: Stage, dataset: str) -> list[dict]:
+    """Rows of 85_trade_cost: the single pass and the second look."""
+    names = ("quality", "comparisons", "speed", "reranking", "reranking_seconds")
+    quality, pairs, speed, gains, seconds = (pd.read_csv(run.require("85_trade_cost") / f"{name}.csv") for name in names)
+    return claims.traded(quality, pairs.to_dict("records"), speed, dataset, "single pass") + claims.reranked(gains, seconds, dataset)
+
+
+def _transfers(run: Stage, dataset: str, evidence: bool) -> list[dict]:
+    """Rows of 82_transfer (held-out units, another architecture, clips) and of 80_generalise (what no stage saw)."""
+    booster, held_out, clips, gain = (study_table(run, name, "82_transfer") for name in ("booster", "held_out", "clips", "clips_gain"))
+    rows = claims.in_points(booster, f"MRBench-{dataset}", evidence) + claims.in_points(held_out, f"{dataset}, units held out", evidence)
+    rows += video.claimed(clips, gain, f"{dataset} clips", evidence)
+    tables = [pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""}) for name in ("unseen", "unseen_differences")]
+    return rows + claims.generalised(*map(unseen.headline, tables), dataset, evidence)
 
 
 def study_table(run: Stage, name: str, stage: str = "60_ablate") -> pd.DataFrame:

@@ -31,7 +31,8 @@ STAGES = {
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
     "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr", "60_ablate"),
+    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "82_transfer": ("10_prepare_data", "30_pretrain_contrastive", "40_finetune_rlvr", "50_evaluate", "60_ablate"),
     "85_trade_cost": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
