@@ -344,7 +344,7 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
         axis.errorbar(r["per second"], r["value"], [[low], [high]], [[slow], [fast]], fmt=mark, color=colour, capsize=2, label=r["way"])
     axis.set_xscale("log")
     for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        which("{x:,.3g}")
+        which("{x:,.0f}")
     axis.set(
         xlabel=f"queries per second, one process (median and range of {table['rounds'].min()} rounds)",
         ylabel="hit@5, % (higher is better)",
@@ -355,12 +355,14 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
 
 
 def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
-    """Hit rates against the seconds of a query, before (`first`) and after; dashed: the best order of what was looked at.
+    """Hit rates against the milliseconds of a query, before (`first`) and after; dashed: the best order of what was looked at.
 
     Args:
         table: `fusion.table`.
     """
     figure, (pair,) = _axes(columns=2, size=(9.0, 3.8))
+    columns = ["seconds", "lower quartile", "upper quartile"]
+    table = table.assign(**(1000 * table[columns]))
     timed, ceiling = table[table["seconds"].notna()], table[table["seconds"].isna()]
     for axis, metric in zip(pair, ("hit@1", "hit@5"), strict=True):
         before = timed[timed["model"] == first].iloc[0]
@@ -373,7 +375,9 @@ def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
             axis.errorbar(r["seconds"], r[metric], along, across, fmt="o", color=colour, capsize=2, label=r["model"])
         for r in ceiling.to_dict("records"):
             axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
-        axis.set(xscale="log", xlabel="seconds per query (median and quartiles)", ylabel=f"{metric}, % (95 % interval)")
+        axis.set(
+            xlabel="milliseconds per query (median and quartiles)", ylabel=f"{metric}, % (95 % interval)", xlim=(0, None), ylim=(0, None)
+        )
     figure.suptitle(f"{title} (n = {table['n'].min():,} queries; higher and further left is better)", fontsize=11)
     figure.legend(*pair[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     return figure
