@@ -5,7 +5,7 @@ table = assemble(reported(), measured, evidence=True)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,25 @@ def not_run(tables: dict) -> list[dict]:
                 common | {"claim": f"{method}, {column}", "dataset": column, "paper": value}
                 for column, value in zip(columns, values, strict=True)
             ]
+    return rows
+
+
+def official(tables: dict, profile: str, found: Mapping[str, pd.DataFrame], evidence: bool) -> list[dict]:
+    """Figures of the paper's own tables that a run of its profile has measured; they take the place of the same claims not run.
+
+    Args:
+        found: name in params/reported.yaml -> value, ci_low, ci_high (shares; nan without an interval) and n, by column of that table.
+    """
+    rows = []
+    for name, measured in found.items():
+        table = tables[name]
+        for method in (method for method, needed in table["ours"].items() if needed == profile):
+            printed = dict(zip([*table["columns"], "Avg"], table["rows"][method], strict=False))
+            for column, r in measured.iterrows():
+                row = {"claim": f"{method}, {column}", "source": table["source"], "dataset": column, "metric": table["metric"], "n": r["n"]}
+                row |= {"paper": printed[column], "ours": 100 * r["value"], "ci_low": 100 * r["ci_low"], "ci_high": 100 * r["ci_high"]}
+                reached = row["ours"] >= row["paper"] or row["ci_high"] >= row["paper"]
+                rows.append(row | {"verdict": ("reproduced" if reached else "not reproduced") if evidence else "not run"})
     return rows
 
 

@@ -12,7 +12,7 @@ import mistune
 import nbformat
 import pandas as pd
 
-from elva_core import artifacts, claims, runtime, unseen, video
+from elva_core import artifacts, claims, mbeir, runtime, unseen, video
 from elva_core.artifacts import Stage
 
 GATHERED = (
@@ -68,7 +68,33 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     rows += claims.studied(study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence)
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
     rows += _transfers(run, dataset, evidence)
-    return claims.assemble([*rows, *claims.not_run(reported)], run.seed)
+    own = claims.official(reported, run.settings.profile, _official(run, reported), evidence)
+    return claims.assemble([*rows, *claims.not_run(reported), *own], run.seed)
+
+
+def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, pd.DataFrame]:
+    """What this run measured of the paper's Tables 1, 2, 6 and 7, by their columns; empty where the data is another."""
+    shares = ["value", "ci_low", "ci_high", "n"]
+    results = (
+        pd.read_csv(run.require("50_evaluate") / "results.csv").query("model == @model and pool == 'local'").set_index(["unit", "metric"])
+    )
+    hits = pd.read_csv(run.require("50_evaluate") / "mrbench.csv").query("model == @model and metric == 'hit@5'").set_index("unit")
+    clips = study_table(run, "clips", "82_transfer").query("model == @model and words == 'name'")
+    clips = clips[clips["frames"] == clips["frames"].max()].set_index(clips["set"] + clips["metric"].str.replace("hit@", " R@"))
+    wanted = dict(zip(reported["table1"]["columns"], mbeir.OFFICIAL_UNITS.items(), strict=True))
+    units = {column: results.loc[unit, f"hit@{k}"] for column, (unit, k) in wanted.items() if (unit, f"hit@{k}") in results.index}
+    if len(units) == len(wanted):
+        units["Avg"] = pd.Series({"value": sum(u["value"] for u in units.values()) / len(units), "n": sum(u["n"] for u in units.values())})
+    bench = [*zip(reported["table6"]["columns"], run.settings.mrbench.units, strict=False), ("Avg", "average")]
+    table2 = unseen.table2(pd.read_csv(run.require("80_generalise") / "unseen.csv").fillna({"group": ""}).query("question == 'Table 2'"))
+    table2 = table2[table2["model"] == model].drop(columns="model").T.dropna().set_axis(["value"], axis=1) if len(table2) else table2
+    frames = {
+        "table1": pd.DataFrame(units).T,
+        "table6": pd.DataFrame({column: hits.loc[unit] for column, unit in bench if unit in hits.index}).T,
+        "table2": table2.assign(value=table2["value"] / 100) if len(table2) else pd.DataFrame(),
+        "table7": clips[clips.index.isin(reported["table7"]["columns"])],
+    }
+    return {name: frame.reindex(columns=shares) for name, frame in frames.items()}
 
 
 def _costs(run: Stage, dataset: str) -> list[dict]:

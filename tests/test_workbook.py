@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import artifacts, claims, evaluate, report, settings, workbook
+from elva_core import artifacts, claims, evaluate, mbeir, report, settings, workbook
 from elva_core.workbook import ChainError
 
 
@@ -218,6 +219,45 @@ def test_a_difference_in_points_has_the_papers_direction_only_if_its_interval_ha
     ]
     said = claims.in_points(pd.DataFrame(rows, columns=columns), "x", True)
     assert [r["verdict"] for r in said] == ["same direction", "not reproduced", "", "same direction"]
+
+
+def test_what_a_run_of_the_papers_profile_measures_takes_the_place_of_claims_not_run(tmp_path):
+    """Table 1 in the order of its columns, Table 6 from MRBench, Table 2 and Table 7 by the names of their columns."""
+    profile, reported = settings.load("qwen2vl-7b"), claims.reported()
+    common = {"model": "stage 3", "pool": "local", "n": 100}
+    rows = [common | {"unit": u, "metric": f"hit@{k}", "value": i / 100} for i, (u, k) in enumerate(mbeir.OFFICIAL_UNITS.items())]
+    tables = {"50_evaluate/results": pd.DataFrame(rows).assign(ci_low=lambda t: t["value"] - 0.01, ci_high=lambda t: t["value"] + 0.01)}
+    bench = [{"unit": u, "metric": "hit@5", "value": 0.9} for u in (*profile.mrbench.units, "average")]
+    tables["50_evaluate/mrbench"] = pd.DataFrame(bench).assign(model="stage 3", ci_low=0.8, ci_high=0.95, n=50)
+    found = {"question": "Table 2", "set": "ccneg", "task": "pairs", "group": "", "metric": "accuracy", "model": "stage 3", "value": 0.5}
+    tables["80_generalise/unseen"] = pd.DataFrame([found])
+    clip = {
+        "set": "MSVD",
+        "metric": "hit@5",
+        "frames": 8,
+        "words": "name",
+        "model": "stage 3",
+        "value": 0.1,
+        "ci_low": 0.0,
+        "ci_high": 0.2,
+        "n": 9,
+    }
+    tables["82_transfer/clips"] = pd.DataFrame([clip])
+    for name, table in tables.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    run = SimpleNamespace(settings=profile, require=lambda stage: tmp_path / stage)
+    own = claims.official(reported, "qwen2vl-7b", report._official(run, reported), True)
+    table = claims.assemble([*claims.not_run(reported), *own], 17).set_index(["source", "claim"])
+    assert len(table) == len(claims.not_run(reported))  # each in the place of its own
+    of_7b = table[table["ours"].notna()]
+    assert of_7b.loc["Table 1"]["ours"].tolist() == pytest.approx([*range(16), 7.5])
+    assert of_7b.loc["Table 1"]["paper"].tolist() == reported["table1"]["rows"]["ELVA-7B"]
+    assert of_7b.loc["Table 6"]["verdict"].tolist() == ["reproduced"] * 5 and len(of_7b) == 17 + 5 + 1 + 1
+    assert of_7b.loc[("Table 2", "ELVA-7B, CC-Neg accuracy"), ["ours", "verdict"]].tolist() == [50, "not reproduced"]
+    assert of_7b.loc[("Table 7", "ELVA-7B, MSVD R@5"), "ours"] == pytest.approx(10)
+    assert table.loc[("Table 1", "ELVA-2B, VisualNews t0"), "verdict"] == "not run"
+    assert claims.official(reported, "cpu", report._official(run, reported), True) == []
 
 
 def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():
