@@ -80,7 +80,8 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
     )
     hits = pd.read_csv(run.require("50_evaluate") / "mrbench.csv").query("model == @model and metric == 'hit@5'").set_index("unit")
     clips = study_table(run, "clips", "82_transfer").query("model == @model and words == 'name'")
-    clips = clips[clips["frames"] == clips["frames"].max()].set_index(clips["set"] + clips["metric"].str.replace("hit@", " R@"))
+    clips = clips[clips["frames"] == clips["frames"].max()]
+    clips = clips.set_index(clips["set"] + clips["metric"].str.replace("hit@", " R@"))
     wanted = dict(zip(reported["table1"]["columns"], mbeir.OFFICIAL_UNITS.items(), strict=True))
     units = {column: results.loc[unit, f"hit@{k}"] for column, (unit, k) in wanted.items() if (unit, f"hit@{k}") in results.index}
     if len(units) == len(wanted):

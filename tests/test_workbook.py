@@ -242,7 +242,7 @@ def test_what_a_run_of_the_papers_profile_measures_takes_the_place_of_claims_not
         "ci_high": 0.2,
         "n": 9,
     }
-    tables["82_transfer/clips"] = pd.DataFrame([clip])
+    tables["82_transfer/clips"] = pd.DataFrame([clip, clip | {"frames": 1, "value": 0.9}])
     for name, table in tables.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         table.to_csv(tmp_path / f"{name}.csv", index=False)
