@@ -66,9 +66,9 @@ def official(tables: dict, profile: str, found: Mapping[str, pd.DataFrame], evid
         table = tables[name]
         for method in (method for method, needed in table["ours"].items() if needed == profile):
             printed = dict(zip([*table["columns"], "Avg"], table["rows"][method], strict=False))
-            for column, r in measured.iterrows():
-                row = {"claim": f"{method}, {column}", "source": table["source"], "dataset": column, "metric": table["metric"], "n": r["n"]}
-                row |= {"paper": printed[column], "ours": 100 * r["value"], "ci_low": 100 * r["ci_low"], "ci_high": 100 * r["ci_high"]}
+            for r in measured.itertuples():
+                row = {"claim": f"{method}, {r.Index}", "source": table["source"], "dataset": r.Index, "metric": table["metric"]}
+                row |= {"paper": printed[r.Index]} | percent(r)
                 reached = row["ours"] >= row["paper"] or row["ci_high"] >= row["paper"]
                 rows.append(row | {"verdict": ("reproduced" if reached else "not reproduced") if evidence else "not run"})
     return rows
@@ -113,41 +113,13 @@ def measured(
         evidence: False (smoke) makes every verdict "not run": such a run tests plumbing.
         samples: of the bootstrap.
     """
-    rows = []
-    for r in results.itertuples():
-        rows.append(
-            {
-                "claim": f"{r.model}, {r.unit}",
-                "source": "ours",
-                "dataset": f"MRBench-{dataset}",
-                "metric": r.metric,
-                "ours": 100 * r.value,
-                "ci_low": 100 * r.ci_low,
-                "ci_high": 100 * r.ci_high,
-                "n": r.n,
-                "baseline": "",
-                "verdict": "",
-            }
-        )
+    common = {"source": "ours", "dataset": f"MRBench-{dataset}"}
+    rows = [common | _score(r) for r in results.itertuples()]
     for pair in pairs:
-        key = f"{pair['new']} over {pair['old']}"
-        paper = tables["mrbench_gain"]["value"] if key in GAINS and pair["metric"] == "hit@5" else np.nan
-        scale = 100 / pair["old value"] if pair["old value"] else np.nan
-        rows.append(
-            {
-                "claim": key,
-                "source": tables["mrbench_gain"]["source"] if paper == paper else "ours",
-                "dataset": f"MRBench-{dataset}",
-                "metric": f"relative gain of {pair['metric']}, %",
-                "paper": paper,
-                "ours": pair["relative %"],
-                "ci_low": scale * pair["ci_low"],
-                "ci_high": scale * pair["ci_high"],
-                "n": pair["n"],
-                "baseline": pair["old"],
-            }
-        )
-        rows[-1]["verdict"] = verdict(rows[-1], evidence)
+        row = common | _gain(pair)
+        if row["claim"] in GAINS and pair["metric"] == "hit@5":
+            row |= {"paper": tables["mrbench_gain"]["value"], "source": tables["mrbench_gain"]["source"]}
+        rows.append(row | {"verdict": verdict(row, evidence)})
     return rows + _distances(distances, tables["grain_distance"], dataset, evidence, samples)
 
 
@@ -168,6 +140,24 @@ def _distances(distances: pd.DataFrame, reported: dict, dataset: str, evidence: 
     return rows
 
 
+def percent(r) -> dict:
+    """The numbers of a claim from a row of shares: value, ci_low, ci_high, n."""
+    return {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
+
+
+def _score(r) -> dict:
+    """The hit rate of a model on a unit."""
+    return {"claim": f"{r.model}, {r.unit}", "metric": r.metric, "baseline": "", "verdict": ""} | percent(r)
+
+
+def _gain(pair: dict) -> dict:
+    """A `comparison` relative to its old model, in percent."""
+    scale = 100 / pair["old value"] if pair["old value"] else np.nan
+    row = {"claim": f"{pair['new']} over {pair['old']}", "metric": f"relative gain of {pair['metric']}, %", "n": pair["n"]}
+    row |= {"ours": pair["relative %"], "ci_low": scale * pair["ci_low"], "ci_high": scale * pair["ci_high"]}
+    return row | {"baseline": pair["old"]}
+
+
 def traded(quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, dataset: str, source: str) -> list[dict]:
     """Rows for what an answer costs and what more or less cost buys; the paper has no numbers for it, so there are no verdicts.
 
@@ -177,18 +167,10 @@ def traded(quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, da
         source: the question they belong to, a heading of the report.
     """
     common = {"source": source, "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
-    rows = []
-    for r in quality[quality["unit"] == "average"].itertuples():
-        numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
-        rows.append(common | {"claim": f"{r.model}, {r.unit}", "metric": r.metric} | numbers)
-    for pair in pairs:
-        scale = 100 / pair["old value"] if pair["old value"] else np.nan
-        row = common | {"claim": f"{pair['new']} over {pair['old']}", "metric": f"relative gain of {pair['metric']}, %", "n": pair["n"]}
-        gain = {"ours": pair["relative %"], "ci_low": scale * pair["ci_low"], "ci_high": scale * pair["ci_high"]}
-        rows.append(row | gain | {"baseline": pair["old"]})
-    for r in (
-        speed[speed["side"] == "queries"].drop_duplicates(["per second", "batch"]).to_dict("records")
-    ):  # one row where ways cost the same
+    rows = [common | _score(r) for r in quality[quality["unit"] == "average"].itertuples()]
+    rows += [common | _gain(pair) for pair in pairs]
+    asked = speed[speed["side"] == "queries"].drop_duplicates(["per second", "batch"])  # one row where ways cost the same
+    for r in asked.to_dict("records"):
         row = common | {"claim": r["way"], "n": r["n"]}
         rows.append(row | {"metric": f"queries per second, {r['batch']} at a time", "ours": r["per second"]})
         if r["batch"] == 1:  # in a larger one all wait for the longest summary
@@ -260,13 +242,11 @@ def generalised(scores: pd.DataFrame, differences: pd.DataFrame, dataset: str, e
     """
     common, rows = {"source": "Table 2, own rows", "dataset": f"{dataset}, unseen", "baseline": "", "verdict": ""}, []
     for r in scores.itertuples():
-        numbers = {"metric": r.metric, "ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
-        rows.append(common | {"claim": ", ".join(filter(None, (r.model, r.set, r.group)))} | numbers)
+        rows.append(common | {"claim": ", ".join(filter(None, (r.model, r.set, r.group))), "metric": r.metric} | percent(r))
     for r in differences.itertuples():
         row = common | {"claim": ", ".join(filter(None, (f"{r.new} over {r.old}", r.set, r.group))), "baseline": r.old, "paper": r.paper}
-        numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
         said = "" if r.paper != r.paper else "same direction" if r.ci_low > 0 else "not reproduced"  # another set than the paper's
-        rows.append(row | numbers | {"metric": f"difference of {r.metric}, points", "verdict": said if evidence else "not run"})
+        rows.append(row | percent(r) | {"metric": f"difference of {r.metric}, points", "verdict": said if evidence else "not run"})
     return rows
 
 

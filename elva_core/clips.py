@@ -14,7 +14,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from elva_core.mbeir import MAX_ASPECT, MAX_PIXELS, ElvaDataError
+from elva_core.mbeir import ElvaDataError, guard_size
 
 FORMATS = "mov,matroska,webm,avi"  # no playlist, which could name other files
 TRUNCATED = 0.9  # of the frames that the header declares; AVI counts a few that hold nothing
@@ -93,9 +93,7 @@ def _measured(path: Path) -> tuple[int, float]:
         if not container.streams.video:
             raise ElvaDataError(f"video {path} holds no video stream; replace the file")
         stream = container.streams.video[0]
-        width, height = stream.width, stream.height
-        if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
-            raise ElvaDataError(f"video {path} is {width}x{height}; crop it below {MAX_PIXELS:,} pixels and aspect {MAX_ASPECT}")
+        guard_size(f"video {path}", stream.width, stream.height)
         declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
     total = sum(1 for _ in _decoded(path))
     if not total or not rate or total < TRUNCATED * declared:

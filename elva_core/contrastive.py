@@ -121,10 +121,6 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
     Returns:
         one row per step: loss, batch accuracy, grad_norm, step_time.
     """
-    encoder.add_lora(settings.lora, seed=seed)
-    encoder.model.train()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     summaries = SummaryCache(encoder)
 
     def step_fn(step: int) -> dict[str, float]:
@@ -177,10 +173,5 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             "summary_loss": writing["loss"] / max(1, writing["chunks"]),
         }
 
-    parameters = encoder.trainable()
-    rows = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
-    encoder.merge_lora()
-    encoder.model.eval()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_disable()
-    return rows
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+        return runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -54,10 +54,6 @@ def train(
     Returns:
         one row per step: loss, cosine (mean, to the own target), kl, grad_norm, step_time.
     """
-    encoder.add_lora(settings.lora, seed=seed)
-    encoder.model.train()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     bank, draw = targets.to(encoder.device), epochs(range(len(items)), seed, "distil")
 
     def step_fn(step: int) -> dict[str, float]:
@@ -76,10 +72,5 @@ def train(
         distance, divergence = (value / len(rows) for value in runtime.summed(sums).values())
         return {"loss": distance + settings.kl_weight * divergence, "cosine": 1 - distance, "kl": divergence}
 
-    parameters = encoder.trainable()
-    logged = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
-    encoder.merge_lora()
-    encoder.model.eval()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_disable()
-    return logged
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+        return runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

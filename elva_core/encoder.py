@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -343,6 +344,27 @@ class Encoder:
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def adapting(self, lora: LoraSettings, *, seed: int, checkpointing: bool) -> Iterator[dict[str, torch.nn.Parameter]]:
+        """`with encoder.adapting(...) as parameters`: a fresh adapter in training mode, folded into the weights at the end.
+
+        A run that is stopped keeps the adapter as it was.
+        """
+        self.add_lora(lora, seed=seed)
+        self.model.train()
+        if checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        yield self.trainable()
+        self.merge_lora()
+        self.model.eval()
+        if checkpointing:
+            self.backbone.gradient_checkpointing_disable()
+
+    def forgetful(self) -> Encoder:
+        """The same model without the memory of images: their files are gone, or changed, at the next call, or shall be paid for."""
+        settings = self.settings.model_copy(update={"cache_vision": False})
+        return Encoder(self.model, self.processor, settings, self.source, self.template)
 
     def forget(self) -> None:
         """Drops the vision features that were kept: the next batch pays for its images, as one that nobody has seen."""

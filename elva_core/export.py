@@ -16,9 +16,9 @@ import transformers
 from huggingface_hub import ModelCard
 
 from elva_core import mbeir, publish
+from elva_core.encoder import TEMPLATES
 
 CARD_KEYS = ("encoder", "pooling", "stage", "parents")  # of elva.json; older ones also name a folder of this machine
-TEMPLATES = ("summary", "eol")
 MODULE = "elva_core.sentence_module.Embedder"
 
 

@@ -152,8 +152,7 @@ def seconds(
     Returns:
         model (as in `hits`), seconds, lower and upper quartile, n queries.
     """
-    kept = {"cache_vision": False}
-    writer, reader = (Encoder(e.model, e.processor, e.settings.model_copy(update=kept), e.source) for e in (searcher.encoder, reranker))
+    writer, reader = searcher.encoder.forgetful(), reranker.forgetful()
     taken: dict[str, list[float]] = {way: [] for way in (first, *rerank.KINDS)}
     turns = [(unit, pool, i) for i in range(-(-settings.timed // len(seen))) for unit, pool in seen if i < len(unit.asked)]
     for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up

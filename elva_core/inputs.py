@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from elva_core.encoder import Encoder, Item
+from elva_core.encoder import Item
 
 Picture = Image.Image | Path | str
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # what a PNG holds without loss
@@ -54,8 +54,3 @@ def instructed(instruction: str, text: str) -> str:
     ('Find it. A dog.', 'Find it.')
     """
     return instruction + text if text else instruction.strip()
-
-
-def forgetful(encoder: Encoder) -> Encoder:
-    """The same model without the memory of images, whose files are gone, or changed, at the next call."""
-    return Encoder(encoder.model, encoder.processor, encoder.settings.model_copy(update={"cache_vision": False}), encoder.source)

@@ -493,6 +493,12 @@ def stable_hash(*parts: object) -> int:
     return int(hashlib.sha256(text).hexdigest()[:15], 16)
 
 
+def guard_size(what: str, width: int, height: int) -> None:
+    """Raises ElvaDataError where an image or a frame is too large, or too elongated. what: names the file."""
+    if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
+        raise ElvaDataError(f"{what} is {width}x{height}; crop it below {MAX_PIXELS:,} pixels and aspect {MAX_ASPECT}")
+
+
 def open_image(path: Path) -> Image.Image:
     """An RGB image, decoded in full; transparency becomes white.
 
@@ -501,9 +507,7 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
-                raise ElvaDataError(f"image {path} is {width}x{height}; crop it below {MAX_PIXELS:,} pixels and aspect {MAX_ASPECT}")
+            guard_size(f"image {path}", *image.size)
             if image.mode == "RGB":
                 return image.copy()
             image = image.convert("RGBA")

@@ -33,7 +33,7 @@ class MtebEncoder(AbsEncoder):
     """
 
     def __init__(self, encoder: Encoder, *, template: str = "summary", instructions: Mapping[str, str] | None = None) -> None:
-        self.encoder, self.template, self.instructions = inputs.forgetful(encoder), template, instructions or {}
+        self.encoder, self.template, self.instructions = encoder.forgetful(), template, instructions or {}
         weights = lineage(encoder.source)[-1:]  # none of a model that was never saved
         self.mteb_model_meta = ModelMeta.create_empty().model_copy(
             update={

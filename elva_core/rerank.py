@@ -157,10 +157,6 @@ def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, 
     """
     ids = {kind: answer_ids(encoder, kind, settings) for kind in KINDS}
     draws = {kind: epochs(ranked, seed, f"rerank {kind}") for kind in KINDS}
-    encoder.add_lora(settings.lora, seed=seed)
-    encoder.model.train()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step_fn(step: int) -> dict[str, float]:
         turn, listwise = divmod(step, 2)
@@ -178,10 +174,5 @@ def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, 
         runtime.sum_gradients(parameters.values())
         return runtime.summed(facts) | {"listwise": float(listwise)}
 
-    parameters = encoder.trainable()
-    rows = runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
-    encoder.merge_lora()
-    encoder.model.eval()
-    if settings.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_disable()
-    return rows
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+        return runtime.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

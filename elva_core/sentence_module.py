@@ -32,7 +32,7 @@ class Embedder(InputModule):
 
     def __init__(self, loaded: encoder.Encoder, card: dict[str, Any]) -> None:
         super().__init__()
-        self.encoder, self.card = inputs.forgetful(loaded), card
+        self.encoder, self.card = loaded.forgetful(), card
         self.model = self.encoder.backbone  # registered, so that the device, dtype and size are found
         self.tokenizer = self.encoder.processor.tokenizer
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pandas as pd
 
 from elva_core import evaluate, metrics, prepare, runtime, search, unseen_sets
 from elva_core.encoder import Item
+from elva_core.evaluate import Vectors
 from elva_core.mbeir import ElvaDataError
 from elva_core.settings import Settings
 from elva_core.unseen_sets import SETS, Task
@@ -24,7 +25,6 @@ from elva_core.unseen_sets import SETS, Task
 SUBMITTED = 50  # images per query of CIRCO's server
 ALIKE = ("Table 2", "captions")  # questions of the paper; the others share no more with its sets than the layout of the files
 GROUPED = "vendor"  # the question whose groups, kinds of compositions, are a question of their own
-Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
 
 
 @dataclass(frozen=True)

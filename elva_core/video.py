@@ -7,7 +7,7 @@ rows = table(hits, samples=1000, seed=17)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pandas as pd
 
 from elva_core import claims, mbeir, metrics, runtime, unseen
 from elva_core.encoder import Item
+from elva_core.evaluate import Vectors
 from elva_core.mbeir import ElvaDataError
 from elva_core.settings import VideoSettings
 from elva_core.unseen_sets import Task
@@ -24,7 +25,6 @@ from elva_core.video_sets import SETS, msrvtt
 STILL = "still"  # the folder of clips in which nothing moves
 SOURCES = {"clips": "Table 7, own clips"}  # heading of the claims of a set, if not Table 7
 COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
-Vectors = Callable[[Sequence[Item]], Sequence]  # items -> (N, D), unit length
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
@@ -138,8 +138,7 @@ def claimed(results: pd.DataFrame, gains: pd.DataFrame, dataset: str, evidence: 
     rows = []
     for r in found.itertuples():
         row = {"claim": f"{r.model}, {r.motion}, {r.frames} frames", "source": SOURCES.get(r.set, "Table 7"), "dataset": dataset}
-        row |= {"metric": r.metric}
-        numbers = {"ours": 100 * r.value, "ci_low": 100 * r.ci_low, "ci_high": 100 * r.ci_high, "n": r.n}
+        row |= {"metric": r.metric} | claims.percent(r)
         chance = f"chance {100 / motions:.1f}" if r.motion == "all" else ""
-        rows.append(row | numbers | {"baseline": chance, "verdict": "" if evidence else "not run"})
+        rows.append(row | {"baseline": chance, "verdict": "" if evidence else "not run"})
     return rows + claims.in_points(gains, dataset, evidence)

@@ -257,6 +257,14 @@ def check(root: Path) -> int:
     return int(bool(problems))
 
 
+def _opened(model: Path, profile: settings.Settings):
+    """A model folder, with the device, dtype and threads of a profile."""
+    from elva_core import encoder, runtime
+
+    runtime.start(profile.threads)
+    return encoder.load(model, dtype=profile.dtype, device=profile.device)
+
+
 def evaluate(
     root: Path,
     units: Sequence[str],
@@ -274,12 +282,11 @@ def evaluate(
         template: how the queries are read; None reads them as the model's folder says. pool_model: embeds the candidates,
             as its folder says; None is `model`, read like the queries.
     """
-    from elva_core import encoder, mbeir, runtime
     from elva_core import evaluate as evaluation
+    from elva_core import mbeir
 
     profile, pools = settings.load(profile_name), ("local", "global") if pool == "both" else (pool,)
-    runtime.start(profile.threads)
-    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(model, profile)
     kept = profile.evaluation.model_copy(update={"on_disk": True})
     candidates = _kept_pool(pool_model, loaded, profile) if pool_model else None
     searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates)
@@ -295,14 +302,13 @@ def evaluate(
 
 def video(name: str, root: Path, model: Path, out: Path, frames: int | None, profile_name: str) -> None:
     """Scores a trained model on text to video; embeddings are kept, so that a killed run goes on."""
-    from elva_core import encoder, evaluate, runtime, store, video_sets
+    from elva_core import evaluate, runtime, store, video_sets
     from elva_core import unseen as unseen_scores
     from elva_core import video as videos
 
     profile, frames = settings.load(profile_name), video_sets.FRAMES if frames is None else frames
-    runtime.start(profile.threads)
     task = video_sets.SETS[name](root, frames)
-    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(model, profile)
     batch = max(1, profile.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
     kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=batch, template="summary")
     hits = unseen_scores.score(task.name, [task], kept)[["set", "query", "metric", "value"]]
@@ -327,11 +333,10 @@ def unseen(
     print(f"{sets}: {len(problems)} problems, {len(notes)} notes")
     if problems or lint_only:
         return int(bool(problems))
-    from elva_core import encoder, evaluate, runtime, store
+    from elva_core import evaluate, store
 
     profile = settings.load(profile_name)
-    runtime.start(profile.threads)
-    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(model, profile)
     kept = store.Store(evaluate.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template)
     results = unseen_scores.run(sets, names, kept, out, model=model.name, encoding=encoding, samples=profile.evaluation.bootstrap)
     if results is not None:
@@ -355,9 +360,7 @@ def _pool_encoder(folder: Path, asking, profile: settings.Settings):
     Raises:
         ValueError: its embeddings have another size than those of the model that reads the queries.
     """
-    from elva_core import encoder
-
-    loaded = encoder.load(folder, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(folder, profile)
     sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher")
@@ -384,7 +387,7 @@ def search(
     Args:
         template, pool_model: as in `evaluate`; an index is asked as it was read. In one pass there is no summary to print.
     """
-    from elva_core import answers, encoder, index, mbeir, runtime
+    from elva_core import answers, index, mbeir
 
     if built is None and not (model and root and unit):
         raise ValueError("search needs --model, --root and --unit, or --index")
@@ -397,8 +400,7 @@ def search(
         if model is None:
             raise ValueError(f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR")
     profile = settings.load(profile_name)
-    runtime.start(profile.threads)
-    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(model, profile)
     data = mbeir.Root(root) if root else None
     if built and pool_model:
         raise ValueError("--index holds embedded candidates; leave --pool-model out")
@@ -428,13 +430,12 @@ def export(
 
         print(f"{model} is now {exporting.sentence_transformer(model, to, template=template, root=data, unit=unit)}; see its README.md")
         return
-    from elva_core import answers, encoder, index, runtime
+    from elva_core import answers, index
 
     if not (data and unit):
         raise ValueError("export --index needs --root and --unit, whose pool it embeds")
     profile = settings.load(profile_name)
-    runtime.start(profile.threads)
-    loaded = encoder.load(model, dtype=profile.dtype, device=profile.device)
+    loaded = _opened(model, profile)
     embedded = answers.of_unit(loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool)
     files = index.write(loaded, embedded, to)
     print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(files)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +63,25 @@ def model_folder(root, smoke, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
+
+
+def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:
+    """Runs `work(rank, count, port, *given)` in `count` processes that can reach each other at `port`; None where one had to be killed.
+
+    Args:
+        timeout: seconds to wait for each: a process that fails leaves the others waiting for it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = [multiprocessing.get_context("spawn").Process(target=work, args=(rank, count, port, *given)) for rank in range(count)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(timeout=timeout)
+    codes = [one.exitcode for one in started]
+    for one in started:
+        one.kill()
+    return codes
 
 
 def mined(model, root, smoke, queries: int) -> list[negatives.Ranked]:

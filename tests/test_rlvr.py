@@ -6,12 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 
 import numpy as np
 import pytest
 import torch
-from conftest import mined
+from conftest import exit_codes, mined
 from safetensors.torch import load_file, save_file
 
 from elva_core import contrastive, encoder, mbeir, negatives, rewards, rlvr, rollout, runtime
@@ -374,25 +373,12 @@ def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_p
         "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", aggregation="dapo", advantage="batch", rollout_sides="all"),
         "InfoNCE": smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}),
     }[what]
-    start = multiprocessing.get_context("spawn")
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        work = [
-            start.Process(target=train_as_one_of, args=(rank, count, port, folder, model_folder, smoke.encoder, ranked, settings))
-            for rank in range(count)
-        ]
-        for one in work:
-            one.start()
-        for one in work:
-            one.join(timeout=300)  # a process that fails leaves the other waiting for it
-        codes = [one.exitcode for one in work]
-        for one in work:
-            one.kill()
-        assert codes == [0] * count
+        given = (folder, model_folder, smoke.encoder, ranked, settings)
+        assert exit_codes(train_as_one_of, count, *given, timeout=300) == [0] * count
         found[count] = load_file(folder / "weights.safetensors"), json.loads((folder / "rows.json").read_text())
     before = dict(encoder.load(model_folder, smoke.encoder).backbone.named_parameters())
     moved = max(float((found[1][0][n] - p).abs().max()) for n, p in before.items())

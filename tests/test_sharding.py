@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
+from conftest import exit_codes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -36,9 +35,9 @@ def work(model, chunks, items) -> dict[str, torch.Tensor]:
     return found | {"vectors": torch.from_numpy(retrieval.encode(model, items, batch=2)[0])}
 
 
-def work_as_one_of(rank, port, folder, model_folder, prompts, lora, chunks, items):
+def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunks, items):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_FSDP": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     runtime.processes()
     model = adapted(model_folder, prompts, lora)
@@ -63,18 +62,8 @@ def test_unequal_work_on_slices_is_that_of_one_process(model_folder, smoke, item
     wanted = work(model, chunks, items[:5])
     model.merge_lora()
     wanted |= model.model.state_dict()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    given = (port, tmp_path, model_folder, smoke.encoder, lora, chunks, items[:5])
-    started = [multiprocessing.get_context("spawn").Process(target=work_as_one_of, args=(rank, *given)) for rank in range(2)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=120)  # who waits for a turn that never comes
-    codes = [one.exitcode for one in started]
-    for one in started:
-        one.kill()
-    assert codes == [0, 0]
+    given = (tmp_path, model_folder, smoke.encoder, lora, chunks, items[:5])
+    assert exit_codes(work_as_one_of, 2, *given, timeout=120) == [0, 0]
     found = load_file(tmp_path / "found.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():

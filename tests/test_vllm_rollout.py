@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import multiprocessing
-import socket
 import sys
 
 import pytest
 import torch
 import vllm_stand_in
-from conftest import mined
+from conftest import exit_codes, mined
 from safetensors.torch import load_file
 from test_rlvr import noise as numbers
 from test_rlvr import stage3, train_as_one_of
@@ -288,21 +286,8 @@ def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_
     one = encoder.load(model_folder, prompting)
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}
     rlvr.train(one, ranked, settings, seed=4, folder=tmp_path / "one")
-    after, start = dict(one.backbone.named_parameters()), multiprocessing.get_context("spawn")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    work = [
-        start.Process(target=with_the_stand_in, args=(rank, 2, port, tmp_path, model_folder, prompting, ranked, settings))
-        for rank in range(2)
-    ]
-    for each in work:
-        each.start()
-    for each in work:
-        each.join(timeout=120)
-    codes = [each.exitcode for each in work]
-    for each in work:
-        each.kill()
-    assert codes == [0, 0]
+    after = dict(one.backbone.named_parameters())
+    assert exit_codes(with_the_stand_in, 2, tmp_path, model_folder, prompting, ranked, settings, timeout=120) == [0, 0]
     both = load_file(tmp_path / "weights.safetensors")
     assert max(float((after[n] - p).abs().max()) for n, p in before.items()) > 1e-4
     assert max(float((after[n] - both[n]).abs().max()) for n in before) < 1e-5

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 
 import pytest
 import torch
-from conftest import mined
+from conftest import exit_codes, mined
 
 from elva_core import contrastive, encoder, rlvr, runtime, zero
 from elva_core.encoder import Item
@@ -61,10 +59,10 @@ def with_a_gap(folder, fatal):
     }
 
 
-def as_one_of(rank, port, shared, fatal_step, stage, folder, *given):
+def as_one_of(rank, count, port, shared, fatal_step, stage, folder, *given):
     """Trains in this process, which kills itself without any warning before `fatal_step`, if there is one."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": str(shared).lower(), "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
     import deepspeed
@@ -92,18 +90,7 @@ def as_one_of(rank, port, shared, fatal_step, stage, folder, *given):
 def in_two(stage, folder, *given, shared=True, fatal_step=-1) -> list[int]:
     """Exit codes of two processes."""
     folder.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=as_one_of, args=(rank, port, shared, fatal_step, stage, folder, *given)) for rank in range(2)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=240)
-    codes = [one.exitcode for one in started]
-    for one in started:
-        one.kill()
-    return codes
+    return exit_codes(as_one_of, 2, shared, fatal_step, stage, folder, *given, timeout=240)
 
 
 def assert_same(left: dict, right: dict) -> None:
