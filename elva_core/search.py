@@ -1,7 +1,7 @@
 """Exact cosine search: one pass over a pool of any size gives the top k and the ranks of the relevant rows.
 
-A score is the dot product in float64, rounded to float32; equal scores go by pool order. float32 products only find what could
-matter: the result does not depend on blocks, threads or BLAS, and a copy of a vector ties with it wherever it stands.
+A score is the dot product in float64, rounded to float32; equal scores go by pool order. Products of less precision only find what
+could matter: the result does not depend on blocks, threads or BLAS, and a copy of a vector ties with it wherever it stands.
 
     found = exact(queries, pool, k=10, relevant=[[3], [5, 8]])
     found.rows[0], found.ranks[0]
@@ -9,8 +9,11 @@ matter: the result does not depend on blocks, threads or BLAS, and a copy of a v
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +24,14 @@ from threadpoolctl import threadpool_limits
 QUERIES = 1024  # that are multiplied at once
 ROWS, TILE = 8192, 2048  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
 GROUP, COUNTED = 8, 64  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
-SPARE = 14  # rows kept beyond k, because float32 may order neighbours wrongly
+AHEAD = 2  # blocks of rows that are read before they are worked on
+SPARE = 14  # rows kept beyond k, because less than float64 may order neighbours wrongly
+MANY = 128  # queries from which on rounding the pool to bfloat16 costs less than it saves
 PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
 PAGE = 2**21  # bytes of a huge page
+
+PRECISIONS = (torch.bfloat16, torch.float32, torch.float64)  # of the passes; each takes what the one before could not decide
 
 # slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
 Rows = np.ndarray | Sequence
@@ -45,7 +52,7 @@ class Found:
 def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[int]] | None = None) -> Found:
     """The k best pool rows of every query, and where its relevant rows stand. Uses as many threads as torch.
 
-    Queries for which too many scores are too close for float32, as when all embeddings are the same, take a second pass in float64.
+    Queries for which too many scores are too close for one precision, as when all embeddings are the same, take another pass in the next.
 
     Args:
         queries: (Q, D), unit length.
@@ -62,35 +69,53 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
     if k > size:
         raise ValueError(f"k = {k} exceeds the pool of {size}; lower the cut-off")
     vectors, asked = _unit(queries, "query", 0), [[]] * len(queries) if relevant is None else relevant
-    keys, ranks, pessimistic, clear = _passed(vectors, parts, size, k, asked, wide=False)
-    if len(again := np.flatnonzero(~clear)):
-        keys[again], exact_ranks, exact_pessimistic, _ = _passed(vectors[again], parts, size, k, [asked[i] for i in again], wide=True)
-        for i, *found in zip(again, exact_ranks, exact_pessimistic, strict=True):
+    keys, ranks, pessimistic = np.empty((len(vectors), k), np.int64), [[]] * len(vectors), [[]] * len(vectors)
+    undecided = np.arange(len(vectors))
+    # bfloat16 finds the best rows, but is too coarse to count what stands above a row
+    for precision in PRECISIONS[0 if not any(asked) and len(vectors) >= MANY and _has_bfloat16() else 1 :]:
+        keys[undecided], *counted, clear = _passed(vectors[undecided], parts, size, k, [asked[i] for i in undecided], precision)
+        for i, *found in zip(undecided, *counted, strict=True):
             ranks[i], pessimistic[i] = found
+        undecided = undecided[~clear]
+        if not len(undecided):
+            break
     return Found(*_decoded(keys), ranks, pessimistic)
 
 
-def _passed(vectors: np.ndarray, parts: list, size: int, k: int, relevant: Sequence[Sequence[int]], *, wide: bool) -> tuple:
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, twice as fast as float32 or more."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def _passed(
+    vectors: np.ndarray, parts: list, size: int, k: int, relevant: Sequence[Sequence[int]], precision: torch.dtype
+) -> tuple[np.ndarray, list, list, np.ndarray]:
     """Keys (Q, k), ranks and pessimistic ranks of some queries, and for which of them these are certain."""
     threads = torch.get_num_threads()
     width = max(1, min(QUERIES, -(-len(vectors) // threads)))
     starts = range(0, len(vectors), width)
-    blocks = [_Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, wide=wide) for i in starts]
+    blocks = [_Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, precision) for i in starts]
     space = [_in_huge_pages(TILE * width) for _ in range(threads)]
 
-    def work(thread: int, part: np.ndarray, start: int) -> None:
+    def work(thread: int, part: np.ndarray, rounded: torch.Tensor, start: int) -> None:
         for block in blocks[thread::threads]:
-            block.see(part, start, space[thread])
+            block.see(part, rounded, start, space[thread])
 
-    with threadpool_limits(1), ThreadPoolExecutor(threads) as workers:
-        running: list[Future] = []
-        for start, part in _read(parts):  # the next rows are read while the last ones are worked on
-            for future in running:
-                future.result()
-            running = [workers.submit(work, thread, part, start) for thread in range(threads)]
-        for future in running:
+    with threadpool_limits(1), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)  # what a worker sets for itself, torch sets for threads to come, too
+        workers = [stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))) for _ in range(threads)]
+        running: deque[list[Future]] = deque()
+        for start, part in _read(parts):  # rows are read while those before are worked on; no worker waits for another
+            rounded = torch.from_numpy(part).to(precision)
+            running.append([worker.submit(work, thread, part, rounded, start) for thread, worker in enumerate(workers)])
+            if len(running) > AHEAD:
+                for future in running.popleft():
+                    future.result()
+        for future in itertools.chain(*running):
             future.result()
-    keys, clear = zip(*[block.best_keys(parts) for block in blocks], strict=True) if blocks else ([np.empty((0, k), np.int64)], [[True]])
+        best = [workers[i % threads].submit(block.best_keys, parts) for i, block in enumerate(blocks)]
+        keys, clear = zip(*[x.result() for x in best], strict=True) if blocks else ([np.empty((0, k), np.int64)], [np.empty(0, bool)])
     ranks, pessimistic = ([row for block in blocks for row in block.ranks(tied)] for tied in ("before", "tied"))
     return np.concatenate(keys), ranks, pessimistic, np.concatenate(clear)
 
@@ -98,15 +123,18 @@ def _passed(vectors: np.ndarray, parts: list, size: int, k: int, relevant: Seque
 class _Block:
     """Some queries and what is known of them so far: keys of their best rows, and counts for each relevant row ("entry").
 
-    wide: scores are exact, so nothing is too close to say.
+    precision: of the scores; with float64 nothing is too close to say, with bfloat16 nothing can be counted.
     """
 
-    def __init__(self, queries: np.ndarray, k: int, relevant: Sequence[Sequence[int]], parts: list, size: int, *, wide: bool) -> None:
-        self.queries, self.k, self.size, self.wide = queries, k, size, wide
-        self.factor = queries.T.astype(np.float64) if wide else queries.T
-        # rounding errors of float32 are random; this is far more than any that was seen
-        self.slack = np.float32(0 if wide else 4 * np.sqrt(queries.shape[1]) * 2.0**-24)
-        self.best = np.full((len(queries), k if wide else min(k + SPARE, size)), EMPTY)  # the least one first, the others in any order
+    def __init__(
+        self, queries: np.ndarray, k: int, relevant: Sequence[Sequence[int]], parts: list, size: int, precision: torch.dtype
+    ) -> None:
+        self.queries, self.k, self.size, self.precision = queries, k, size, precision
+        self.factor = torch.from_numpy(queries.T.copy()).to(precision)
+        # float32: rounding errors are random; this is far more than any that was seen
+        self.slack = np.float32(4 * np.sqrt(queries.shape[1]) * 2.0**-24 if precision == torch.float32 else 0)
+        kept = {torch.bfloat16: 2 * k + SPARE, torch.float32: k + SPARE, torch.float64: k}[precision]
+        self.best = np.full((len(queries), min(kept, size)), EMPTY)  # the least one first, the others in any order
         self.floor = np.full(len(queries), -np.inf, np.float32)  # a lower score than this is not among the best
         self.tops: np.ndarray | None = np.empty((0, len(queries)), np.float32)  # maxima of groups, until the first keys are kept
         self.new: list[tuple[np.ndarray, np.ndarray]] = []
@@ -120,11 +148,11 @@ class _Block:
         nth = np.arange(len(self.row)) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int64)
         self.layers = [np.flatnonzero(nth == n) for n in range(max(lengths, default=0))]  # at most one entry per query in each
 
-    def see(self, part: np.ndarray, start: int, scores: np.ndarray) -> None:
+    def see(self, part: np.ndarray, rounded: torch.Tensor, start: int, scores: np.ndarray) -> None:
         """Takes the rows from `start` on into account.
 
         Args:
-            part: (n, D) float32.
+            part: (n, D) float32. rounded: the same in this block's precision.
             scores: (at least TILE times the queries,) float32, to work in.
         """
         width = len(self.queries)
@@ -132,21 +160,20 @@ class _Block:
         for first in range(0, len(part), TILE):
             rows = part[first : first + TILE]
             n = len(rows)
-            if self.wide:
-                scores[:n] = rows.astype(np.float64) @ self.factor
+            if self.precision == torch.float32:
+                np.matmul(rows, self.factor.numpy(), out=scores[:n])  # numpy's is faster than torch's
             else:
-                np.matmul(rows, self.factor, out=scores[:n])
+                torch.from_numpy(scores[:n]).copy_(rounded[first : first + TILE] @ self.factor)
             scores[n:] = -np.inf
             if self.tops is not None:
                 self._raise_floor(scores)
             groups = scores.reshape(-1, COUNTED, width)
             peaks = groups.max(1)  # one look at all scores; few groups are looked at again
-            low = self.floor - self.slack
-            group, column = _marked(peaks >= low)
+            group, column = _marked(peaks >= self.floor)
             values = groups[group, :, column]
-            found, row = _marked(values >= low[column, None])
+            found, row = _marked(values >= self.floor[column, None])
             self._add(column[found], values[found, row], start + first + group[found] * COUNTED + row)
-            if self.wide:
+            if self.precision == torch.float64:
                 self._count_exactly(scores[:n], np.arange(start + first, start + first + n))
             else:
                 for layer in self.layers:
@@ -214,15 +241,22 @@ class _Block:
         if self.new:
             self._keep()
         keys, clear = self.best, np.ones(len(self.best), bool)
-        if not self.wide:
+        if self.precision != torch.float64:
             rows = _decoded(keys)[0]
             columns = np.repeat(np.arange(len(rows)), rows.shape[1])
             keys = _keys(_scores_at(self.queries, columns, parts, rows.ravel()), rows.ravel()).reshape(rows.shape)
             clear[self.column[self.close > self.too_close]] = False
         keys = np.sort(keys, axis=1)[:, : -self.k - 1 : -1]
         if self.k < self.best.shape[1] < self.size:  # a row that was not kept scores at most the floor and an error
-            clear &= _decoded(keys[:, -1])[1] > self.floor + self.slack
+            clear &= _decoded(keys[:, -1])[1] > self.floor + self._error()
         return keys, clear
+
+    def _error(self) -> np.ndarray | np.float32:
+        """The most by which a row that scores the floor may be better.
+
+        bfloat16 rounds either vector by 2^-8 of its length, and their score by 2^-8 of itself; a few percent more for the sums.
+        """
+        return np.float32(2.1 * 2**-8) + abs(self.floor) * np.float32(1.1 * 2**-8) if self.precision == torch.bfloat16 else self.slack
 
     def ranks(self, tied: str) -> list[list[int]]:
         out: list[list[int]] = [[] for _ in self.queries]

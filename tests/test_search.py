@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,47 @@ def test_a_cloud_as_narrow_as_the_errors_of_float32_is_ranked_exactly(small_bloc
     rows, _, ranks, worst = by_full_sort(q, c, 6, relevant)
     found = search.exact(q, c, 6, relevant)
     assert np.array_equal(found.rows, rows) and found.ranks == ranks and found.pessimistic == worst
+
+
+@pytest.mark.parametrize("spread", [1, 0.03, 1e-4, 0])
+def test_what_bfloat16_cannot_tell_apart_is_ranked_exactly(small_blocks, monkeypatch, spread):
+    """From rows that it orders well to rows that it takes for one."""
+    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)  # torch can do without
+    c = unit_vectors(1, d=64) + spread * unit_vectors(3000, d=64, seed=4)
+    c /= np.linalg.norm(c, axis=1, keepdims=True)
+    q = unit_vectors(search.MANY, d=64, seed=5)
+    rows, scores, _, _ = by_full_sort(q, c, 6, [[]] * len(q))
+    found = search.exact(q, c, 6)
+    assert np.array_equal(found.rows, rows) and np.array_equal(found.scores, scores)
+
+
+def test_bfloat16_decides_what_is_far_apart_and_leaves_counts_to_float32(small_blocks, monkeypatch):
+    passes, run = [], search._passed
+    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(search, "_passed", lambda vectors, *rest: passes.append((len(vectors), rest[-1])) or run(vectors, *rest))
+    q, c = unit_vectors(search.MANY, d=64), unit_vectors(3000, d=64, seed=1)
+    search.exact(q, c, 6)
+    assert passes[0] == (len(q), torch.bfloat16) and sum(n for n, _ in passes[1:]) < len(q) / 4
+    passes.clear()
+    search.exact(q, c, 6, [[1]] * len(q))
+    search.exact(q[:-1], c, 6)
+    assert [precision for _, precision in passes] == [torch.float32] * 2
+
+
+def test_threads_are_as_many_after_a_search_as_before():
+    before, broken = torch.get_num_threads(), unit_vectors(9)
+    broken[3] *= 5
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as later:
+            search.exact(unit_vectors(4), unit_vectors(9), 3)
+            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 2
+        with ThreadPoolExecutor(1) as later:
+            with pytest.raises(ValueError, match="pool row 3"):
+                search.exact(unit_vectors(4), broken, 3)
+            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_files_are_one_pool_and_float16_is_normalised_again(small_blocks, tmp_path):
