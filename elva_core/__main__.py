@@ -1,7 +1,7 @@
-"""`python -m elva_core`: see workbook.py."""
+"""`python -m elva_core`: see commands.py."""
 
 import sys
 
-from elva_core.workbook import main
+from elva_core.commands import main
 
 sys.exit(main())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import hypothesis
 import pytest
 import torch
 
-from elva_core import backbone, emoji_collection, encoder, mbeir, negatives, settings
+from elva_core import artifacts, backbone, emoji_collection, encoder, mbeir, negatives, settings
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -63,6 +65,31 @@ def model_folder(root, smoke, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
+
+
+# a command that scores a model, with embeddings and results in a folder of the test
+COMMAND = """
+import sys
+from pathlib import Path
+from elva_core import commands, evaluate, runtime
+out, name, *more = sys.argv[1:]
+print(f"one of {runtime.processes().num_processes}")
+evaluate.EMBEDDINGS = Path(out) / "kept"
+sys.exit(commands.main([name, *more, "--out", out, "--profile", "smoke"]))
+"""
+
+
+def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched_by: str = "") -> str:
+    """Output of a script run in a process of its own, or in two that `accelerate launch` starts with this launch file, on the CPU."""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    configured = str(artifacts.REPOSITORY / "params/accelerate" / launched_by)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", configured, "--num_processes", "2", "--main_process_port", "0"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
+    command = [sys.executable, *(launcher if launched_by else []), str(path), str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:

@@ -13,6 +13,7 @@ import torch
 from elva_core import (
     artifacts,
     claims,
+    commands,
     distil,
     encoder,
     evaluate,
@@ -26,7 +27,6 @@ from elva_core import (
     runtime,
     throughput,
     training,
-    workbook,
     workload,
 )
 from elva_core.contrastive import union_pairs
@@ -160,7 +160,7 @@ def command(tiny, root, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda threads: None)
     tiny.save(tmp_path / "model", stage="test", parent="none", template="eol")
     common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
-    return lambda name, *more: workbook.main([name, *common, *more])
+    return lambda name, *more: commands.main([name, *common, *more])
 
 
 def test_a_search_in_one_pass_generates_nothing_and_shows_no_summary(command, capsys, monkeypatch):

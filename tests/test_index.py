@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import answers, encoder, evaluate, index, mbeir, publish, retrieval, search, store, workbook
+from elva_core import answers, commands, encoder, evaluate, index, mbeir, publish, retrieval, search, store
 
 UNIT = "emoji_task2"  # candidates with image and text
 
@@ -142,7 +142,7 @@ def test_a_wrong_index_is_refused_with_one_clear_message(made, own, damage, caps
     harm(own)
     with pytest.raises(ValueError, match=message):
         index.opened(own, made[0])
-    assert workbook.main(["search", "--index", str(own), "a dog"]) == 1
+    assert commands.main(["search", "--index", str(own), "a dog"]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -194,12 +194,12 @@ def test_the_command_line_exports_and_searches(made, root, tmp_path, capsys, mon
     monkeypatch.setattr(evaluate, "EMBEDDINGS", tmp_path / "kept")
     monkeypatch.chdir(tmp_path)
     common = ["--model", loaded.source, "--root", str(root.folder), "--unit", UNIT, "--profile", "smoke"]
-    assert workbook.main(["export", "--index", *common, "--to", "index"]) == 0
+    assert commands.main(["export", "--index", *common, "--to", "index"]) == 0
     assert f"{len(pool.candidates)} candidates in candidates.parquet, index.faiss, manifest.json" in capsys.readouterr().out
-    assert workbook.main(["search", *common, "--k", "3", "woman running"]) == 0
+    assert commands.main(["search", *common, "--k", "3", "woman running"]) == 0
     first = capsys.readouterr().out
     monkeypatch.setattr(store, "encode", lambda *_, **__: 1 / 0)  # nothing of the pool is embedded again
-    assert workbook.main(["search", "--index", "index", "--k", "3", "woman running", "--profile", "smoke"]) == 0
+    assert commands.main(["search", "--index", "index", "--k", "3", "woman running", "--profile", "smoke"]) == 0
     second = capsys.readouterr().out
 
     def shown(out):
@@ -209,13 +209,13 @@ def test_the_command_line_exports_and_searches(made, root, tmp_path, capsys, mon
     assert f"pictures: {tmp_path / 'search_woman_running.png'}" in first
     assert Image.open("search_woman_running.png").format == "PNG"
     (tmp_path / "search_woman_running.png").unlink()
-    assert workbook.main(["search", "--index", "index", "--no-pictures", "woman running", "--profile", "smoke"]) == 0
+    assert commands.main(["search", "--index", "index", "--no-pictures", "woman running", "--profile", "smoke"]) == 0
     assert not list(tmp_path.glob("*.png")) and "pictures" not in capsys.readouterr().out
-    assert workbook.main(["search", "--index", "index", "--unit", "emoji_task0", "woman running"]) == 1
+    assert commands.main(["search", "--index", "index", "--unit", "emoji_task0", "woman running"]) == 1
     assert f"index is an index of {UNIT}, not of emoji_task0" in capsys.readouterr().err
-    assert workbook.main(["search", "woman"]) == 1 and "--model, --root and --unit, or --index" in capsys.readouterr().err
-    assert workbook.main(["export", "--index", "--model", loaded.source, "--to", "x"]) == 1
-    assert workbook.main(["export", "--model", loaded.source, "--to", "elva", "--root", str(root.folder), "--unit", UNIT]) == 0
+    assert commands.main(["search", "woman"]) == 1 and "--model, --root and --unit, or --index" in capsys.readouterr().err
+    assert commands.main(["export", "--index", "--model", loaded.source, "--to", "x"]) == 1
+    assert commands.main(["export", "--model", loaded.source, "--to", "elva", "--root", str(root.folder), "--unit", UNIT]) == 0
     assert (tmp_path / "elva/modules.json").is_file()
 
 
@@ -223,10 +223,10 @@ def test_an_index_that_was_moved_asks_where_its_model_and_images_are(made, own, 
     content = json.loads((own / index.MANIFEST).read_text())
     content["made_from"]["model"] = "../elsewhere/model"
     (own / index.MANIFEST).write_text(json.dumps(content))
-    assert workbook.main(["search", "--index", str(own), "a dog"]) == 1
+    assert commands.main(["search", "--index", str(own), "a dog"]) == 1
     assert "say where it is with --model DIR" in capsys.readouterr().err
     content["made_from"]["root"] = "../elsewhere/root"
     (own / index.MANIFEST).write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
-    assert workbook.main(["search", "--index", str(own), "--model", made[0].source, "a dog", "--profile", "smoke"]) == 0
+    assert commands.main(["search", "--index", str(own), "--model", made[0].source, "a dog", "--profile", "smoke"]) == 0
     assert "search_a_dog.png without images; say where they are with --root ROOT" in capsys.readouterr().out

@@ -5,15 +5,12 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import elva_core
+
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
-ORDER = [
-    "settings", "artifacts", "mbeir", "clips", "lint", "sharding", "zero", "runtime", "emoji_collection", "nli", "prepare",
-    "objectives", "rewards", "metrics", "encoder", "backbone", "second_backbone", "rollout", "search", "retrieval", "store",
-    "negatives", "annotate", "verification", "mrbench", "release", "contrastive", "vllm_rollout", "rlvr", "distil", "rerank",
-    "training", "evaluate", "grains", "explorer", "claims", "unseen_files", "unseen_sets", "unseen", "video_sets", "video", "study",
-    "comparisons", "figures", "report", "sizes", "catalogue", "workload", "plan", "publish", "inputs", "sentence_module", "export",
-    "mteb_encoder", "answers", "index", "throughput", "fusion", "workbook", "__main__",
-]  # fmt: skip
+# the list in the package's docstring: names first, two spaces, what they are for
+LINES = [line.strip().split("  ")[0] for line in (elva_core.__doc__ or "").splitlines() if line.startswith("    ")]
+ORDER = [*(name for line in LINES for name in line.split(", ")), "__main__"]
 
 
 def imports(path: Path) -> set[str]:

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForImageTextToText
 
-from elva_core import encoder, mbeir, publish, retrieval, rollout, workbook
+from elva_core import commands, encoder, mbeir, publish, retrieval, rollout
 from elva_core.publish import PublishError
 
 
@@ -206,12 +206,12 @@ def test_what_is_a_folder_and_what_a_hub_name(tmp_path, monkeypatch):
 
 
 def test_the_command_line_pushes_and_says_what_is_wrong(trained, tmp_path, capsys):
-    assert workbook.main(["push", "--model", str(trained), "--to", str(tmp_path / "out"), "--profile", "smoke"]) == 0
+    assert commands.main(["push", "--model", str(trained), "--to", str(tmp_path / "out"), "--profile", "smoke"]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
     assert retrieval.encode(encoder.load(tmp_path / "out"), [encoder.Item("A dog.")], batch=1)[0].shape[0] == 1
-    assert workbook.main(["push", "--model", str(tmp_path), "--to", "me/elva"]) == 1
+    assert commands.main(["push", "--model", str(tmp_path), "--to", "me/elva"]) == 1
     assert "elva.json is missing: push takes a folder" in capsys.readouterr().err
-    assert workbook.main(["push", "--model", str(trained), "--to", "not a name"]) == 1
+    assert commands.main(["push", "--model", str(trained), "--to", "not a name"]) == 1
 
 
 def test_a_results_file_of_another_kind_is_refused(trained, tmp_path):

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from conftest import COMMAND, started
 from safetensors.torch import load_file
 
-from elva_core import artifacts, contrastive, encoder, negatives, prepare, training, workbook
+from elva_core import artifacts, commands, contrastive, encoder, negatives, prepare, training
 
 # what the test's processes start with: outputs in a folder of the test
 COMMAND_LINE = """
 import sys
 from pathlib import Path
-from elva_core import artifacts, runtime, sharding, workbook, zero
+from elva_core import artifacts, commands, runtime, sharding, zero
 artifacts.OUTPUTS = Path(sys.argv[1])
 print(f"one of {runtime.processes().num_processes}, in slices: {sharding.asked()}")
 if zero.asked():
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles another way to talk, minutes on one core
-sys.exit(max(workbook.main(["train", stage, "smoke", "--seed", "1"]) for stage in sys.argv[2:]))
+sys.exit(max(commands.main(["train", stage, "smoke", "--seed", "1"]) for stage in sys.argv[2:]))
 """
 NOTEBOOK = """
 import sys
@@ -36,16 +34,6 @@ training.devices = lambda settings: 2
 job = training.following("stage1", artifacts.open_stage("30_pretrain_contrastive", "smoke", 1))
 training.launch(training.run, job)
 print(len(training.history(job)))
-"""
-EVALUATION = """
-import sys
-from pathlib import Path
-from elva_core import evaluate, runtime, workbook
-out, model, root = sys.argv[1:]
-print(f"one of {runtime.processes().num_processes}")
-evaluate.EMBEDDINGS = Path(out) / "kept"
-common = ["--root", root, "--model", model, "--out", out, "--profile", "smoke", "--spread"]
-sys.exit(workbook.main(["evaluate", "--unit", "emoji_task3", *common]))
 """
 
 
@@ -62,34 +50,12 @@ def outputs(tmp_path_factory) -> Path:
     return folder
 
 
-def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched_by: str = "") -> str:
-    """Output of a script run in a process of its own, or in two that `accelerate launch` starts with this launch file, on the CPU."""
-    path = tmp_path / "script.py"
-    path.write_text(script)
-    configured = str(artifacts.REPOSITORY / "params/accelerate" / launched_by)
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        configured,
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
-    command = [sys.executable, *(launcher if launched_by else []), str(path), str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def saved(folder: Path, stage: str) -> Path:
     return folder / f"smoke/.30_pretrain_contrastive.partial/work/{stage}/model"
 
 
-def weights(folder: Path, stage: str) -> torch.Tensor:
-    return torch.cat([t.flatten().float() for _, t in sorted(load_file(saved(folder, stage) / "model.safetensors").items())])
+def weights(model: Path) -> torch.Tensor:
+    return torch.cat([t.flatten().float() for _, t in sorted(load_file(model / "model.safetensors").items())])
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +63,8 @@ def alone(outputs, tmp_path_factory) -> Path:
     """Stages 1 and 2, trained by one process."""
     folder = shutil.copytree(outputs, tmp_path_factory.mktemp("alone") / "outputs")
     assert "one of 1" in started(COMMAND_LINE, folder, folder.parent, "stage1", "stage2")
-    start = load_file(next((outputs / "cache").glob("backbone-*")) / "model.safetensors")
-    before = torch.cat([t.flatten() for _, t in sorted(start.items())])
-    assert (weights(folder, "stage2") - before).abs().max() > 1e-3  # it has learnt something
+    before = weights(next((outputs / "cache").glob("backbone-*")))
+    assert (weights(saved(folder, "stage2")) - before).abs().max() > 1e-3  # it has learnt something
     return folder
 
 
@@ -112,7 +77,7 @@ def test_two_processes_train_the_model_of_one(outputs, alone, tmp_path, launch_f
     out = started(COMMAND_LINE, folder, tmp_path, "stage1", "stage2", launched_by=launch_file)
     assert out.count(f"one of 2, in slices: {launch_file == 'fsdp2.yaml'}") == 2
     assert out.count("--from 30") == 2  # one of the processes reports
-    torch.testing.assert_close(weights(folder, "stage2"), weights(alone, "stage2"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights(saved(folder, "stage2")), weights(saved(alone, "stage2")), atol=1e-5, rtol=0)
     left, right = ({p.name for p in saved(f, "stage2").iterdir()} for f in (alone, folder))
     assert left == right
 
@@ -127,14 +92,32 @@ def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, alone, tmp_p
     two = shutil.copytree(outputs, tmp_path / "two")
     out = started(NOTEBOOK, two, tmp_path)
     assert "Launching training on 2" in out and out.strip().endswith("4")
-    torch.testing.assert_close(weights(alone, "stage1"), weights(two, "stage1"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(weights(saved(alone, "stage1")), weights(saved(two, "stage1")), atol=1e-5, rtol=0)
+
+
+def test_two_processes_teach_the_student_and_the_reranker_of_one(alone, tmp_path, monkeypatch):
+    """Both begin with stage 3, for which stage 2 stands in."""
+    ready = shutil.copytree(alone, tmp_path / "ready")
+    monkeypatch.setattr(artifacts, "OUTPUTS", ready)
+    stage = artifacts.open_stage("40_finetune_rlvr", "smoke", 1)
+    shutil.copytree(saved(ready, "stage2"), stage.folder / "model")
+    stage.close()
+    start, ends = weights(saved(ready, "stage2")), []
+    for launch_file in ("", "cpu.yaml"):
+        folder = shutil.copytree(ready, tmp_path / f"outputs-{launch_file}")
+        out = started(COMMAND_LINE, folder, tmp_path, "distil", "rerank", launched_by=launch_file)
+        assert f"one of {2 if launch_file else 1}" in out
+        ends.append([weights(folder / f"smoke/.85_trade_cost.partial/work/{name}/model") for name in ("distil", "rerank")])
+    for one, two in zip(*ends, strict=True):
+        assert (one - start).abs().max() > 1e-3
+        torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
 def test_a_stage_whose_start_is_missing_names_the_command(outputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(artifacts, "OUTPUTS", shutil.copytree(outputs, tmp_path / "fresh"))
-    assert workbook.main(["train", "stage2", "smoke", "--seed", "1"]) == 1
+    assert commands.main(["train", "stage2", "smoke", "--seed", "1"]) == 1
     assert "train stage1 smoke --seed 1" in capsys.readouterr().err
-    assert workbook.main(["train", "stage3", "smoke", "--seed", "1"]) == 1
+    assert commands.main(["train", "stage3", "smoke", "--seed", "1"]) == 1
     assert "run smoke --seed 1 --only 30" in capsys.readouterr().err
 
 
@@ -179,8 +162,8 @@ def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path):
     tables = []
     for launch_file in ("", "cpu.yaml"):
         out = tmp_path / f"outputs-{launch_file}"
-        assert f"one of {2 if launch_file else 1}" in started(
-            EVALUATION, out, tmp_path, str(tmp_path / "model"), str(root.folder), launched_by=launch_file
-        )
+        asked = ["--unit", "emoji_task3", "--root", str(root.folder), "--model", str(tmp_path / "model"), "--spread"]
+        printed = started(COMMAND, out, tmp_path, "evaluate", *asked, launched_by=launch_file)
+        assert f"one of {2 if launch_file else 1}" in printed
         tables.append((out / "results.csv").read_text())
     assert tables[0] == tables[1] and "hit@5 lowest of 4 instructions" in tables[0]

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import COMMAND, started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from elva_core import claims, evaluate, figures, mbeir, prepare, unseen, unseen_sets, workbook
+from elva_core import claims, commands, evaluate, figures, mbeir, prepare, unseen, unseen_sets
 from elva_core import emoji_collection as ec
 from elva_core import settings as profiles
 from elva_core.encoder import Item
@@ -470,17 +471,28 @@ def test_the_command_lints_scores_and_writes_the_table(tiny, sets, tmp_path, cap
     tiny.save(tmp_path / "model", stage="test", parent="none")
     common = ["unseen", "--sets", str(sets), "--profile", "smoke", "--template", "eol", "--model", str(tmp_path / "model")]
     common += ["--out", str(tmp_path / "out")]
-    assert workbook.main(common) == 0
+    assert commands.main(common) == 0
     printed, table = capsys.readouterr().out, pd.read_csv(tmp_path / "out/table2.csv")
     assert list(table.columns[1:]) == claims.reported()["table2"]["columns"] and table.notna().all(axis=None) and "| model |" in printed
     assert {len(v) for v in json.loads((tmp_path / "out/circo_test.json").read_text()).values()} == {4}
     results = pd.read_csv(tmp_path / "out/results.csv")
     assert set(results["set"]) == set(SETS) and (results["encoding"] == "by direction").all()
     (sets / "CIRCO/annotations/val.json").write_text("[")
-    assert workbook.main([*common, "--set", "circo", "sugarcrepe"]) == 1 and "val.json: cannot be read" in capsys.readouterr().out
-    assert workbook.main(["unseen", "--sets", str(sets), "--set", "sugarcrepe", "--lint"]) == 0
-    assert workbook.main(["unseen", "--sets", str(sets), "--set", "nothing", "--lint"]) == 1
+    assert commands.main([*common, "--set", "circo", "sugarcrepe"]) == 1 and "val.json: cannot be read" in capsys.readouterr().out
+    assert commands.main(["unseen", "--sets", str(sets), "--set", "sugarcrepe", "--lint"]) == 0
+    assert commands.main(["unseen", "--sets", str(sets), "--set", "nothing", "--lint"]) == 1
     assert "no sets ['nothing']" in capsys.readouterr().err
+
+
+def test_two_processes_score_as_one_does(tiny, sets, tmp_path):
+    tiny.save(tmp_path / "model", stage="test", parent="none", template="eol")
+    tables = []
+    for launch_file in ("", "cpu.yaml"):
+        out = tmp_path / f"outputs-{launch_file}"
+        asked = ["--sets", str(sets), "--set", "urban1k", "genecis", "circo", "--model", str(tmp_path / "model")]
+        assert f"one of {2 if launch_file else 1}" in started(COMMAND, out, tmp_path, "unseen", *asked, launched_by=launch_file)
+        tables.append((out / "results.csv").read_text())
+    assert tables[0] == tables[1] and "genecis" in tables[0]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from elva_core import (
     backbone,
     claims,
     clips,
+    commands,
     emoji_collection,
     encoder,
     evaluate,
@@ -36,7 +37,6 @@ from elva_core import (
     unseen_sets,
     video,
     video_sets,
-    workbook,
 )
 from elva_core.clips import Clip
 from elva_core.encoder import Item
@@ -553,12 +553,12 @@ def test_the_command_scores_a_folder_and_names_a_broken_video(model_folder, smok
     encoder.load(model_folder, smoke.encoder).save(tmp_path / "model", stage="test", parent="none")
     root = write_msrvtt(tmp_path / "set", [("video1", "a dog"), ("video2", "a cat"), ("video3", "a cow")])
     asked = ["video", "--set", "msrvtt", "--root", root, "--model", tmp_path / "model", "--out", tmp_path / "out", "--profile", "smoke"]
-    assert workbook.main([*map(str, asked), "--frames", "2"]) == 0
+    assert commands.main([*map(str, asked), "--frames", "2"]) == 0
     found = pd.read_csv(tmp_path / "out/msrvtt.csv").set_index("metric")
     assert found.loc["hit@5", "value"] == 1 and set(found["n"]) == {3}  # of three
     (root / "videos/video2.mp4").write_bytes(b"no film")
-    assert workbook.main([*map(str, asked), "--frames", "2"]) == 1
+    assert commands.main([*map(str, asked), "--frames", "2"]) == 1
     assert "video2.mp4 cannot be decoded" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
-    assert workbook.main([str(a) if a != root else str(tmp_path / "other") for a in asked]) == 1
+    assert commands.main([str(a) if a != root else str(tmp_path / "other") for a in asked]) == 1
     assert "unpack the annotations" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import artifacts, claims, evaluate, mbeir, report, settings, workbook
+from elva_core import artifacts, claims, commands, evaluate, mbeir, report, settings, workbook
 from elva_core.workbook import ChainError
 
 
@@ -120,14 +120,14 @@ def test_code_of_a_stage_is_what_its_notebook_reaches():
 
 
 def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
-    assert workbook.main(["run", "nowhere"]) == 1
+    assert commands.main(["run", "nowhere"]) == 1
     assert "nowhere.yaml is missing" in capsys.readouterr().err
 
 
 def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
-    assert workbook.main(["lint", str(own_root.folder)]) == 0
+    assert commands.main(["lint", str(own_root.folder)]) == 0
     own_root.image_path(own_root.pool("emoji_task0", "test")[0].image).unlink()
-    assert workbook.main(["lint", str(own_root.folder)]) == 1
+    assert commands.main(["lint", str(own_root.folder)]) == 1
     assert "is missing; restore the file" in capsys.readouterr().out
 
 
@@ -303,13 +303,13 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     monkeypatch.setattr(evaluate, "EMBEDDINGS", tmp_path / "kept")
     tiny.save(tmp_path / "model", stage="test", parent="none")
     common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
-    assert workbook.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
+    assert commands.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out/results.csv")
     assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
     assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
-    assert workbook.main(["evaluate", *common[:4], "--unit", "nowhere_task0", "--out", str(tmp_path / "out")]) == 1
+    assert commands.main(["evaluate", *common[:4], "--unit", "nowhere_task0", "--out", str(tmp_path / "out")]) == 1
     assert "no test units ['nowhere_task0']" in capsys.readouterr().err
-    assert workbook.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
+    assert commands.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
 
 
