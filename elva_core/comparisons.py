@@ -14,6 +14,8 @@ import pandas as pd
 from elva_core import claims, evaluate, study
 from elva_core.settings import Settings
 
+OTHER = "other arms of the study"  # source of what the paper has no figure for
+
 
 def averaged(found: study.Study, names: Sequence[str], cutoffs: Sequence[int]) -> pd.DataFrame:
     """Hits of each query, averaged over the seeds that all of `names` have: model, unit, qid, hit@k, as `claims.comparison` takes them."""
@@ -88,7 +90,7 @@ def beside_paper(table: pd.DataFrame, chosen: dict[str, study.Arm]) -> pd.DataFr
     reported = claims.reported()
     printed = {name: reported[arm.paper[0]]["rows"][arm.paper[1]][-1] if arm.paper else np.nan for name, arm in chosen.items()}
     paper = [printed[new] - printed[old] for new, old in zip(table["new"], table["old"], strict=True)]
-    sources = [reported[chosen[new].paper[0]]["source"] if p == p else "ours" for new, p in zip(table["new"], paper, strict=True)]
+    sources = [reported[chosen[new].paper[0]]["source"] if p == p else OTHER for new, p in zip(table["new"], paper, strict=True)]
     return table.assign(paper=paper, source=sources)
 
 

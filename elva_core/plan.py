@@ -20,7 +20,7 @@ from elva_core import workload
 from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
 from elva_core.workload import Cost, Side, Workload
 
-SAVED_MODELS = 4  # stage 2, stage 3, control, single pass
+SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32
 
 
@@ -83,6 +83,11 @@ def stages(load: Workload) -> list[Stage]:
         train, made = load.distillation()
         rows.append(Stage("single pass", train, load.dealt(math.ceil(s.distil.batch / s.distil.chunk)), _distillation_peak(load)))
         rows.append(Stage("single pass, its summaries", made, load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)), batch))
+    if s.rerank:
+        train, mining, looks = load.reranking()
+        rows.append(Stage("reranker", train, load.dealt(math.ceil(s.rerank.batch / s.rerank.chunk)), _reranking_peak(load)))
+        rows.append(Stage("reranker, its negatives", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
+        rows.append(Stage("reranker, second looks", looks, 1))
     models = load.known.evaluated_models
     rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
     return rows + [Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")]
@@ -131,6 +136,15 @@ def _distillation_peak(load: Workload) -> Peak:
     return Peak(parts, "distil.chunk")
 
 
+def _reranking_peak(load: Workload) -> Peak:
+    """One chunk of the longest prompts, a query with a whole window, with its graph."""
+    s, sizes = load.settings.rerank, load.sizes
+    kept = sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    length = load.longest(load.together(s.window), s.listwise_request)
+    parts = _weights(load, s.lora.rank) | {"activations": s.chunk * length * kept / 1e9, "logits": _logits(load, s.chunk)}
+    return Peak(parts, "rerank.chunk")
+
+
 def _rlvr_peak(load: Workload, sides: str) -> Peak:
     """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
     s, sizes = load.settings.stage3, load.sizes
@@ -166,7 +180,7 @@ def _logits(load: Workload, positions: float) -> float:
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil) if stage)
+    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank) if stage)
     return {
         "images": load.data.images_gb,
         f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,

@@ -31,7 +31,7 @@ GATHERED = (
 BASELINES = ("zero-shot,", "stage 2,", "InfoNCE control,")  # whose rows stand in claims.csv, not in the report
 STYLE = (
     "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}table{border-collapse:collapse;margin:1rem 0}"
-    "td,th{border-bottom:1px solid #ccc;padding:.2rem .6rem;text-align:left}img{max-width:100%}"
+    "td,th{border-bottom:1px solid #ccc;padding:.2rem .6rem;text-align:left}img{max-width:100%}summary{cursor:pointer;margin:.3rem 0}"
 )
 DEVIATIONS = (
     ("Half of stage 2 trains the state at [RET]", "the paper leaves open how that state becomes an embedding before stage 3"),
@@ -134,16 +134,17 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
     block = claims.markdown(table, reported, note)
     runtime.write_whole(run.folder / "table.md", block + "\n")
     runtime.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
-    verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
     measured = table[table["ours"].notna() & ~table.index.isin(claims.main(table, reported).index)]
     measured = measured[~measured["claim"].str.startswith(BASELINES)]
-    beyond = "\n\n".join(f"### {source}\n{claims.listed(own)}" for source, own in measured.groupby("source", sort=False))
+    beside = measured[measured["paper"].notna()].sort_values("source", kind="stable")
+    beside = claims.listed(beside.assign(claim=beside["source"] + ": " + beside["claim"]))
+    every = "\n\n".join(_folded(source, own) for source, own in measured.groupby("source"))
     missing = table[table["ours"].isna() & table["paper"].notna()].groupby(["source", "baseline"], sort=False)
     total, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
     text = f"""# Report: profile {run.settings.profile}, seed {run.seed}
 
-{len(table)} claims: {", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())}. Every row: claims.csv.
+{len(table)} claims: {_counts(table)}. Every row: claims.csv.
 
 ## What was claimed, what was measured
 {block}
@@ -156,10 +157,13 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
 ## What was not run
 {_list(f"{source}, {len(own)} claims: needs {needs}" for (source, needs), own in missing)}
 
-## Other tables of the paper, and other questions, at this size
-What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in BASELINES)} alone: claims.csv.
+## What else the paper has a figure for, at this size
+{beside}
 
-{beyond}
+## All that stage 3 reaches and gains, by table and question
+{", ".join(name.rstrip(",") for name in BASELINES)} alone: claims.csv.
+
+{every}
 
 ## Figures of the paper that do not add up
 {_table(audit[~audit["agrees"]].drop(columns="agrees"))}
@@ -205,7 +209,7 @@ def update_readme(readme: Path, blocks: Mapping[str, str]) -> None:
 
 def page(text: str, folder: Path) -> str:
     """Markdown as one HTML file that needs no other: its pictures, named relative to `folder`, stand inside."""
-    body = mistune.create_markdown(plugins=["table"])(text)
+    body = mistune.create_markdown(escape=False, plugins=["table"])(text)
     for name in re.findall(r'<img src="([^"]+)"', body):
         picture = base64.b64encode((folder / name).read_bytes()).decode()
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{picture}"')
@@ -213,6 +217,16 @@ def page(text: str, folder: Path) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>{body}</body></html>\n'
     )
+
+
+def _counts(table: pd.DataFrame) -> str:
+    verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
+    return ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+
+
+def _folded(title: str, own: pd.DataFrame) -> str:
+    """Claims that are seen once their title is clicked."""
+    return f"<details><summary>{title}: {_counts(own)}</summary>\n\n{claims.listed(own)}\n\n</details>"
 
 
 def _list(lines: Iterable[str]) -> str:

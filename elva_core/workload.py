@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 from elva_core import mbeir
-from elva_core.catalogue import Dataset, Gpu, Known, architecture, dataset, known
+from elva_core.catalogue import Dataset, Gpu, Known, Unit, architecture, dataset, known
 from elva_core.settings import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.sizes import Sizes, of_tiny
 
@@ -23,10 +23,11 @@ VISION_CALL = 64  # images per call of Encoder._vision_features
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Inputs of one kind: mean text tokens, share that has an image."""
+    """Inputs of one kind: mean text tokens, mean images (of one item: the share that has one); so many items in one prompt."""
 
     text: float
     image: float
+    items: float = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,14 @@ class Workload:
 
     def length(self, side: Side, request: str) -> float:
         """Mean tokens of a prompt."""
-        return self._frame(request) + min(side.text, self.settings.encoder.max_text_tokens) + side.image * (self.image_tokens + 2)
+        text = min(side.text, side.items * self.settings.encoder.max_text_tokens)
+        return self._frame(request) + text + side.image * (self.image_tokens + 2)
 
     def longest(self, side: Side, request: str) -> float:
         """Tokens of the longest prompt that the encoder's limits allow: one such row pads all rows of its call."""
         limits = self.settings.encoder
         image = self.sizes.image_tokens(limits.max_pixels or self.data.image_pixels) + 2 if side.image else 0
-        return self._frame(request) + limits.max_text_tokens + image
+        return self._frame(request) + side.items * (limits.max_text_tokens + image)
 
     def _frame(self, request: str) -> float:
         return self.known.assumed.chat_tokens[self.kind] + len(request) / self.known.assumed.characters_per_token
@@ -193,6 +195,27 @@ class Workload:
             made += self.write(s.pairs, side, 1, per_call=self.settings.evaluation.batch, mixed=False)
         return train, made
 
+    def reranking(self) -> tuple[Cost, Cost, Cost]:
+        """(training the reranker, mining its negatives, its looks at the answers to MRBench and to a sample of val)."""
+        s, train, looks = self.settings.rerank, Cost(), Cost()
+        asked = self.settings.mrbench.queries + s.validation * len(self.bench)
+        windows = 1 if s.depth <= s.window else math.ceil((s.depth - 1) / (s.window - 1))  # as rerank.windows has it
+        for request, prompts, trained, shown, seen in (
+            (s.pointwise_request, 1 + s.negatives, 1, s.depth, 1),
+            (s.listwise_request, 1, (2 + s.window) / 2, windows, s.window),
+        ):
+            shape = {"rank": s.lora.rank, "backward": True, "checkpointing": s.gradient_checkpointing}
+            rows = s.steps / 2 * s.batch * prompts
+            train += self.read(rows, self.together(trained), request, per_call=min(s.chunk, s.batch * prompts), logits=1, **shape)
+            looks += self.read(asked * shown, self.together(seen), request, per_call=self.settings.evaluation.batch, logits=1)
+        own = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool}}}
+        return train, replace(self, settings=self.settings.changed(own)).mining(), looks
+
+    def together(self, candidates: float) -> Side:
+        """A query and so many candidates in one prompt."""
+        query, candidate = self.side("query", "train"), self.side("candidate", "train")
+        return Side(query.text + candidates * candidate.text, query.image + candidates * candidate.image, 1 + candidates)
+
     @property
     def own_queries(self) -> int:
         """Queries of a step of stage 3 that one device takes."""
@@ -242,23 +265,29 @@ class Workload:
         flops = 2 * self.sizes.hidden * pairs
         return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
 
-    def annotator(self) -> Workload:
-        """One of the devices with the model that names MRBench's grains, and the units whose queries it reads.
+    @property
+    def bench(self) -> dict[str, Unit]:
+        """The units that MRBench's queries are taken from.
 
         Raises:
             ProfileError: the data has none of these units.
         """
+        asked = self.settings.mrbench
+        units = {name: u for name, u in self.data.units.items() if name in asked.units or task_of(name) in asked.tasks}
+        if not units:
+            raise ProfileError(f"{self.settings.data.name} has no unit of mrbench.units or mrbench.tasks; correct them")
+        return units
+
+    def annotator(self) -> Workload:
+        """One of the devices with the model that names MRBench's grains, and the units whose queries it reads."""
         from elva_core import annotate  # torch
 
         bench = self.settings.mrbench
-        units = {name: u for name, u in self.data.units.items() if name in bench.units or task_of(name) in bench.tasks}
-        if not units:
-            raise ProfileError(f"{self.settings.data.name} has no unit of mrbench.units or mrbench.tasks; correct them")
         prompts = {"summary_request": annotate.PROMPT + annotate.QUOTE["text"], "max_summary_tokens": bench.annotator.max_tokens}
         return replace(
             self,
             sizes=architecture(bench.annotator.model, self.known),
-            data=self.data.model_copy(update={"units": units}),
+            data=self.data.model_copy(update={"units": self.bench}),
             settings=self.settings.changed({"encoder": prompts}),
             devices=1,
         )

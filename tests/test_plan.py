@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from elva_core import catalogue, contrastive, encoder, mbeir, plan, rlvr, rollout, runtime, settings, sizes, workbook, workload
+from elva_core import catalogue, commands, contrastive, encoder, mbeir, plan, rerank, rlvr, rollout, runtime, settings, sizes, workload
 from elva_core.settings import ProfileError
 from elva_core.workload import Side, Workload
 
@@ -240,6 +240,30 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, s
     assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
+def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, tmp_path):
+    """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
+    s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})
+    one = load.settings.mrbench.model_copy(update={"queries": 1, "tasks": (), "units": tuple(load.data.units)[:1]})
+    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"rerank": s, "mrbench": one}))
+    items = iter(pictures)
+    ranked = [
+        dataclasses.replace(r, item=next(items), positive=next(items), negatives=tuple(islice(items, len(r.negatives))))
+        for r in mined(tiny, root, smoke, 8)[:2]
+    ]
+    asked = [rerank.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
+    shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
+    requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
+    exact = {requests[k]: tiny.batch([rerank.prompt(ranked[0].item, shown[k], k).item], requests[k]).input_ids.shape[1] for k in requests}
+    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact.get(request, 1))
+    train, _, looks = load.reranking()
+    rows.update(prompts=0)
+    flops = counted(lambda: rerank.train(tiny, ranked, s, seed=0, folder=tmp_path))
+    assert rows["prompts"] == train.prompts and flops == pytest.approx(train.flops, rel=0.02)
+    rows.update(prompts=0)
+    flops = counted(lambda: [rerank.score(tiny, asked, kind, s, batch=1) for kind in rerank.KINDS])
+    assert rows["prompts"] == looks.prompts == 2 * (3 + 2) and flops == pytest.approx(looks.flops, rel=0.02)
+
+
 def test_recomputed_layers_cost_a_forward_and_save_memory():
     load = workload.make(settings.load("qwen2vl-7b"))
     query, candidate, again = load.side("query"), load.side("candidate"), load.settings.stage1
@@ -346,9 +370,10 @@ def test_only_a_model_that_is_loaded_here_is_planned_to_annotate():
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
 def test_plan_prints_every_stage_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert workbook.main(["plan", profile, "--devices", "2"]) == 0
+    assert commands.main(["plan", profile, "--devices", "2"]) == 0
     shown = capsys.readouterr().out
-    for stage in ("stage 1", "stage 2", "mining", "rollout_sides: query", "rollout_sides: all", "control", "evaluation", "global pool"):
+    stages = ("stage 1", "stage 2", "mining", "rollout_sides: query", "rollout_sides: all", "control", "evaluation", "global pool")
+    for stage in (*stages, "single pass", "reranker"):
         assert stage in shown
     assert not list(tmp_path.iterdir())
 
