@@ -3,7 +3,7 @@
 Both say how probable each of the first candidates is, in nats, so the weight has one meaning for all of them:
 weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a cosine and P(Yes)).
 
-    seen = look_again(reranker, searcher, result, settings.rerank, batch=256)
+    seen = look_again(reranker, searcher, result, settings.rerank)
     weights = choose(weigh(validation, temperature))
     table = hits(test, weights, temperature, first="stage 3", cutoffs=[1, 5])
 """
@@ -69,10 +69,10 @@ def sampled(result: UnitResult, count: int) -> UnitResult:
     return replace(result, top=result.top[chosen], scores=result.scores[chosen], **lists)
 
 
-def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings, *, batch: int) -> Seen:
+def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:
     """Scores the first answers of a unit, pointwise and listwise."""
     asked = first_answers(searcher, result, settings.depth)
-    scores = {kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=batch)) for kind in rerank.KINDS}
+    scores = {kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts)) for kind in rerank.KINDS}
     return Seen(result, asked, scores)
 
 

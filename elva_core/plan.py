@@ -87,7 +87,7 @@ def stages(load: Workload) -> list[Stage]:
         train, mining, looks = load.reranking()
         rows.append(Stage("reranker", train, load.dealt(math.ceil(s.rerank.batch / s.rerank.chunk)), _reranking_peak(load)))
         rows.append(Stage("reranker, its negatives", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
-        rows.append(Stage("reranker, second looks", looks, 1))
+        rows.append(Stage("reranker, second looks", looks, 1, _looking_peak(load)))
     models = load.known.evaluated_models
     rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
     return rows + [Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")]
@@ -145,6 +145,13 @@ def _reranking_peak(load: Workload) -> Peak:
     return Peak(parts, "rerank.chunk")
 
 
+def _looking_peak(load: Workload) -> Peak:
+    """One call of the longest prompts without a graph: the inside of one layer, and the logits of one position."""
+    s = load.settings.rerank
+    inside = s.prompts * load.longest(load.together(s.window), s.listwise_request) * _inside(load)
+    return Peak(_weights(load) | {"activations": inside / 1e9, "logits": _logits(load, s.prompts)}, "rerank.prompts")
+
+
 def _rlvr_peak(load: Workload, sides: str) -> Peak:
     """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
     s, sizes = load.settings.stage3, load.sizes
@@ -164,13 +171,17 @@ def _rlvr_peak(load: Workload, sides: str) -> Peak:
 def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
     """Summaries written in one call: the inside of one layer, the cache of all, and the logits of one position."""
     length = load.longest(load.side("candidate"), load.settings.encoder.summary_request)
-    inside = (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
     parts = _weights(load, rank) | {
-        "activations": rows * length * inside / 1e9,
+        "activations": rows * length * _inside(load) / 1e9,
         "key/value cache": rows * (length + load.cap + 1) * load.sizes.kv_bytes(load.width) / 1e9,
         "logits": _logits(load, rows),
     }
     return Peak(parts, lower)
+
+
+def _inside(load: Workload) -> int:
+    """Bytes of a token inside one layer."""
+    return (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
 
 
 def _logits(load: Workload, positions: float) -> float:
@@ -278,6 +289,19 @@ def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
     return out
 
 
+def _shared(load: Workload) -> list[str]:
+    """What the launch files for models that do not fit leave on a device."""
+    if load.devices == 1:
+        return []
+    rank, sizes = load.settings.stage2.lora.rank, load.sizes
+    whole, shared = sizes.training_bytes(rank) / 1e9, sizes.shared_bytes(rank, load.devices) / 1e9
+    layers = sizes.linear * load.width / 1e9
+    return [
+        f"by ddp.yaml; zero2.yaml: adapter and optimiser of stage 2 take {shared:.3g} GB of each device instead of {whole:.3g}; "
+        f"fsdp2.yaml: {layers / load.devices:.3g} GB of frozen layers instead of {layers:.3g}, and one layer at a time whole"
+    ]
+
+
 def _assumptions(load: Workload) -> list[str]:
     a, data = load.known.assumed, load.data
     query, candidate = (load.side(which, "train") for which in ("query", "candidate"))
@@ -289,5 +313,7 @@ def _assumptions(load: Workload) -> list[str]:
         f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of {data.union_rows:,} rows; "
         "every value and its source: params/plan.yaml",
         "memory: with the longest prompt that the encoder's limits allow; waiting: for images from the host, or for Python",
-        "of one device, whatever their number: annotation and evaluation; not planned: a server that annotates, and what vLLM saves",
+        *_shared(load),
+        "of one device, whatever their number: annotation, second looks and evaluation",
+        "not planned: a server that annotates, and what vLLM saves",
     ]

@@ -231,6 +231,7 @@ class RerankSettings(Section):
     negatives: Positive  # of a query in a pointwise step, beside its positive
     window: Annotated[int, Field(ge=2)]  # most candidates in a listwise prompt
     depth: Annotated[int, Field(ge=2)]  # of the retriever's answers that are looked at again
+    prompts: Positive  # per forward, where answers are looked at
     validation: Positive  # queries of a val unit that choose the weight of the fusion
     timed: Positive  # queries whose seconds are measured
     pointwise_request: str

@@ -110,6 +110,10 @@ class Sizes:
         """Adapter and [RET] row with gradient and AdamW's moments; PEFT keeps them in float32."""
         return MASTER_BYTES * (self.adapter(rank) + self.hidden)
 
+    def shared_bytes(self, rank: int, processes: int) -> float:
+        """The same where zero.py shares among processes what only the update needs: moments, summed gradient and its own float32 copy."""
+        return (8 + 12 / processes) * (self.adapter(rank) + self.hidden)
+
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.
 

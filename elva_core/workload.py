@@ -207,7 +207,7 @@ class Workload:
             shape = {"rank": s.lora.rank, "backward": True, "checkpointing": s.gradient_checkpointing}
             rows = s.steps / 2 * s.batch * prompts
             train += self.read(rows, self.together(trained), request, per_call=min(s.chunk, s.batch * prompts), logits=1, **shape)
-            looks += self.read(asked * shown, self.together(seen), request, per_call=self.settings.evaluation.batch, logits=1)
+            looks += self.read(asked * shown, self.together(seen), request, per_call=s.prompts, logits=1)
         own = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool}}}
         return train, replace(self, settings=self.settings.changed(own)).mining(), looks
 

@@ -373,7 +373,7 @@ def test_plan_prints_every_stage_and_writes_nothing(profile, tmp_path, monkeypat
     assert commands.main(["plan", profile, "--devices", "2"]) == 0
     shown = capsys.readouterr().out
     stages = ("stage 1", "stage 2", "mining", "rollout_sides: query", "rollout_sides: all", "control", "evaluation", "global pool")
-    for stage in (*stages, "single pass", "reranker"):
+    for stage in (*stages, "single pass", "reranker", "zero2.yaml"):
         assert stage in shown
     assert not list(tmp_path.iterdir())
 

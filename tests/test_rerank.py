@@ -46,7 +46,7 @@ def searcher(model, root, smoke):
 
 @pytest.fixture(scope="module")
 def seen(model, searcher, smoke) -> fusion.Seen:
-    return fusion.look_again(model, searcher, searcher.evaluate("emoji_task0"), smoke.rerank, batch=32)
+    return fusion.look_again(model, searcher, searcher.evaluate("emoji_task0"), smoke.rerank)
 
 
 def permuted(one: Asked, order) -> Asked:
@@ -234,6 +234,17 @@ def test_the_weight_is_the_best_of_validation_and_ties_trust_the_retriever():
     assert (own[own.index < 0.3] == 1.0).all() and (own[own.index > 0.3] == 0.5).all()
     assert fusion.choose(table)["pointwise"] == max(w for w in own.index if own[w] == 1.0) < 0.31
     assert fusion.choose(table)["listwise"] == 1.0  # it never helps
+
+
+def test_a_sample_is_part_of_a_larger_one_and_keeps_what_belongs_to_a_query(searcher):
+    whole = searcher.evaluate("emoji_task0")
+    few, more, all_of_them = (fusion.sampled(whole, n) for n in (3, 7, 10**6))
+    assert len(few.queries) == 3 and {q.qid for q in few.queries} < {q.qid for q in more.queries}
+    assert all_of_them.queries == list(whole.queries) and (all_of_them.top == whole.top).all()
+    place = {q.qid: i for i, q in enumerate(whole.queries)}
+    for i, query in enumerate(more.queries):
+        j = place[query.qid]
+        assert (more.ranks[i], more.relevant[i]) == (whole.ranks[j], whole.relevant[j]) and (more.top[i] == whole.top[j]).all()
 
 
 def test_a_depth_beyond_the_lists_is_refused(searcher, smoke):
