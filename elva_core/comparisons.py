@@ -106,7 +106,7 @@ def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> 
         own = found.runs[(found.runs["arm"] == name) & (found.runs["seed"] == settings.study.seeds[0])]
         if not arm.curves or own.empty:
             continue
-        changed = settings.changed(arm.changes)
+        changed = arm.applied(settings)
         seen = {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.steps * changed.control.batch}[arm.trains]
         last = scores(replace(found, runs=own), [name], k, samples).query("unit == 'average'").iloc[0]
         rows += [[curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]] for curve in arm.curves]

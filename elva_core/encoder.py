@@ -27,13 +27,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
-from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from elva_core import artifacts, clips, mbeir, sharding
 from elva_core.clips import Clip
 from elva_core.settings import EncoderSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
+ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")  # Qwen3-VL's tower also speaks to deeper layers, which `Encoder.batch` would drop
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -436,7 +437,7 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
 
     Raises:
         FileNotFoundError: no elva.json and no settings.
-        ValueError: elva.json wants to be read in a way that is not known here.
+        ValueError: elva.json wants to be read in a way that is not known here, or so does the architecture.
     """
     path = Path(folder) / "elva.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
@@ -447,6 +448,8 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
         if not card:
             raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a training stage wrote")
         settings = EncoderSettings.model_validate(card["encoder"])
+    if (kind := AutoConfig.from_pretrained(folder).model_type) not in ARCHITECTURES:
+        raise ValueError(f"{folder} is a {kind}; images are put into the prompt as {', '.join(ARCHITECTURES)} want it: take one of these")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
     if sharding.asked():  # before the device holds all of it
         sharding.shard(model.model.language_model)

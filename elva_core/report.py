@@ -69,7 +69,9 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
     rows += _transfers(run, dataset, evidence)
     own = claims.official(reported, run.settings.profile, _official(run, reported), evidence)
-    return claims.assemble([*rows, *claims.not_run(reported), *own], run.seed)
+    table = claims.assemble([*rows, *claims.not_run(reported), *own], run.seed)
+    first = claims.main(table, reported)
+    return pd.concat([first, table.drop(first.index)], ignore_index=True)
 
 
 def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, pd.DataFrame]:
@@ -134,17 +136,18 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
     block = claims.markdown(table, reported, note)
     runtime.write_whole(run.folder / "table.md", block + "\n")
     runtime.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
+    verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
     measured = table[table["ours"].notna() & ~table.index.isin(claims.main(table, reported).index)]
     measured = measured[~measured["claim"].str.startswith(BASELINES)]
     beside = measured[measured["paper"].notna()].sort_values("source", kind="stable")
     beside = claims.listed(beside.assign(claim=beside["source"] + ": " + beside["claim"]))
-    every = "\n\n".join(_folded(source, own) for source, own in measured.groupby("source"))
+    own_questions = "\n\n".join(_folded(source, own) for source, own in measured[measured["paper"].isna()].groupby("source"))
     missing = table[table["ours"].isna() & table["paper"].notna()].groupby(["source", "baseline"], sort=False)
     total, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
     text = f"""# Report: profile {run.settings.profile}, seed {run.seed}
 
-{len(table)} claims: {_counts(table)}. Every row: claims.csv.
+{len(table)} claims: {", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())}. Every row: claims.csv.
 
 ## What was claimed, what was measured
 {block}
@@ -160,10 +163,10 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
 ## What else the paper has a figure for, at this size
 {beside}
 
-## All that stage 3 reaches and gains, by table and question
-{", ".join(name.rstrip(",") for name in BASELINES)} alone: claims.csv.
+## What the paper has no figure for
+What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in BASELINES)} alone: claims.csv.
 
-{every}
+{own_questions}
 
 ## Figures of the paper that do not add up
 {_table(audit[~audit["agrees"]].drop(columns="agrees"))}
@@ -219,14 +222,9 @@ def page(text: str, folder: Path) -> str:
     )
 
 
-def _counts(table: pd.DataFrame) -> str:
-    verdicts = table["verdict"].replace("", "no figure in the paper").value_counts()
-    return ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
-
-
 def _folded(title: str, own: pd.DataFrame) -> str:
     """Claims that are seen once their title is clicked."""
-    return f"<details><summary>{title}: {_counts(own)}</summary>\n\n{claims.listed(own)}\n\n</details>"
+    return f"<details><summary>{title} ({len(own)})</summary>\n\n{claims.listed(own)}\n\n</details>"
 
 
 def _list(lines: Iterable[str]) -> str:

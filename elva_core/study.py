@@ -43,6 +43,15 @@ class Arm(Section):
     paper: tuple[str, str] | None = None  # table and row of params/reported.yaml; its last value is compared
     why: str
 
+    def applied(self, settings: Settings) -> Settings:
+        """The profile with this arm's changes; `all` negatives are as many as the profile has of both kinds."""
+        both = settings.stage3.negatives.hard + settings.stage3.negatives.random
+        changes, own = dict(self.changes), self.changes.get("stage3", {}).get("negatives")
+        if own:
+            counted = {name: both if value == "all" else value for name, value in own.items()}
+            changes["stage3"] = changes["stage3"] | {"negatives": counted}
+        return settings.changed(changes)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -105,7 +114,7 @@ def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, 
     return [
         (n, a, seed)
         for n, a, seed in planned(settings)
-        if _measured(folder, n, seed) != fingerprint(settings.changed(a.changes), a, seed, backbone)
+        if _measured(folder, n, seed) != fingerprint(a.applied(settings), a, seed, backbone)
     ]
 
 
@@ -124,7 +133,7 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
     todo = missing(settings, backbone, folder)
     for place, (name, arm, seed) in enumerate(todo, start=1):
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
-        began, changed = time.perf_counter(), settings.changed(arm.changes)
+        began, changed = time.perf_counter(), arm.applied(settings)
         mark = fingerprint(changed, arm, seed, backbone)
         earlier = settings.changed({part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes})
         own = backbone_for(changed, backbone, root, work)

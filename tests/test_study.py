@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import annotate, comparisons, mrbench, settings, study, training
+from elva_core import annotate, claims, comparisons, mrbench, settings, study, training
 from elva_core.study import Arm, Study
 
 
@@ -54,8 +54,25 @@ def test_every_arm_changes_values_that_a_profile_has_and_says_why():
     for name in ("smoke", "cpu", "qwen2vl-2b"):
         loaded = settings.load(name)
         for arm in study.arms(loaded).values():
-            assert (loaded.changed(arm.changes) != loaded) == bool(arm.changes)
+            assert (arm.applied(loaded) != loaded) == bool(arm.changes)
             assert arm.why
+
+
+def test_a_profile_has_the_arm_of_every_row_that_a_claim_says_it_can_run():
+    reported = claims.reported()
+    rows = {(table, row): name for table in ("table4", "table8") for row, name in reported[table]["ours"].items()}
+    assert rows.pop(("table4", "0.4 and 0.6")) == rows["table8", "full"]  # the paper's own weights: stage 3 itself
+    for row, name in rows.items():
+        assert row in [arm.paper for arm in study.arms(settings.load(name)).values()], row
+
+
+def test_all_negatives_are_as_many_as_the_profile_has_of_both_kinds():
+    for name in ("cpu", "qwen2vl-7b"):
+        loaded = settings.load(name)
+        both = loaded.stage3.negatives.hard + loaded.stage3.negatives.random
+        chosen = {name: arm.applied(loaded).stage3.negatives for name, arm in study.arms(loaded).items()}
+        assert (chosen["without sampling strategy"].hard, chosen["without sampling strategy"].random) == (0, both)
+        assert (chosen["without random negatives"].hard, chosen["without random negatives"].random) == (both, 0)
 
 
 def test_what_is_said_about_a_benchmark_asks_for_no_arm_again_but_who_draws_it_does(profile):
