@@ -199,7 +199,8 @@ def _print_claims(report: Path, console: Console) -> None:
         for row in csv.DictReader(file):
             average = row["claim"].endswith("average") and row["metric"] == "hit@5"
             if row["ours"] and (average or "gain of hit@5" in row["metric"] or "distance" in row["metric"]):
-                paper, ours, low, high = (f"{float(row[c]):.3g}" if row[c] else "" for c in ("paper", "ours", "ci_low", "ci_high"))
+                numbers = [row[c] for c in ("paper", "ours", "ci_low", "ci_high")]
+                paper, ours, low, high = (n and f"{round(float(n), 6) + 0.0:.3g}" for n in numbers)  # + 0.0: no -0
                 interval = f"[{low}, {high}]" if low else ""
                 table.add_row(row["claim"], row["metric"], paper, ours, interval, row["n"].removesuffix(".0"), row["verdict"])
     Console(file=console.file, width=max(console.width, 150)).print(table)  # print(width=) never exceeds the console's own
