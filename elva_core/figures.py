@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -131,7 +133,8 @@ def histogram(values: pd.Series, title: str, unit: str) -> Figure:
     sns.histplot(values, discrete=True, ax=axis, color="#4c78a8")
     axis.axvline(values.median(), color="#c43d4b", linestyle="--", label=f"median {values.median():.0f}, n = {len(values):,}")
     axis.set(title=title, xlabel=unit, ylabel="queries")
-    axis.legend(frameon=False)
+    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -148,7 +151,7 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
         for name, part in history.groupby("run", sort=False) if "run" in history else [("", history)]:
             (line,) = axis.plot(part["step"], part[column].rolling(window, min_periods=1).mean(), label=name or None, linewidth=1.6)
             axis.plot(part["step"], part[column], color=line.get_color(), alpha=0.25, linewidth=0.7)
-        axis.set(xlabel="step", ylabel=label)
+        axis.set(xlabel="step", ylabel=textwrap.fill(label, 26))  # a panel is not higher
     if "run" in history:
         axes.flat[0].legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(columns) :]:
@@ -270,7 +273,7 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
                 label=f"{role} ({len(part)})",
             )
         axis.set(title=name, xticks=[], yticks=[])
-    axes.flat[0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -283,7 +286,7 @@ def error_bars(table: pd.DataFrame, title: str) -> Figure:
     axis.set(
         title=f"{title} (n = {table['qid'].nunique():,} queries, 95 % intervals)",
         xlabel="grain of the wanted answer",
-        ylabel="top-1 answers without it, % (lower is better)",
+        ylabel="top-1 answers without it, %\n(lower is better)",
     )
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -422,9 +425,11 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
     models = list(dict.fromkeys(table["model"]))
     figure, axes = _axes(1, max(1, len(models)), (4.2 * max(1, len(models)), 3.2))
     for axis, model in zip(axes.flat, models, strict=False):
-        for motion, own in table[table["model"] == model].groupby("motion", sort=False):
+        motions = table[table["model"] == model].groupby("motion", sort=False)
+        for place, (motion, own) in enumerate(motions):
             spread = 100 * np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
-            axis.errorbar(own["frames"], 100 * own["value"], yerr=spread, marker="o", label=motion, capsize=2)
+            beside = own["frames"] * 1.06 ** (place - (len(motions) - 1) / 2)  # else intervals hide one another
+            axis.errorbar(beside, 100 * own["value"], yerr=spread, marker="o", label=motion, capsize=2)
         axis.set_xscale("log", base=2)
         axis.set(xticks=sorted(set(table["frames"])), xlabel="frames looked at", ylabel="hit@5, % (higher is better)", title=model)
         axis.xaxis.set_major_formatter("{x:.0f}")
