@@ -164,7 +164,7 @@ def traded(quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, da
     Args:
         quality, pairs: as `results` and `pairs` of `measured`; units other than the average stay in the table.
         speed: as `throughput.measure` gives it.
-        source: the question they belong to, a heading of the report.
+        source: the question they belong to, which the report folds them under.
     """
     common = {"source": source, "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
     rows = [common | _score(r) for r in quality[quality["unit"] == "average"].itertuples()]

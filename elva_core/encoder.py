@@ -430,7 +430,7 @@ def normalised(states: torch.Tensor) -> torch.Tensor:
 
 
 def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: str = "float32", device: str = "cpu") -> Encoder:
-    """An encoder from a folder written by `Encoder.save` or from any Qwen2-VL-like checkpoint.
+    """An encoder from a folder written by `Encoder.save` or from any checkpoint of ARCHITECTURES.
 
     Args:
         settings: the prompts; None takes those of the folder's elva.json.

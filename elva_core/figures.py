@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from elva_core import mbeir, rewards
 from elva_core.settings import RewardSettings
@@ -133,7 +133,7 @@ def histogram(values: pd.Series, title: str, unit: str) -> Figure:
     sns.histplot(values, discrete=True, ax=axis, color="#4c78a8")
     axis.axvline(values.median(), color="#c43d4b", linestyle="--", label=f"median {values.median():.0f}, n = {len(values):,}")
     axis.set(title=title, xlabel=unit, ylabel="queries")
-    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center")
     return figure
 
@@ -270,9 +270,9 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
                 s=90 if role in ("query", "positive") else 22,
                 c=colour,
                 marker="*" if role == "query" else "o",
-                label=f"{role} ({len(part)})",
+                label=role,
             )
-        axis.set(title=name, xticks=[], yticks=[])
+        axis.set(title=f"{name} ({len(table)} points)", xticks=[], yticks=[])
     figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle(title, fontsize=10)
     return figure

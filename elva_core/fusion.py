@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from elva_core import claims, mbeir, metrics, rerank, retrieval, search
+from elva_core import claims, metrics, rerank, retrieval, search
 from elva_core.encoder import Encoder, candidate_item
 from elva_core.rerank import Asked, Kind
 from elva_core.retrieval import Embedded, Searcher, UnitResult
@@ -59,14 +59,6 @@ def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[As
         items = tuple(candidate_item(searcher.root, c) for c in found)
         out.append(Asked(query.qid, searcher.query(query, result.unit), tuple(c.did for c in found), items))
     return out
-
-
-def sampled(result: UnitResult, count: int) -> UnitResult:
-    """At most `count` of a unit's queries, in their order; chosen by a stable hash, so that fewer are part of more."""
-    order = sorted(range(len(result.queries)), key=lambda i: mbeir.stable_hash("rerank", result.unit, result.queries[i].qid))
-    chosen = sorted(order[:count])
-    lists = {name: [getattr(result, name)[i] for i in chosen] for name in ("queries", "ranks", "pessimistic", "relevant")}
-    return replace(result, top=result.top[chosen], scores=result.scores[chosen], **lists)
 
 
 def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:

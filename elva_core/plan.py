@@ -84,9 +84,11 @@ def stages(load: Workload) -> list[Stage]:
         rows.append(Stage("single pass", train, load.dealt(math.ceil(s.distil.batch / s.distil.chunk)), _distillation_peak(load)))
         rows.append(Stage("single pass, its summaries", made, load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)), batch))
     if s.rerank:
-        train, mining, looks = load.reranking()
-        rows.append(Stage("reranker", train, load.dealt(math.ceil(s.rerank.batch / s.rerank.chunk)), _reranking_peak(load)))
+        train, mining, val, looks = load.reranking()
+        prompts = s.rerank.batch * (2 + s.rerank.negatives) / 2  # the mean of the two kinds of step
+        rows.append(Stage("reranker", train, load.dealt(math.ceil(prompts / s.rerank.chunk)), _reranking_peak(load)))
         rows.append(Stage("reranker, its negatives", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
+        rows.append(Stage("reranker, val embedded", val, 1, batch))
         rows.append(Stage("reranker, second looks", looks, 1, _looking_peak(load)))
     models = load.known.evaluated_models
     rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
@@ -314,6 +316,6 @@ def _assumptions(load: Workload) -> list[str]:
         "every value and its source: params/plan.yaml",
         "memory: with the longest prompt that the encoder's limits allow; waiting: for images from the host, or for Python",
         *_shared(load),
-        "of one device, whatever their number: annotation, second looks and evaluation",
+        "of one device, whatever their number: annotation, val, second looks and evaluation",
         "not planned: a server that annotates, and what vLLM saves",
     ]

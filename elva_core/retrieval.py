@@ -151,21 +151,33 @@ class Searcher:
         """The query with its instruction, chosen by a stable hash of split, unit and qid, or by index."""
         return query_item(self.root, query, seed=self.seed, scope=f"{self.split}/{unit}", prompt_index=prompt_index)
 
-    def evaluate(self, unit: str, *, pool: str = "local", root: mbeir.Root | None = None, prompt_index: int | None = None) -> UnitResult:
+    def evaluate(self, unit: str, **how) -> UnitResult:
         """Ranks every judged query of a unit against a pool; arguments and errors as `embedded` has them."""
-        return self.rank(self.embedded(unit, pool=pool, root=root, prompt_index=prompt_index))
+        return self.rank(self.embedded(unit, **how))
 
-    def embedded(self, unit: str, *, pool: str = "local", root: mbeir.Root | None = None, prompt_index: int | None = None) -> Embedded:
+    def embedded(
+        self,
+        unit: str,
+        *,
+        pool: str = "local",
+        root: mbeir.Root | None = None,
+        prompt_index: int | None = None,
+        sample: int | None = None,
+    ) -> Embedded:
         """A unit and a pool, as vectors.
 
         Args:
             root: where queries and qrels come from (a benchmark); None is this searcher's root.
+            sample: at most so many queries, in their order, chosen by a stable hash, so that fewer are part of more.
 
         Raises:
             ElvaDataError: a query without judgement, or (global pool) a judged did that the pool lacks.
         """
         asked = root or self.root
         queries, judged, candidates = asked.queries(unit, self.split), asked.qrels(unit, self.split), asked.pool(unit, self.split, pool)
+        if sample is not None:
+            order = sorted(range(len(queries)), key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
+            queries = [queries[i] for i in sorted(order[:sample])]
         relevant = []
         for query in queries:
             if query.qid not in judged:

@@ -25,7 +25,7 @@ QUERIES = 1024  # that are multiplied at once
 ROWS, TILE = 8192, 2048  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
 GROUP, COUNTED = 8, 64  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
 AHEAD = 2  # blocks of rows that are read before they are worked on
-SPARE = 14  # rows kept beyond k, because less than float64 may order neighbours wrongly
+SPARE = 14  # rows kept beyond k (bfloat16: 2 k), because less than float64 may order neighbours wrongly
 MANY = 128  # queries from which on rounding the pool to bfloat16 costs less than it saves
 PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
@@ -53,6 +53,7 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
     """The k best pool rows of every query, and where its relevant rows stand. Uses as many threads as torch.
 
     Queries for which too many scores are too close for one precision, as when all embeddings are the same, take another pass in the next.
+    The first is float32; bfloat16, twice as fast, for at least MANY queries without relevant rows, where the CPU multiplies it.
 
     Args:
         queries: (Q, D), unit length.
@@ -72,7 +73,7 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
     keys, ranks, pessimistic = np.empty((len(vectors), k), np.int64), [[]] * len(vectors), [[]] * len(vectors)
     undecided = np.arange(len(vectors))
     # bfloat16 finds the best rows, but is too coarse to count what stands above a row
-    for precision in PRECISIONS[0 if not any(asked) and len(vectors) >= MANY and _has_bfloat16() else 1 :]:
+    for precision in PRECISIONS[0 if not any(map(len, asked)) and len(vectors) >= MANY and _has_bfloat16() else 1 :]:
         keys[undecided], *counted, clear = _passed(vectors[undecided], parts, size, k, [asked[i] for i in undecided], precision)
         for i, *found in zip(undecided, *counted, strict=True):
             ranks[i], pessimistic[i] = found
@@ -282,7 +283,7 @@ def _read(parts: list) -> Iterator[tuple[int, np.ndarray]]:
 def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
     half = vectors.dtype == np.float16
     # torch converts float16 six times as fast as numpy
-    out = torch.from_numpy(np.array(vectors)).float().numpy() if half else np.ascontiguousarray(vectors, dtype=np.float32)
+    out = torch.from_numpy(np.array(vectors)).float().numpy() if half else np.require(vectors, np.float32, ["C", "W"])
     lengths = np.sqrt(np.vecdot(out, out))
     if len(wrong := np.flatnonzero(~(abs(lengths - 1) < 0.01))):
         raise ValueError(f"{name} {start + wrong[0]} has length {lengths[wrong[0]]}, not 1; encode it again, normalised")

@@ -111,8 +111,8 @@ class Sizes:
         return MASTER_BYTES * (self.adapter(rank) + self.hidden)
 
     def shared_bytes(self, rank: int, processes: int) -> float:
-        """The same where zero.py shares among processes what only the update needs: moments, summed gradient and its own float32 copy."""
-        return (8 + 12 / processes) * (self.adapter(rank) + self.hidden)
+        """The same where zero.py shares moments, a float32 copy and the summed gradient; weight and own gradient stay whole."""
+        return (8 + 16 / processes) * (self.adapter(rank) + self.hidden)
 
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.

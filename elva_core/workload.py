@@ -1,8 +1,8 @@
 """How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
 
 Arithmetic on the profile, the backbone's sizes and the assumptions of params/plan.yaml; nothing is loaded. It counts what
-the loops of contrastive.py, rlvr.py, negatives.py and retrieval.py do, every summary being as long as its cap. Costs are
-those of all devices together; what one of several cannot take as a whole call shows in the rows per call.
+the loops of contrastive.py, rlvr.py, negatives.py, distil.py, rerank.py and retrieval.py do, every summary being as long as its
+cap. Costs are those of all devices together; what one of several cannot take as a whole call shows in the rows per call.
 
     load = make(settings.load("qwen2vl-2b"), gpu="H20")
     load.rlvr("all").rollouts
@@ -195,21 +195,25 @@ class Workload:
             made += self.write(s.pairs, side, 1, per_call=self.settings.evaluation.batch, mixed=False)
         return train, made
 
-    def reranking(self) -> tuple[Cost, Cost, Cost]:
-        """(training the reranker, mining its negatives, its looks at the answers to MRBench and to a sample of val)."""
+    def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
+        """(training the reranker, mining its negatives, embedding val, its looks at the answers to MRBench and to a sample of val)."""
         s, train, looks = self.settings.rerank, Cost(), Cost()
         asked = self.settings.mrbench.queries + s.validation * len(self.bench)
         windows = 1 if s.depth <= s.window else math.ceil((s.depth - 1) / (s.window - 1))  # as rerank.windows has it
         for request, prompts, trained, shown, seen in (
             (s.pointwise_request, 1 + s.negatives, 1, s.depth, 1),
-            (s.listwise_request, 1, (2 + s.window) / 2, windows, s.window),
+            (s.listwise_request, 1, (2 + s.window) / 2, windows, min(s.window, s.depth)),
         ):
             shape = {"rank": s.lora.rank, "backward": True, "checkpointing": s.gradient_checkpointing}
             rows = s.steps / 2 * s.batch * prompts
             train += self.read(rows, self.together(trained), request, per_call=min(s.chunk, s.batch * prompts), logits=1, **shape)
             looks += self.read(asked * shown, self.together(seen), request, per_call=s.prompts, logits=1)
-        own = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool}}}
-        return train, replace(self, settings=self.settings.changed(own)).mining(), looks
+        own = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool, "again_every": None}}}
+        mined = replace(self, settings=self.settings.changed(own)).mining()
+        shape = {"per_call": self.settings.evaluation.batch, "mixed": False}
+        val = self.write(s.validation * len(self.bench), self.side("query"), 1, **shape)
+        val += self.write(sum(u.pool for u in self.bench.values()), self.side("candidate"), 1, **shape)  # as large as test's
+        return train, mined, val, looks
 
     def together(self, candidates: float) -> Side:
         """A query and so many candidates in one prompt."""

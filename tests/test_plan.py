@@ -255,7 +255,7 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, p
     requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
     exact = {requests[k]: tiny.batch([rerank.prompt(ranked[0].item, shown[k], k).item], requests[k]).input_ids.shape[1] for k in requests}
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact.get(request, 1))
-    train, _, looks = load.reranking()
+    train, _, _, looks = load.reranking()
     rows.update(prompts=0)
     flops = counted(lambda: rerank.train(tiny, ranked, s, seed=0, folder=tmp_path))
     assert rows["prompts"] == train.prompts and flops == pytest.approx(train.flops, rel=0.02)

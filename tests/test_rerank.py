@@ -236,17 +236,6 @@ def test_the_weight_is_the_best_of_validation_and_ties_trust_the_retriever():
     assert fusion.choose(table)["listwise"] == 1.0  # it never helps
 
 
-def test_a_sample_is_part_of_a_larger_one_and_keeps_what_belongs_to_a_query(searcher):
-    whole = searcher.evaluate("emoji_task0")
-    few, more, all_of_them = (fusion.sampled(whole, n) for n in (3, 7, 10**6))
-    assert len(few.queries) == 3 and {q.qid for q in few.queries} < {q.qid for q in more.queries}
-    assert all_of_them.queries == list(whole.queries) and (all_of_them.top == whole.top).all()
-    place = {q.qid: i for i, q in enumerate(whole.queries)}
-    for i, query in enumerate(more.queries):
-        j = place[query.qid]
-        assert (more.ranks[i], more.relevant[i]) == (whole.ranks[j], whole.relevant[j]) and (more.top[i] == whole.top[j]).all()
-
-
 def test_a_depth_beyond_the_lists_is_refused(searcher, smoke):
     with pytest.raises(ValueError, match=r"rerank\.depth = 11, but ranked lists have 10"):
         fusion.first_answers(searcher, searcher.evaluate("emoji_task0"), 11)

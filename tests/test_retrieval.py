@@ -25,6 +25,17 @@ def test_scoring_a_unit(tiny, root, smoke, tmp_path):
         assert len(lines) == len(local.queries) * 10 and all(len(line.split()) == columns for line in lines)
 
 
+def test_a_sample_is_ranked_as_in_the_whole_unit_and_is_part_of_a_larger_one(tiny, root, smoke):
+    searcher = retrieval.Searcher(tiny, root, "test", smoke.evaluation, template="eol")
+    whole, few, more, all_of_them = (searcher.evaluate("emoji_task0", sample=n) for n in (None, 3, 7, 10**6))
+    known = {q.qid: (ranks, top.tolist()) for q, ranks, top in zip(whole.queries, whole.ranks, whole.top, strict=True)}
+    place = {q.qid: i for i, q in enumerate(whole.queries)}
+    assert {q.qid for q in few.queries} < {q.qid for q in more.queries} and len(few.queries) == 3
+    assert [place[q.qid] for q in more.queries] == sorted(place[q.qid] for q in more.queries)
+    assert all(known[q.qid] == (r, t.tolist()) for q, r, t in zip(more.queries, more.ranks, more.top, strict=True))
+    assert [q.qid for q in all_of_them.queries] == [q.qid for q in whole.queries]
+
+
 def test_a_judgement_the_pool_lacks_and_a_query_without_judgement_fail_loudly(tiny, own_root, smoke):
     searcher = retrieval.Searcher(tiny, own_root, "test", smoke.evaluation, template="eol")
     path = own_root.qrels_path("emoji_task0", "test")

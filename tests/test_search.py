@@ -42,18 +42,23 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(search, name, value)
 
 
-@pytest.mark.parametrize("size", [1, 130, 3000])
+@pytest.mark.parametrize("size", [1, 9, 130, 3000])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_one_pass_equals_a_full_sort_with_copies_in_the_pool(small_blocks, size, threads):
+@pytest.mark.parametrize("judged", [True, False])
+def test_one_pass_equals_a_full_sort_with_copies_in_the_pool(small_blocks, monkeypatch, size, threads, judged):
+    """Without judgements bfloat16 looks first."""
+    monkeypatch.setattr(search, "MANY", 1)
+    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)  # torch can do without
     c = unit_vectors(size) if size < 100 else with_copies(size)
     q = np.concatenate([unit_vectors(20, seed=2), c[3:4] if size > 3 else c])  # the last query's best are the copies
     rng = np.random.default_rng(3)
     relevant = [list(rng.choice(size, min(size, i % 4), replace=False)) for i in range(len(q))]
     relevant[-1] = [size - 1, min(3, size - 1)][: min(size, 2)]
+    relevant = relevant if judged else [[]] * len(q)
     k, before = min(size, 7), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = search.exact(q, c, k, relevant)
+        found = search.exact(q, c, k, relevant if judged else None)
     finally:
         torch.set_num_threads(before)
     rows, scores, ranks, worst = by_full_sort(q, c, k, relevant)

@@ -58,7 +58,7 @@ def test_every_arm_changes_values_that_a_profile_has_and_says_why():
             assert arm.why
 
 
-def test_a_profile_has_the_arm_of_every_row_that_a_claim_says_it_can_run():
+def test_a_profile_has_the_arm_of_every_row_of_tables_4_and_8_that_a_claim_says_it_can_run():
     reported = claims.reported()
     rows = {(table, row): name for table in ("table4", "table8") for row, name in reported[table]["ours"].items()}
     assert rows.pop(("table4", "0.4 and 0.6")) == rows["table8", "full"]  # the paper's own weights: stage 3 itself

@@ -273,8 +273,10 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(tmp_path):
     (tmp_path / "figures").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "figures/a.png")
     text = "# Title\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n![what it shows](figures/a.png)\n"
+    text += "\n" + report._folded("More", pd.DataFrame([dict.fromkeys(claims.COLUMNS, 0.5) | {"claim": "folded", "metric": "hit@5"}]))
     page = report.page(text, tmp_path)
     assert "<title>Title</title>" in page and "<td>1</td>" in page
+    assert "<td>folded</td>" in page.split("<details><summary>More (1)</summary>")[1].split("</details>")[0]
     assert "figures/a.png" not in page and "http" not in page
     picture = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
     assert picture == (tmp_path / "figures/a.png").read_bytes()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import exit_codes, mined
 
-from elva_core import contrastive, encoder, rlvr, runtime, zero
+from elva_core import contrastive, encoder, rlvr, runtime, sizes, zero
 from elva_core.encoder import Item
 from elva_core.settings import OptimiserSettings
 
@@ -120,6 +120,8 @@ def test_two_that_share_moments_train_the_model_of_one(given, tmp_path, record_t
         shares = {"moments": 8, "weights": 4, "gradients": 4}
         for name, bytes_each in shares.items():
             assert abs(held[name] - bytes_each * trained / 2) <= 64 * bytes_each, name  # but for padding
+        planned = sizes.of_config(model.backbone.config).shared_bytes(given[1].stage1.lora.rank, 2)
+        assert abs(8 * trained + sum(held.values()) - planned) <= 64 * 16  # with weight and own gradient
 
 
 def test_a_killed_run_goes_on_in_two_processes_or_in_one(given, tmp_path):
