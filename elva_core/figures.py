@@ -319,7 +319,8 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     left.barh(place + 0.2, speed["theirs per s"], height=0.4, color=MODEL_COLOURS["zero-shot"], label="FAISS, top k")
     left.set(yticks=place, yticklabels=speed["comparison"], xlabel="queries per second", title="Throughput")
     left.invert_yaxis()
-    left.legend(frameon=False, fontsize=7)
+    left.margins(x=0.3)
+    left.legend(frameon=False, fontsize=7, loc="upper right")
     middle.plot(growth["pool"] / 1000, growth["seconds"], "o-", color=CORRECTED, label="measured")
     line = growth["pool"] / 1000, growth["pool"] * (growth["seconds"].iloc[-1] / growth["pool"].iloc[-1])
     middle.plot(*line, "--", color="grey", linewidth=0.8, label="proportional")
@@ -329,7 +330,8 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     right.bar(place - 0.2, memory["pool"], width=0.4, color=MODEL_COLOURS["zero-shot"], label="pool on disk")
     right.bar(place + 0.2, memory["peak"], width=0.4, color=CORRECTED, label="peak of the process")
     right.set(xticks=place, xticklabels=[f"{int(n):,}" for n in memory.index], xlabel="vectors on disk", ylabel="MB", title="Memory")
-    right.legend(frameon=False, fontsize=7)
+    right.margins(y=0.25)
+    right.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
 
 
