@@ -247,6 +247,12 @@ def readme(profile_name: str) -> None:
     report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
 
 
+def _run(command: argparse.ArgumentParser) -> None:
+    """Which run of the chain is meant."""
+    command.add_argument("profile_name", metavar="PROFILE")
+    command.add_argument("--seed", type=int, default=17)
+
+
 def _profile(command: argparse.ArgumentParser, said: str = "where device and batch come from") -> None:
     command.add_argument("--profile", dest="profile_name", metavar="PROFILE", default="cpu", help=said + "; default: cpu")
 
@@ -270,24 +276,20 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(do=do)
         return added
 
-    def of_chain(do: Callable[..., int | None], said: str, *before: tuple[str, Sequence[str]]) -> argparse.ArgumentParser:
-        added = command(do, said)
-        for name, choices in before:
-            added.add_argument(name, choices=choices)
-        added.add_argument("profile_name", metavar="PROFILE")
-        added.add_argument("--seed", type=int, default=17)
-        return added
-
-    p = of_chain(workbook.run, "run the chain of notebooks")
+    p = command(workbook.run, "run the chain of notebooks")
+    _run(p)
     p.add_argument("--only", metavar="NN", help="only this stage")
     p.add_argument("--from", dest="start", metavar="NN", help="this stage and those after it")
     p.add_argument("--force", action="store_true", help="run stages that are up to date, too")
-    of_chain(workbook.status, "which stages are done and current")
-    of_chain(
-        workbook.study, "train and measure the arms of params/arms.yaml that have no result yet, on the data and backbone of the chain"
-    )
-    stages = ("stage1", "stage2", "stage3", "control", "distil", "rerank")
-    of_chain(workbook.train, "train one stage, also under accelerate launch", ("stage", stages))
+
+    _run(command(workbook.status, "which stages are done and current"))
+
+    said = "train and measure the arms of params/arms.yaml that have no result yet, on the data and backbone of the chain"
+    _run(command(workbook.study, said))
+
+    p = command(workbook.train, "train one stage, also under accelerate launch")
+    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil", "rerank"))
+    _run(p)
 
     p = command(plan, "what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
     p.add_argument("profile_name", metavar="PROFILE")
