@@ -113,7 +113,7 @@ def against_trl(tokens: int, folder: Path) -> dict[str, list[float]]:
         processing_class=processor,
         reward_funcs=lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
         train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(r=stage3.lora.rank, lora_alpha=stage3.lora.alpha, target_modules=encoder.LORA_TARGETS),
+        peft_config=LoraConfig(r=stage3.lora.rank, lora_alpha=stage3.lora.alpha, target_modules=encoder.lora_targets(theirs)),
         callbacks=[turns],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),

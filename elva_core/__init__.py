@@ -7,7 +7,8 @@ Modules import one way: a module only those that stand before it here (held by t
     sharding, zero, runtime                      processes that train together, seeds and the training loop
     emoji_collection, nli, prepare               where the laptop's data come from
     objectives, rewards, metrics                 pure mathematics, import nothing of ours
-    encoder, backbone, second_backbone           Qwen2-VL as an embedder, and two small ones to start from
+    tower, chat, encoder                         a vision-language model as an embedder: Qwen2-VL quickly, any other as its processor says
+    backbone, second_backbone                    two small ones to start from
     rollout, search, retrieval, store            what is built on an encoder
     negatives                                    hard and random ones, for stage 3
     annotate, verification, mrbench, release     the benchmark: who names its grains, who checks them, how it is given away

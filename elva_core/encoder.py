@@ -1,11 +1,12 @@
-"""Qwen2-VL as an embedder: prompts, token batches, the [RET] token, LoRA, vision features, loading and saving.
+"""A vision-language model as an embedder: prompts, token batches, the [RET] token, LoRA, vision features, loading and saving.
 
 Two ways to an embedding, both the state of the last position after the final norm, L2-normalised:
 
 * EOL (stages 1 and 2): the prompt asks for one word, the state of the prompt's last token is the embedding.
 * generative (ELVA): the prompt asks for a summary that ends in [RET], the state at [RET] is the embedding.
 
-Batches are left-padded, so the last position of every row is the one that counts.
+Batches are left-padded, so the last position of every row is the one that counts. Qwen2-VL and Qwen2.5-VL are read from the
+features of their tower, which is frozen, so that an image is seen once; any other model is read as its own processor says.
 
     encoder = encoder.load(DIR)
     vectors = encoder.embed_eol([Item("A dog.")])
@@ -19,7 +20,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,56 +27,21 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import artifacts, clips, mbeir, sharding
+from elva_core import artifacts, chat, clips, mbeir, sharding
 from elva_core.clips import Clip
 from elva_core.settings import EncoderSettings, LoraSettings
+from elva_core.tower import quicken
 
 POOLING = "last position, L2-normalised"
-ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")  # Qwen3-VL's tower also speaks to deeper layers, which `Encoder.batch` would drop
+# Whose tower says of an image the same in every batch, in tokens that take the place of one; Qwen3-VL's also speaks to deeper layers
+ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 CLIPS_AT_ONCE = 8  # that the vision tower sees in one call: of 12 frames, three quarters of what 64 images take
-# transformers hands the lengths of packed images only to implementations with "flash" in their name
-VISION_ATTENTION = "flash_by_sdpa"
-
-
-def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, **_):
-    """Attention inside each image of a packed row: one call per size of image, where transformers makes one per image.
-
-    Args:
-        query, key, value: (1, H, patches, d). cu_seq_lens_q: (images + 1,) first patch of each image, and the end.
-
-    Returns:
-        (1, patches, H, d), None.
-    """
-    lengths = cu_seq_lens_q.diff()
-    sizes, owner, out = lengths.unique().tolist(), torch.repeat_interleave(lengths), torch.empty_like(query)
-    for length in sizes:
-        rows = (lengths == length)[owner] if len(sizes) > 1 else slice(None)  # a slice copies nothing
-        q, k, v = (x[0, :, rows].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))  # (images, H, n, d)
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
-        out[0, :, rows] = found.transpose(0, 1).flatten(1, 2)
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(VISION_ATTENTION, attend_packed)
-
-
-def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:
-    """`forward` of the patch embedding: a convolution whose stride is its kernel is a matrix product."""
-    weight = self.proj.weight
-    return torch.nn.functional.linear(rows.to(weight.dtype), weight.flatten(1), self.proj.bias)
-
-
-def quicken(tower: torch.nn.Module) -> None:
-    """The same vision tower in fewer, larger operations; conv3d alone took a third of its time on a CPU."""
-    tower.config._attn_implementation = VISION_ATTENTION
-    tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)  # a bound method of a function cannot be pickled
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +107,17 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class Batch:
-    """Left-padded token rows with everything the language model needs.
+    """Left-padded token rows with everything the model needs.
 
-    input_ids, mask: (B, L) int64. embeds: (B, L, D). positions: (3, B, L) M-RoPE positions.
+    input_ids, mask: (B, L) int64. positions: (..., B, L), M-RoPE's three or four numbers first where the model has them.
+    given: what it reads there, by the names of its arguments: `inputs_embeds` (B, L, D) that hold the images already, or
+    `input_ids` with pixels.
     """
 
     input_ids: torch.Tensor
     mask: torch.Tensor
-    embeds: torch.Tensor
     positions: torch.Tensor
+    given: dict[str, torch.Tensor]
 
 
 class Encoder:
@@ -162,7 +129,9 @@ class Encoder:
         self.model = model
         self.processor = processor
         self.settings = settings
-        quicken(self.backbone.model.visual)
+        self.remembers = self.backbone.config.model_type in ARCHITECTURES
+        if self.remembers:
+            quicken(self.backbone.model.visual)
         # (pixels, grids) -> pixels; set only while a small backbone is taught, whose tower then sees every image anew
         self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._vision: dict[Path | Clip, Seen] = {}
@@ -170,7 +139,7 @@ class Encoder:
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"{settings.ret_token} is not in the vocabulary; prepare the model with encoder.prepare()")
+            raise ValueError(f"{settings.ret_token} is not in the vocabulary; encoder.add_ret_token() puts it there")
         self.end_id = tokenizer.eos_token_id
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
@@ -190,18 +159,17 @@ class Encoder:
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
         """Chat prompts up to and including the assistant's header; order: the item's parts, then the request."""
-        out = []
-        for item in items:
-            *before, text = map(self._content, item.parts)
-            text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
-            content = [*before, text]
-            out.append(self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-        return out
+        return [self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True) for item in items]
 
-    def _content(self, part: str | Path | Clip) -> dict[str, str]:
+    def _chat(self, item: Item, request: str) -> chat.Chat:
+        *before, text = map(self._content, item.parts)
+        text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
+        return [{"role": "user", "content": [*before, text]}]
+
+    def _content(self, part: str | Path | Clip) -> dict[str, str | Path]:
         """A part as chat templates know it."""
         if isinstance(part, Path):
-            return {"type": "image"}
+            return {"type": "image", "image": part}
         return {"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}
 
     def _cut(self, text: str) -> str:
@@ -211,7 +179,23 @@ class Encoder:
         return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:limit])
 
     def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
-        """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
+        """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET]).
+
+        Raises:
+            ValueError: a clip, for a model that is read by its own processor.
+        """
+        return self._remembered(items, request, endings) if self.remembers else self._processed(items, request, endings)
+
+    def _processed(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
+        if any(item.clips for item in items):
+            kind = self.backbone.config.model_type
+            raise ValueError(f"{self.source} is a {kind}, which is given no videos here; take one of {', '.join(ARCHITECTURES)}")
+        chats = [chat.opened(self._chat(item, request), self.settings.max_pixels) for item in items]
+        given = chat.read(self.backbone, self.processor, chats, endings)
+        mask, positions = given.pop("attention_mask"), given.pop("position_ids")
+        return Batch(given["input_ids"], mask, positions, given)
+
+    def _remembered(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
         images = self._seen([path for item in items for path in item.images], self._vision_features)
         videos = self._seen([clip for item in items for clip in item.clips], self._clip_features)
         rows = self._token_rows(items, request, images, videos)
@@ -223,7 +207,7 @@ class Encoder:
         embeds, config = self.backbone.get_input_embeddings()(ids), self.backbone.config
         if not images and not videos:
             positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, *ids.shape)
-            return Batch(ids, mask, embeds, positions)
+            return Batch(ids, mask, positions, {"inputs_embeds": embeds})
         kinds, grids = torch.zeros_like(ids, dtype=torch.int), []
         for kind, token, seen in ((1, config.image_token_id, images), (2, config.video_token_id, videos)):
             kinds[ids == token] = kind
@@ -238,7 +222,7 @@ class Encoder:
             second_per_grid_ts=torch.tensor([s.seconds for s in videos]),  # only Qwen2.5-VL looks at them
             attention_mask=mask,
         )
-        return Batch(ids, mask, embeds, positions)
+        return Batch(ids, mask, positions, {"inputs_embeds": embeds})
 
     def _token_rows(self, items: Sequence[Item], request: str, images: Sequence[Seen], videos: Sequence[Seen]) -> list[list[int]]:
         config, tokenizer = self.backbone.config, self.processor.tokenizer
@@ -279,24 +263,24 @@ class Encoder:
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch rows (patches, values) and grids (images, 3); rows are kept while the tower sees images again and again."""
         if not self.augment:
-            pixels, grids = self._processed(paths)
+            pixels, grids = self._patches(paths)
             return pixels.to(self.device), grids.to(self.device)
         if missing := [p for p in dict.fromkeys(paths) if p not in self._pixels]:
-            pixels, grids = self._processed(missing)
+            pixels, grids = self._patches(missing)
             rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
             self._pixels.update(zip(missing, zip(rows, grids, strict=True), strict=True))
         found = [self._pixels[p] for p in paths]
         pixels, grids = torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
         return self.augment(pixels, grids), grids
 
-    def _processed(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _patches(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.processor.image_processor([mbeir.open_image(p) for p in paths], return_tensors="pt")
         return inputs.pixel_values, inputs.image_grid_thw
 
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
-        return self.backbone.model.language_model(
-            inputs_embeds=batch.embeds,
+        return self.backbone.model(
+            **batch.given,
             attention_mask=batch.mask,
             position_ids=batch.positions,
             past_key_values=cache,
@@ -305,7 +289,7 @@ class Encoder:
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Next-token logits in float32; tokens that must never be sampled get -inf. (..., D) -> (..., V)"""
-        logits = self.backbone.lm_head(states).float()
+        logits = self.backbone.get_output_embeddings()(states).float()
         return logits.index_fill(-1, self.banned_ids.to(logits.device), float("-inf"))
 
     def embed_eol(self, items: Sequence[Item]) -> torch.Tensor:
@@ -331,7 +315,7 @@ class Encoder:
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=LORA_TARGETS,
+            target_modules=lora_targets(self.backbone),
             trainable_token_indices={"embed_tokens": [self.ret_id]},
         )
         with torch.random.fork_rng(devices=[]):
@@ -415,6 +399,14 @@ def lineage(parent: str | Path) -> list[dict[str, str]]:
     return [*card.get("parents", []), own | name]
 
 
+def lora_targets(model) -> str:
+    """Every linear layer of the language model, as PEFT's `target_modules`: the path of the decoder, and the names of its layers."""
+    decoder = model.get_decoder()
+    (path,) = [name for name, module in model.named_modules() if module is decoder]
+    names = {name.rpartition(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
+    return rf"{re.escape(path)}\..*\.({'|'.join(sorted(names))})"
+
+
 def banned_ids(tokenizer, end_id: int, rows: int) -> torch.Tensor:
     """Ids the policy must never sample: every special token but the end of turn, and the spare rows.
 
@@ -430,14 +422,15 @@ def normalised(states: torch.Tensor) -> torch.Tensor:
 
 
 def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: str = "float32", device: str = "cpu") -> Encoder:
-    """An encoder from a folder written by `Encoder.save` or from any checkpoint of ARCHITECTURES.
+    """An encoder from a folder written by `Encoder.save` or from a checkpoint of any vision-language model with a chat template.
 
     Args:
         settings: the prompts; None takes those of the folder's elva.json.
 
     Raises:
         FileNotFoundError: no elva.json and no settings.
-        ValueError: elva.json wants to be read in a way that is not known here, or so does the architecture.
+        ValueError: elva.json wants to be read in a way that is not known here; the model has no chat template, no room for [RET], or
+            gives other logits in our batches than in transformers' generate.
     """
     path = Path(folder) / "elva.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
@@ -448,19 +441,21 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
         if not card:
             raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a training stage wrote")
         settings = EncoderSettings.model_validate(card["encoder"])
-    if (kind := AutoConfig.from_pretrained(folder).model_type) not in ARCHITECTURES:
-        raise ValueError(f"{folder} is a {kind}; images are put into the prompt as {', '.join(ARCHITECTURES)} want it: take one of these")
+    processor, known = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder).model_type in ARCHITECTURES
+    if not getattr(processor, "chat_template", None):  # before its weights are read
+        raise ValueError(f"{folder} has no chat template; save one with its processor (processor.chat_template = ...)")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
     if sharding.asked():  # before the device holds all of it
-        sharding.shard(model.model.language_model)
-    model.to(device)
-    processor = AutoProcessor.from_pretrained(folder)
-    if settings.max_pixels:
+        sharding.shard(model.get_decoder())
+    model.to(device).eval()
+    if known and settings.max_pixels:
         for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
             images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
-    return Encoder(model.eval(), processor, settings, str(folder), template)
+    if not known:
+        chat.check(model, processor, str(folder))
+    return Encoder(model, processor, settings, str(folder), template)
 
 
 @torch.no_grad()

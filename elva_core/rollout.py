@@ -48,7 +48,7 @@ Sampler = Callable[[Encoder, Sequence[Sequence[Item]], Sequence[torch.Tensor], f
 
 @dataclass(slots=True)
 class Prefix:
-    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (B,)."""
+    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (..., B, 1)."""
 
     cache: DynamicCache
     mask: torch.Tensor
@@ -61,20 +61,18 @@ def prefill(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
     batch = encoder.batch(items, encoder.settings.summary_request)
     cache = DynamicCache(config=encoder.backbone.config.get_text_config())
     last = encoder.states(batch, cache)[:, -1]
-    position = batch.positions.amax(dim=(0, 2)) + 1
     if rollouts > 1:
         cache.batch_repeat_interleave(rollouts)
-    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last, position)))
+    position = (batch.positions[..., -1:] + 1).repeat_interleave(rollouts, dim=-2)
+    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last)), position)
 
 
 def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """States (R, n, D) of n further tokens on the cache; columns where `valid` is False are never attended to."""
     prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
-    steps = torch.arange(ids.shape[1], device=ids.device)
-    positions = (prefix.position[:, None] + steps).expand(3, *ids.shape)
+    positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)
     prefix.position = prefix.position + ids.shape[1]
-    embeds = encoder.backbone.get_input_embeddings()(ids)
-    return encoder.states(Batch(ids, prefix.mask, embeds, positions), prefix.cache)
+    return encoder.states(Batch(ids, prefix.mask, positions, {"input_ids": ids}), prefix.cache)
 
 
 def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ without computing, and asks again. No loop knows of this, and what is computed d
 
 Whole on every process stay the adapters, the vision tower, the embeddings and the head.
 
-    sharding.shard(model.model.language_model)    # encoder.load, before the adapters are there
+    sharding.shard(model.get_decoder())           # encoder.load, before the adapters are there
     sharding.turn(MEETING)                        # runtime, before the processes exchange something
 """
 

@@ -123,7 +123,7 @@ def words(holder, rows, length) -> torch.Tensor:
 
 
 def prompt(holder) -> encoder.Batch:
-    return encoder.Batch(None, MASK, words(holder, 2, 40), torch.arange(40).expand(3, 2, 40))
+    return encoder.Batch(None, MASK, torch.arange(40).expand(3, 2, 40), {"inputs_embeds": words(holder, 2, 40)})
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -144,7 +144,7 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
         first = h.states(prompt(h), cache)
         cache.batch_repeat_interleave(rollouts)
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
-        return first, h.states(encoder.Batch(None, mask, words(h, 2 * rollouts, ending), positions), cache)
+        return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
 
     kept = SMALL.activation_bytes(4, rank, dropout=False)
     planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)

@@ -155,7 +155,7 @@ def test_plain_transformers_gives_the_same_vector(trained, root):
 def test_peft_adds_saves_and_reloads_an_adapter(trained, tmp_path):
     _, _, models = trained
     model = AutoModelForImageTextToText.from_pretrained(models["stage2"], dtype="float32")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=encoder.LORA_TARGETS, init_lora_weights=False))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=encoder.lora_targets(model), init_lora_weights=False))
     adapted.save_pretrained(tmp_path)
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():

@@ -1,0 +1,161 @@
+"""Models that are read as their own processor says: against transformers alone, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import families
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from elva_core import chat, encoder, export, mbeir, rollout, sentence_module
+from elva_core.clips import Clip
+
+READ = [families.qwen3_vl, families.llava_next, families.gemma3, families.idefics3]
+
+
+@pytest.fixture(scope="module")
+def texts(root) -> list[str]:
+    return [c.text for c in root.pool("", "train", "global") if c.text] * 20
+
+
+@pytest.fixture(scope="module", params=READ, ids=lambda family: family.__name__)
+def folder(request, texts, tmp_path_factory):
+    return families.write(request.param, texts, tmp_path_factory.mktemp(request.param.__name__))
+
+
+@pytest.fixture
+def loaded(folder, smoke) -> encoder.Encoder:
+    return encoder.load(folder, smoke.encoder)
+
+
+@pytest.fixture
+def items(items, tmp_path) -> list[encoder.Item]:
+    """The items of other tests, and one with several images of different shapes."""
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 150, 3), dtype=np.uint8))
+    wide.save(tmp_path / "wide.png")
+    return [*items, encoder.Item("Which one?", tmp_path / "wide.png", ("or", items[0].image or items[1].image))]
+
+
+def plain(folder, loaded: encoder.Encoder, item: encoder.Item, request: str, ending: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(state, logits) of the last token by transformers alone: its template, its processor, its forward, one input, no padding."""
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+    encoder.add_ret_token(model, processor.tokenizer, "[RET]")
+    (prompt,) = loaded.prompts([item], request)
+    images = [[mbeir.open_image(path) for path in item.images]] if item.images else None
+    inputs = processor(text=[prompt], images=images, return_tensors="pt")
+    added = torch.tensor([ending], dtype=torch.long)
+    for name in set(inputs) & set(chat.PER_TOKEN):
+        own = {"input_ids": added, "attention_mask": torch.ones_like(added)}.get(name, torch.zeros_like(added))
+        inputs[name] = torch.cat([inputs[name], own], dim=1)
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True)
+    return out.hidden_states[-1][0, -1], out.logits[0, -1]
+
+
+def test_a_vector_of_a_mixed_batch_is_that_of_plain_transformers(folder, loaded, items, smoke):
+    with torch.no_grad():
+        summaries = [[7, 8, 9][: 1 + place % 3] for place in range(len(items))]
+        eol, (generative, _) = loaded.embed_eol(items), loaded.embed_summaries(items, summaries)
+    for item, summary, first, second in zip(items, summaries, eol, generative, strict=True):
+        alone, _ = plain(folder, loaded, item, smoke.encoder.eol_request, [])
+        torch.testing.assert_close(first, encoder.normalised(alone), atol=1e-5, rtol=0)
+        alone, _ = plain(folder, loaded, item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
+        torch.testing.assert_close(second, encoder.normalised(alone), atol=1e-5, rtol=0)
+
+
+def test_a_rollout_says_of_its_tokens_what_plain_transformers_says(folder, loaded, items, smoke):
+    items = items[-2:]
+    out = rollout.generate(loaded, items, noise=torch.rand(2, 2, smoke.encoder.max_summary_tokens, generator=torch.Generator().manual_seed(1)))
+    scored, vectors = rollout.score(loaded, items, out)
+    torch.testing.assert_close(scored.detach(), out.log_p, atol=1e-4, rtol=0)
+    torch.testing.assert_close(vectors.detach(), out.embeddings, atol=1e-5, rtol=0)
+    for place, item in enumerate(items):
+        summary = out.summaries(loaded.end_id)[place][1]
+        state, _ = plain(folder, loaded, item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
+        torch.testing.assert_close(out.embeddings[place, 1], encoder.normalised(state), atol=1e-5, rtol=0)
+        for step in range(int(out.actions[place, 1].sum())):
+            token = out.tokens[place, 1, step]
+            _, logits = plain(folder, loaded, item, smoke.encoder.summary_request, out.tokens[place, 1, :step].tolist())
+            allowed = logits.index_fill(0, loaded.banned_ids, float("-inf")).log_softmax(-1)
+            assert allowed[token] == pytest.approx(float(out.log_p[place, 1, step]), abs=1e-4)
+
+
+def test_an_adapter_reaches_every_layer_of_the_language_model_and_nothing_else(loaded, items, smoke):
+    inside = {id(module) for module in loaded.backbone.get_decoder().modules()}
+    linear = {n for n, m in loaded.backbone.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside}
+    loaded.add_lora(smoke.stage2.lora, seed=0)
+    adapted = {n.partition("base_model.model.")[2].partition(".lora_")[0] for n in loaded.trainable() if "lora_" in n}
+    assert adapted == linear and len(linear) >= 14
+    loaded.model.train()
+    vectors, _ = loaded.embed_summaries(items, [[7, 8]] * len(items))
+    vectors[:, 0].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in loaded.trainable().items() if "lora_B" in n)
+
+
+def test_the_exported_folder_gives_the_vectors_of_the_encoder(loaded, items, tmp_path):
+    loaded.save(tmp_path / "model", stage="test", parent="none")
+    export.sentence_transformer(tmp_path / "model", tmp_path / "exported")
+    asked = [item for item in items if not item.more]
+    inputs = [
+        {name: value for name, value in (("text", i.text), ("image", i.image and mbeir.open_image(i.image))) if value} for i in asked
+    ]
+    found = sentence_module.load(tmp_path / "exported").encode(inputs)
+    wanted = rollout.generate(encoder.load(tmp_path / "model"), asked).embeddings[:, 0]
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_picture_has_at_most_the_pixels_of_the_profile(loaded, items):
+    chats = [{"role": "user", "content": [{"type": "image", "image": items[-1].image}, {"type": "text", "text": "a"}]}]
+    (message,) = chat.opened(chats, 1500)
+    assert message["content"][0]["image"].size == (75, 20) and message["content"][1] == {"type": "text", "text": "a"}
+    assert chat.opened(chats, None)[0]["content"][0]["image"].size == (150, 40)
+
+
+def test_a_model_that_answers_otherwise_than_in_generate_is_refused(folder, smoke, monkeypatch):
+    """Positions that start at one, M-RoPE's or not; and a head with a cap that nobody told us of."""
+    kind = type(AutoModelForImageTextToText.from_pretrained(folder))
+    with monkeypatch.context() as patched:
+        original = chat.read
+        stretched = lambda *given: (out := original(*given)) | {"position_ids": 2 * out["position_ids"]}  # noqa: E731
+        patched.setattr(chat, "read", stretched)
+        with pytest.raises(ValueError, match="gives other logits in a padded batch than"):
+            encoder.load(folder, smoke.encoder)
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def capped(self, *args, **given):
+        out = forward(self, *args, **given)
+        out.logits = out.logits.div(3).tanh() * 3
+        return out
+
+    monkeypatch.setattr(kind, "forward", capped)
+    with pytest.raises(ValueError, match="gives other logits"):
+        encoder.load(folder, smoke.encoder)
+
+
+def test_clips_are_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match=f"is a {loaded.backbone.config.model_type}, which is given no videos here"):
+        loaded.batch([encoder.Item("a", None, (Clip(tmp_path / "a.mp4", 2),))], "x")
+
+
+def test_a_model_whose_layers_keep_no_keys_is_refused(texts, tmp_path, smoke):
+    families.write(families.qwen3_5, texts, tmp_path)
+    with pytest.raises(ValueError, match="a qwen3_5, keeps a state that is no keys and values"):
+        encoder.load(tmp_path, smoke.encoder)
+
+
+def test_a_model_without_a_chat_template_is_refused_before_its_weights_are_read(texts, tmp_path, smoke):
+    families.write(families.llava_next, texts, tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "model.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="has no chat template; save one"):
+        encoder.load(tmp_path, smoke.encoder)
+
+
+def test_a_vector_of_bfloat16_passes_the_check(texts, tmp_path, smoke):
+    families.write(families.gemma3, texts, tmp_path, dtype=torch.bfloat16)
+    assert encoder.load(tmp_path, smoke.encoder, dtype="bfloat16").backbone.dtype == torch.bfloat16
