@@ -11,6 +11,7 @@ code; here rows get endings and are padded on the left. What holds of every mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +19,37 @@ import torch
 from PIL import Image
 from transformers import DynamicCache, GenerationConfig
 
-from elva_core import mbeir
+from elva_core import clips, mbeir
+from elva_core.clips import Clip
 
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what processors say of each token
 WRITTEN = 3  # tokens of `check`
 LIMITS = {torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a logit, in standard deviations of all of them
 
-Chat = list[dict]
+Chat = list[dict]  # messages of transformers, whose images are paths or clips until `opened`
 
 
 def opened(chat: Chat, max_pixels: int | None) -> Chat:
-    """The same messages with pictures in place of their paths, made smaller where they have more pixels than that."""
-    return [message | {"content": [_opened(part, max_pixels) for part in message["content"]]} for message in chat]
+    """The same messages with pictures in place of their paths, made smaller where they have more pixels than that.
+
+    A clip stands there once for each of its frames, and becomes them in turn.
+    """
+    frames = {clip: cycle(_frames(clip)) for message in chat for part in message["content"] if isinstance(clip := part.get("image"), Clip)}
+
+    def picture(source: Path | Clip) -> Image.Image:
+        image = next(frames[source]) if isinstance(source, Clip) else mbeir.open_image(source)
+        if max_pixels and (pixels := image.width * image.height) > max_pixels:
+            image = image.resize([max(1, int(side * (max_pixels / pixels) ** 0.5)) for side in image.size])
+        return image
+
+    return [
+        message | {"content": [part | {"image": picture(part["image"])} if "image" in part else part for part in message["content"]]}
+        for message in chat
+    ]
 
 
-def _opened(part: dict, max_pixels: int | None) -> dict:
-    if not isinstance(part.get("image"), Path):
-        return part
-    image = mbeir.open_image(part["image"])
-    if max_pixels and (pixels := image.width * image.height) > max_pixels:
-        image = image.resize([max(1, int(side * (max_pixels / pixels) ** 0.5)) for side in image.size])
-    return part | {"image": image}
+def _frames(clip: Clip) -> list[Image.Image]:
+    return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in clips.read(clip).pixels]
 
 
 def read(model, processor, chats: Sequence[Chat], endings: Sequence[Sequence[int]] | None = None) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ features of their tower, which is frozen, so that an image is seen once; any oth
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -162,15 +163,17 @@ class Encoder:
         return [self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True) for item in items]
 
     def _chat(self, item: Item, request: str) -> chat.Chat:
-        *before, text = map(self._content, item.parts)
+        *before, text = itertools.chain(*map(self._content, item.parts))
         text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
         return [{"role": "user", "content": [*before, text]}]
 
-    def _content(self, part: str | Path | Clip) -> dict[str, str | Path]:
-        """A part as chat templates know it."""
+    def _content(self, part: str | Path | Clip) -> list[dict]:
+        """A part as chat templates know it; not all of them know videos, so a clip is its frames where it is not a placeholder."""
         if isinstance(part, Path):
-            return {"type": "image", "image": part}
-        return {"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}
+            return [{"type": "image", "image": part}]
+        if isinstance(part, Clip) and not self.remembers:
+            return [{"type": "image", "image": part}] * part.frames
+        return [{"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}]
 
     def _cut(self, text: str) -> str:
         limit, tokenizer = self.settings.max_text_tokens, self.processor.tokenizer
@@ -179,17 +182,10 @@ class Encoder:
         return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:limit])
 
     def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
-        """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET]).
-
-        Raises:
-            ValueError: a clip, for a model that is read by its own processor.
-        """
+        """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
         return self._remembered(items, request, endings) if self.remembers else self._processed(items, request, endings)
 
     def _processed(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
-        if any(item.clips for item in items):
-            kind = self.backbone.config.model_type
-            raise ValueError(f"{self.source} is a {kind}, which is given no videos here; take one of {', '.join(ARCHITECTURES)}")
         chats = [chat.opened(self._chat(item, request), self.settings.max_pixels) for item in items]
         given = chat.read(self.backbone, self.processor, chats, endings)
         mask, positions = given.pop("attention_mask"), given.pop("position_ids")

@@ -78,9 +78,7 @@ def _timed(way: Way, items: Sequence[Item], batch: int) -> float:
 def counted(encoder: Encoder):
     """`with counted(encoder) as rows`: the rows of every pass through the language model meanwhile."""
     rows: list[int] = []
-    hook = encoder.backbone.get_decoder().register_forward_hook(
-        lambda model, inputs, output: rows.append(len(output.last_hidden_state))
-    )
+    hook = encoder.backbone.get_decoder().register_forward_hook(lambda model, inputs, output: rows.append(len(output.last_hidden_state)))
     try:
         yield rows
     finally:

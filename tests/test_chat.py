@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import chat, encoder, export, mbeir, rollout, sentence_module
+from elva_core import chat, clips, encoder, export, mbeir, rollout, sentence_module
 from elva_core.clips import Clip
 
 READ = [families.qwen3_vl, families.llava_next, families.gemma3, families.idefics3]
@@ -69,7 +69,9 @@ def test_a_vector_of_a_mixed_batch_is_that_of_plain_transformers(folder, loaded,
 
 def test_a_rollout_says_of_its_tokens_what_plain_transformers_says(folder, loaded, items, smoke):
     items = items[-2:]
-    out = rollout.generate(loaded, items, noise=torch.rand(2, 2, smoke.encoder.max_summary_tokens, generator=torch.Generator().manual_seed(1)))
+    out = rollout.generate(
+        loaded, items, noise=torch.rand(2, 2, smoke.encoder.max_summary_tokens, generator=torch.Generator().manual_seed(1))
+    )
     scored, vectors = rollout.score(loaded, items, out)
     torch.testing.assert_close(scored.detach(), out.log_p, atol=1e-4, rtol=0)
     torch.testing.assert_close(vectors.detach(), out.embeddings, atol=1e-5, rtol=0)
@@ -100,9 +102,7 @@ def test_the_exported_folder_gives_the_vectors_of_the_encoder(loaded, items, tmp
     loaded.save(tmp_path / "model", stage="test", parent="none")
     export.sentence_transformer(tmp_path / "model", tmp_path / "exported")
     asked = [item for item in items if not item.more]
-    inputs = [
-        {name: value for name, value in (("text", i.text), ("image", i.image and mbeir.open_image(i.image))) if value} for i in asked
-    ]
+    inputs = [{name: value for name, value in (("text", i.text), ("image", i.image and mbeir.open_image(i.image))) if value} for i in asked]
     found = sentence_module.load(tmp_path / "exported").encode(inputs)
     wanted = rollout.generate(encoder.load(tmp_path / "model"), asked).embeddings[:, 0]
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
@@ -137,9 +137,17 @@ def test_a_model_that_answers_otherwise_than_in_generate_is_refused(folder, smok
         encoder.load(folder, smoke.encoder)
 
 
-def test_clips_are_refused(loaded, tmp_path):
-    with pytest.raises(ValueError, match=f"is a {loaded.backbone.config.model_type}, which is given no videos here"):
-        loaded.batch([encoder.Item("a", None, (Clip(tmp_path / "a.mp4", 2),))], "x")
+def test_a_clip_is_read_as_its_frames(loaded, items, tmp_path):
+    shown = [Image.new("RGB", (48, 32), colour) for colour in ("red", "green", "blue", "white")]
+    clips.write(tmp_path / "a.mp4", shown, rate=4)
+    clip = Clip(tmp_path / "a.mp4", 4)
+    for place, frame in enumerate(clips.read(clip).pixels):
+        Image.fromarray(frame.transpose(1, 2, 0)).save(tmp_path / f"{place}.png")
+    frames = tuple(tmp_path / f"{place}.png" for place in range(4))
+    with torch.no_grad():
+        once, twice, apart = loaded.embed_eol([encoder.Item("x", None, more) for more in ((clip,), (clip, clip), frames)])
+    torch.testing.assert_close(once, apart, atol=1e-5, rtol=0)
+    assert not torch.allclose(once, twice, atol=1e-3)
 
 
 def test_a_model_whose_layers_keep_no_keys_is_refused(texts, tmp_path, smoke):

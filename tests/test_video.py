@@ -160,7 +160,7 @@ def test_tokens_positions_and_states_equal_those_of_plain_transformers(either, m
     theirs, ours = plain_inputs(either, mixed, request), either.batch(mixed, request)
     assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
     wanted = either.backbone.model.compute_3d_position_ids(
-        inputs_embeds=ours.embeds,
+        inputs_embeds=ours.given["inputs_embeds"],
         past_key_values=None,
         **{
             name: theirs.get(name)
