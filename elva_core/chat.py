@@ -29,6 +29,15 @@ LIMITS = {torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.05}  # of 
 Chat = list[dict]  # messages of transformers, whose images are paths or clips until `opened`
 
 
+def end_of_turn(processor) -> int:
+    """The token that the chat template puts behind an answer, which need not be the tokenizer's eos; that, where there is none."""
+    tokenizer, answer = processor.tokenizer, "xyz"
+    turns = [{"role": role, "content": [{"type": "text", "text": answer}]} for role in ("user", "assistant")]
+    behind = processor.apply_chat_template(turns).rpartition(answer)[2].strip()
+    first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
+    return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else tokenizer.eos_token_id
+
+
 def opened(chat: Chat, max_pixels: int | None) -> Chat:
     """The same messages with pictures in place of their paths, made smaller where they have more pixels than that.
 

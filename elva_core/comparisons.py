@@ -74,7 +74,7 @@ def differences(found: study.Study, pairs: Sequence[tuple[str, str]], k: int, sa
             one = replace(found, runs=found.runs[found.runs["seed"] == seed])
             by_seed.append(100 * claims.comparison(averaged(one, [new, old], [k]), new, old, k, 1, 0)["difference"])
         value, low, high = (100 * pair[x] for x in ("difference", "ci_low", "ci_high"))
-        relative = [x / pair["old value"] for x in (value, low, high)]
+        relative = [x / (pair["old value"] or np.nan) for x in (value, low, high)]  # of nothing there is no percentage
         rows.append([f"{new} over {old}", new, old, value, low, high, *relative, tuple(by_seed), pair["n"], tuple(seeds)])
     columns = ["arm", "new", "old", "value", "ci_low", "ci_high", "relative", "relative low", "relative high", "by seed", "n", "seeds"]
     return pd.DataFrame(rows, columns=columns)
@@ -116,6 +116,8 @@ def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> 
 def overtakes(curves: pd.DataFrame, new: str, old: str) -> int | None:
     """Fewest queries, among the points measured, from which `new` stays above `old` (linear between its points); None if it does not.
 
+    Both have points.
+
     >>> points = [["a", 0, 1.0], ["a", 10, 2.0], ["a", 20, 4.0], ["b", 0, 1.0], ["b", 20, 3.0]]
     >>> overtakes(pd.DataFrame(points, columns=["run", "queries", "value"]), "a", "b")
     20
@@ -124,3 +126,11 @@ def overtakes(curves: pd.DataFrame, new: str, old: str) -> int | None:
     above = ours["value"].to_numpy() > np.interp(ours["queries"], theirs["queries"], theirs["value"])
     last_below = np.flatnonzero(~above)[-1] if (~above).any() else -1
     return int(ours["queries"].iloc[last_below + 1]) if last_below + 1 < len(ours) else None
+
+
+def said(curves: pd.DataFrame, new: str, old: str) -> str:
+    """What the curves show, as a title."""
+    if absent := [name for name in (new, old) if name not in set(curves["run"])]:
+        return f"Not trained in this study: {' and '.join(absent)}"
+    passed = overtakes(curves, new, old)
+    return f"Mean of {new} above that of {old} from {passed:,} queries on" if passed else f"{new} does not pass {old}"

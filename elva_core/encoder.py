@@ -141,7 +141,7 @@ class Encoder:
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"{settings.ret_token} is not in the vocabulary; encoder.add_ret_token() puts it there")
-        self.end_id = tokenizer.eos_token_id
+        self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
 

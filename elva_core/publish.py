@@ -110,7 +110,7 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
         library_name="transformers",
         license=license_name,
         pipeline_tag="feature-extraction",
-        tags=["elva", "multimodal-retrieval", "universal-retrieval", "qwen2_vl"],
+        tags=["elva", "multimodal-retrieval", "universal-retrieval", json.loads((model / "config.json").read_text())["model_type"]],
     )
     filled = ModelCard.from_template(
         data,

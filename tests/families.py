@@ -39,9 +39,9 @@ def tokenizer_of(texts: Sequence[str], added: Sequence[str] = (), **named: str):
     return tokenizer
 
 
-def template(image: str) -> str:
-    """Our small backbone's chat template with another placeholder."""
-    return backbone.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+def template(image: str, end: str = "<|im_end|>") -> str:
+    """Our small backbone's chat template with another placeholder, and another end of a turn."""
+    return backbone.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image).replace("<|im_end|>", end)
 
 
 def _like_qwen3(texts: Sequence[str], name: str, text: dict, vision: dict):
@@ -93,9 +93,11 @@ def llava_next(texts: Sequence[str]):
 
 def gemma3(texts: Sequence[str]):
     named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    tokenizer = tokenizer_of(texts, **named)
+    tokenizer = tokenizer_of(texts, ["<end_of_turn>"], **named)
     images = transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56})
-    processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template(named["boi_token"]))
+    processor = transformers.Gemma3Processor(
+        images, tokenizer, image_seq_length=4, chat_template=template(named["boi_token"], "<end_of_turn>")
+    )
     indices = {name.replace("_token", "_token_index"): tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
     config = transformers.Gemma3Config(
         text_config=TEXT | {"vocab_size": len(tokenizer) + 8, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 6},

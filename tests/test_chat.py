@@ -108,6 +108,16 @@ def test_the_exported_folder_gives_the_vectors_of_the_encoder(loaded, items, tmp
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
 
 
+def test_a_summary_ends_as_the_chat_template_ends_a_turn(loaded):
+    """Gemma's template ends it with another token than the tokenizer's eos; where a template ends it with none, eos it is."""
+    tokenizer = loaded.processor.tokenizer
+    ends = "<end_of_turn>" if loaded.backbone.config.model_type == "gemma3" else tokenizer.eos_token
+    assert loaded.end_id == tokenizer.convert_tokens_to_ids(ends)
+    assert loaded.end_id not in loaded.banned_ids.tolist()
+    loaded.processor.chat_template = loaded.processor.chat_template.replace(ends, "")
+    assert chat.end_of_turn(loaded.processor) == tokenizer.eos_token_id
+
+
 def test_a_picture_has_at_most_the_pixels_of_the_profile(loaded, items):
     chats = [{"role": "user", "content": [{"type": "image", "image": items[-1].image}, {"type": "text", "text": "a"}]}]
     (message,) = chat.opened(chats, 1500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import families
 import pytest
 import torch
 from conftest import exit_codes
@@ -41,7 +42,7 @@ def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunk
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     runtime.processes()
     model = adapted(model_folder, prompts, lora)
-    layers = model.backbone.model.language_model.layers
+    layers = model.backbone.get_decoder().layers
     frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
     assert sum(p.to_local().numel() for ps in frozen for p in ps) == sum(p.numel() for ps in frozen for p in ps) / 2
     seen = []
@@ -55,14 +56,22 @@ def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunk
         save_file({name: tensor.clone() for name, tensor in found.items()}, folder / "found.safetensors")
 
 
-def test_unequal_work_on_slices_is_that_of_one_process(model_folder, smoke, items, tmp_path):
+@pytest.fixture(params=["Qwen2-VL", "Qwen3-VL"])
+def either(request, model_folder, root, tmp_path):
+    """Folder of a model whose images are remembered, and of one that is read as its processor says."""
+    if request.param == "Qwen2-VL":
+        return model_folder
+    return families.write(families.qwen3_vl, [c.text for c in root.pool("", "train", "global") if c.text] * 20, tmp_path / "model")
+
+
+def test_unequal_work_on_slices_is_that_of_one_process(either, smoke, items, tmp_path):
     """One process has one chunk, the other four; five items are encoded in three parts, whose summaries end where they end."""
     lora, chunks = smoke.stage2.lora, [[item] for item in items[:5]]
-    model = adapted(model_folder, smoke.encoder, lora)
+    model = adapted(either, smoke.encoder, lora)
     wanted = work(model, chunks, items[:5])
     model.merge_lora()
     wanted |= model.model.state_dict()
-    given = (tmp_path, model_folder, smoke.encoder, lora, chunks, items[:5])
+    given = (tmp_path, either, smoke.encoder, lora, chunks, items[:5])
     assert exit_codes(work_as_one_of, 2, *given, timeout=120) == [0, 0]
     found = load_file(tmp_path / "found.safetensors")
     assert found.keys() == wanted.keys()
@@ -74,4 +83,4 @@ def test_unequal_work_on_slices_is_that_of_one_process(model_folder, smoke, item
 def test_weights_that_one_process_alone_has_read_are_refused(tiny, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ValueError, match="as params/accelerate/fsdp2"):
-        sharding.shard(tiny.backbone.model.language_model)
+        sharding.shard(tiny.backbone.get_decoder())

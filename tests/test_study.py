@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -146,6 +148,20 @@ def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):
     assert row["value"] == pytest.approx(37.5) and row["relative"] == pytest.approx(100)
     # gains, mean over seeds: 0 and 1 in task 0, 0.5 and 0 in task 1; resampled inside each task the average is 0 to 75 percent
     assert row["ci_low"] == pytest.approx(0) and row["ci_high"] == pytest.approx(75)
+
+
+def test_more_than_nothing_is_a_difference_without_a_percentage(made_up):
+    hits = made_up.hits.assign(rank=made_up.hits["rank"].where(made_up.hits["arm"] == "new", 9))
+    row = comparisons.differences(dataclasses.replace(made_up, hits=hits), [("new", "old")], 5, samples=10).iloc[0]
+    assert row["value"] == pytest.approx(75) and np.isnan([row["relative"], row["relative low"], row["relative high"]]).all()
+
+
+def test_the_title_of_the_curves_says_what_they_show():
+    points = pd.DataFrame([["a", 0, 1.0], ["a", 1000, 2.0], ["b", 0, 1.0], ["b", 1000, 1.5]], columns=["run", "queries", "value"])
+    assert comparisons.said(points, "a", "b") == "Mean of a above that of b from 1,000 queries on"
+    assert comparisons.said(points, "b", "a") == "b does not pass a"
+    assert comparisons.said(points[:2], "a", "b") == "Not trained in this study: b"
+    assert comparisons.said(points[:0], "a", "b") == "Not trained in this study: a and b"
 
 
 def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
