@@ -217,7 +217,10 @@ def status(profile_name: str, seed: int) -> None:
 
 
 def study(profile_name: str, seed: int) -> None:
-    """Trains and measures the arms that have no result yet, on the data and backbone of the chain; then the notebooks that show them."""
+    """Trains and measures the arms that have no result yet, on the data and backbone of the chain; then the notebooks that show them.
+
+    Of these, those that also read stages that have not been run are left to `run`.
+    """
     from elva_core import mbeir, prepare, runtime
     from elva_core import study as arms
 
@@ -229,8 +232,11 @@ def study(profile_name: str, seed: int) -> None:
     data, bench, trained = (artifacts.stage_folder(profile_name, stage) for stage in STAGES["60_ablate"])
     root, triplets = prepare.locate(data)
     arms.run(profile, root, triplets, mbeir.Root(bench / "bench"), arms.backbone_of(trained), *arms.folders(profile_name))
-    for stage in ("60_ablate", "90_report"):
-        run(profile_name, seed=seed, only=stage)
+    for stage in ("60_ablate", "82_transfer", "90_report"):
+        if lacking := [name for name in STAGES[stage] if artifacts.manifest(profile_name, name) is None]:
+            print(f"left out  {stage}, which needs {', '.join(lacking)}; run: python -m elva_core run {profile_name} --seed {seed}")
+        else:
+            run(profile_name, seed=seed, only=stage)
 
 
 def train(stage: str, profile_name: str, seed: int) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import artifacts, claims, commands, evaluate, mbeir, report, settings, workbook
+from elva_core import artifacts, claims, commands, evaluate, mbeir, prepare, report, settings, study, workbook
 from elva_core.workbook import ChainError
 
 
@@ -194,6 +194,32 @@ def test_a_gain_is_reproduced_only_if_it_is_as_large_as_the_papers_and_above_zer
     assert claims.verdict(row, evidence=True) == verdict
     assert claims.verdict(row, evidence=False) == "not run"
     assert claims.verdict(row | {"paper": np.nan}, evidence=True) == ""
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outputs, monkeypatch, capsys, trained):
+    """Table 5 needs no stage 3 of the chain: a study of two arms ends well without it."""
+    done = [s for s in workbook.STAGES if trained or s < "40"]
+    for stage in done:
+        (outputs / "smoke" / stage).mkdir(parents=True)
+        (outputs / "smoke" / stage / "manifest.json").write_text("{}")
+    ran: list[str] = []
+
+    def note(profile_name, *, seed, only):
+        ran.append(only)
+        (outputs / "smoke" / only).mkdir(parents=True, exist_ok=True)
+        (outputs / "smoke" / only / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(workbook, "run", note)
+    monkeypatch.setattr(study, "run", lambda *given: None)
+    monkeypatch.setattr(study, "backbone_of", lambda trained: "x")
+    monkeypatch.setattr(prepare, "locate", lambda data: (None, None))
+    monkeypatch.setattr(mbeir, "Root", lambda folder: None)
+    workbook.study("smoke", 17)
+    shown = ["60_ablate", *(["82_transfer", "90_report"] if trained else [])]
+    assert ran == ["00_check_environment", *workbook.STAGES["60_ablate"], *shown]
+    out = capsys.readouterr().out
+    assert trained or ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
 
 
 def test_rows_of_the_study_take_the_place_of_the_single_run():
