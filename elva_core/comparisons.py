@@ -133,4 +133,4 @@ def said(curves: pd.DataFrame, new: str, old: str) -> str:
     if absent := [name for name in (new, old) if name not in set(curves["run"])]:
         return f"Not trained in this study: {' and '.join(absent)}"
     passed = overtakes(curves, new, old)
-    return f"Mean of {new} above that of {old} from {passed:,} queries on" if passed else f"{new} does not pass {old}"
+    return f"Mean of {new} above that of {old} from {passed:,} queries on" if passed is not None else f"{new} does not pass {old}"

@@ -93,13 +93,14 @@ class SummaryCache:
     def __call__(self, items: Sequence[Item]) -> list[list[int]]:
         missing = [i for i in dict.fromkeys(items) if i not in self._known]
         if missing:
-            training = self._encoder.model.training
-            self._encoder.model.eval()  # layers that checkpoint while they train keep no cache
+            decoder = self._encoder.backbone.get_decoder()
+            training = decoder.training
+            decoder.eval()  # layers that checkpoint while they train keep no cache
             with self._encoder.model.disable_adapter():
                 for part in (missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)):
                     out = rollout.generate(self._encoder, part)
                     self._known.update((i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True))
-            self._encoder.model.train(training)
+            decoder.train(training)
         return [self._known[i] for i in items]
 
 

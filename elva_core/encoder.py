@@ -5,8 +5,8 @@ Two ways to an embedding, both the state of the last position after the final no
 * EOL (stages 1 and 2): the prompt asks for one word, the state of the prompt's last token is the embedding.
 * generative (ELVA): the prompt asks for a summary that ends in [RET], the state at [RET] is the embedding.
 
-Batches are left-padded, so the last position of every row is the one that counts. Qwen2-VL and Qwen2.5-VL are read from the
-features of their tower, which is frozen, so that an image is seen once; any other model is read as its own processor says.
+Batches are left-padded, so the last position of every row is the one that counts. Into a prompt of Qwen2-VL or Qwen2.5-VL the
+features of their frozen tower are spliced, which can be kept; any other model is read as its own processor says.
 
     encoder = encoder.load(DIR)
     vectors = encoder.embed_eol([Item("A dog.")])
@@ -28,7 +28,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from elva_core import artifacts, chat, clips, mbeir, sharding
 from elva_core.clips import Clip
@@ -36,8 +36,8 @@ from elva_core.settings import EncoderSettings, LoraSettings
 from elva_core.tower import quicken
 
 POOLING = "last position, L2-normalised"
-# Whose tower says of an image the same in every batch, in tokens that take the place of one; Qwen3-VL's also speaks to deeper layers
-ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
+# Whose features can be spliced: one token stands for an image in the prompt, and the tower speaks to the first layer only
+SPLICED = ("qwen2_vl", "qwen2_5_vl")
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
@@ -130,8 +130,8 @@ class Encoder:
         self.model = model
         self.processor = processor
         self.settings = settings
-        self.remembers = self.backbone.config.model_type in ARCHITECTURES
-        if self.remembers:
+        self.splices = self.backbone.config.model_type in SPLICED
+        if self.splices:
             quicken(self.backbone.model.visual)
         # (pixels, grids) -> pixels; set only while a small backbone is taught, whose tower then sees every image anew
         self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -144,6 +144,8 @@ class Encoder:
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
+        special = {*tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens}
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
     @property
     def device(self) -> torch.device:
@@ -159,23 +161,24 @@ class Encoder:
         return self.backbone.config.get_text_config().vocab_size
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
-        """Chat prompts up to and including the assistant's header; order: the item's parts, then the request."""
+        """Chat prompts up to and including the assistant's header; order: the item's parts, if the template keeps it, then the request."""
         return [self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True) for item in items]
 
     def _chat(self, item: Item, request: str) -> chat.Chat:
         *before, text = itertools.chain(*map(self._content, item.parts))
-        text["text"] = f"{text['text']}\n{request}".replace("{content}", item.content)
+        text["text"] += "\n" + request.replace("{content}", item.content)
         return [{"role": "user", "content": [*before, text]}]
 
     def _content(self, part: str | Path | Clip) -> list[dict]:
         """A part as chat templates know it; not all of them know videos, so a clip is its frames where it is not a placeholder."""
         if isinstance(part, Path):
             return [{"type": "image", "image": part}]
-        if isinstance(part, Clip) and not self.remembers:
+        if isinstance(part, Clip) and not self.splices:
             return [{"type": "image", "image": part}] * part.frames
         return [{"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}]
 
     def _cut(self, text: str) -> str:
+        text = self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)  # a text that names a placeholder is no image
         limit, tokenizer = self.settings.max_text_tokens, self.processor.tokenizer
         if len(text) <= limit:  # a token is never shorter than a character
             return text
@@ -183,15 +186,15 @@ class Encoder:
 
     def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
-        return self._remembered(items, request, endings) if self.remembers else self._processed(items, request, endings)
+        return self._spliced(items, request, endings) if self.splices else self._processed(items, request, endings)
 
     def _processed(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
-        chats = [chat.opened(self._chat(item, request), self.settings.max_pixels) for item in items]
+        chats = [chat.opened(self._chat(item, request)) for item in items]
         given = chat.read(self.backbone, self.processor, chats, endings)
         mask, positions = given.pop("attention_mask"), given.pop("position_ids")
         return Batch(given["input_ids"], mask, positions, given)
 
-    def _remembered(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
+    def _spliced(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
         images = self._seen([path for item in items for path in item.images], self._vision_features)
         videos = self._seen([clip for item in items for clip in item.clips], self._clip_features)
         rows = self._token_rows(items, request, images, videos)
@@ -333,7 +336,7 @@ class Encoder:
         A run that is stopped keeps the adapter as it was.
         """
         self.add_lora(lora, seed=seed)
-        self.model.train()
+        self.backbone.get_decoder().train()  # not the tower, which is frozen: one with batch statistics would move
         if checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         yield self.trainable()
@@ -396,11 +399,11 @@ def lineage(parent: str | Path) -> list[dict[str, str]]:
 
 
 def lora_targets(model) -> str:
-    """Every linear layer of the language model, as PEFT's `target_modules`: the path of the decoder, and the names of its layers."""
+    """Every linear layer of the language model, as PEFT's `target_modules`."""
     decoder = model.get_decoder()
     (path,) = [name for name, module in model.named_modules() if module is decoder]
     names = {name.rpartition(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
-    return rf"{re.escape(path)}\..*\.({'|'.join(sorted(names))})"
+    return rf"{re.escape(path)}\.(.*\.)?({'|'.join(sorted(names))})"
 
 
 def banned_ids(tokenizer, end_id: int, rows: int) -> torch.Tensor:
@@ -425,8 +428,8 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
 
     Raises:
         FileNotFoundError: no elva.json and no settings.
-        ValueError: elva.json wants to be read in a way that is not known here; the model has no chat template, no room for [RET], or
-            gives other logits in our batches than in transformers' generate.
+        ValueError: elva.json wants to be read in a way that is not known here; the model has no chat template, no token for padding, no
+            room for [RET], or does not pass `chat.check`.
     """
     path = Path(folder) / "elva.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
@@ -437,21 +440,24 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
         if not card:
             raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a training stage wrote")
         settings = EncoderSettings.model_validate(card["encoder"])
-    processor, known = AutoProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder).model_type in ARCHITECTURES
+    processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):  # before its weights are read
         raise ValueError(f"{folder} has no chat template; save one with its processor (processor.chat_template = ...)")
+    if processor.tokenizer.pad_token_id is None:
+        raise ValueError(f"{folder} has no token for padding; save one with its tokenizer (tokenizer.pad_token = tokenizer.eos_token)")
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
     if sharding.asked():  # before the device holds all of it
         sharding.shard(model.get_decoder())
     model.to(device).eval()
-    if known and settings.max_pixels:
+    if settings.max_pixels and model.config.model_type in SPLICED:
         for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
             images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
-    if not known:
-        chat.check(model, processor, str(folder))
-    return Encoder(model, processor, settings, str(folder), template)
+    loaded = Encoder(model, processor, settings, str(folder), template)
+    if not loaded.splices:
+        chat.check(model, processor, str(folder), loaded.banned_ids.tolist())
+    return loaded
 
 
 @torch.no_grad()

@@ -101,7 +101,13 @@ def refuse_local_paths(folder: Path) -> None:
 
 def card(model: Path, name: str, *, profile: Settings | None, results: Path | None, license_name: str) -> str:
     """The model card, README.md with its YAML header."""
-    found = json.loads((model / "elva.json").read_text())
+    from transformers import AutoProcessor  # heavy, like what it takes to read it
+
+    from elva_core import chat
+    from elva_core.encoder import SPLICED
+
+    found, kind = json.loads((model / "elva.json").read_text()), json.loads((model / "config.json").read_text())["model_type"]
+    processor = AutoProcessor.from_pretrained(model)
     settings, parents = EncoderSettings.model_validate(found["encoder"]), found.get("parents", [])
     template = found.get("template", "summary")
     hub = next((p["hub"] for p in parents if "hub" in p), None)
@@ -110,7 +116,7 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
         library_name="transformers",
         license=license_name,
         pipeline_tag="feature-extraction",
-        tags=["elva", "multimodal-retrieval", "universal-retrieval", json.loads((model / "config.json").read_text())["model_type"]],
+        tags=["elva", "multimodal-retrieval", "universal-retrieval", kind],
     )
     filled = ModelCard.from_template(
         data,
@@ -122,6 +128,8 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
         encoder=settings,
         ret_row=_row(model, settings.ret_token),
         template=template,
+        end=processor.tokenizer.convert_ids_to_tokens(chat.end_of_turn(processor)),
+        sized=settings.max_pixels and kind in SPLICED,
         request=json.dumps(settings.eol_request if template == "eol" else settings.summary_request),
         results=results_table(results) if results else "",
         values=training_values(profile) if profile else "",

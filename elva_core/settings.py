@@ -112,7 +112,7 @@ class EncoderSettings(Section):
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
-    min_pixels: int | None = None
+    min_pixels: int | None = None  # of an image of Qwen2-VL and Qwen2.5-VL; what other processors make of theirs is their own
     max_pixels: int | None = None
     max_summary_tokens: Positive
     cache_vision: bool

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from elva_core import mbeir, rollout, runtime, sharding
-from elva_core.encoder import Encoder, Item
+from elva_core.encoder import SPLICED, Encoder, Item
 from elva_core.settings import LoraSettings, VllmSettings
 
 VERSION = "0.33.0"  # whose source this module was written from
@@ -62,9 +62,17 @@ class VllmSampler:
     Args:
         encoder: the merged model of the stage before, without an adapter; its weights are written for vLLM to load.
         folder: of this run, emptied first.
+
+    Raises:
+        ValueError: a model of another family, whose prompts vLLM would be given in a form that was not written for them.
     """
 
     def __init__(self, encoder: Encoder, lora: LoraSettings, settings: VllmSettings, folder: Path) -> None:
+        if not encoder.splices:
+            kind = encoder.backbone.config.model_type
+            raise ValueError(
+                f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; set it to transformers"
+            )
         self._vllm, self._folder, self._pushes = library(), folder, itertools.count(1)
         weights = sharding.whole(encoder.model)
         if runtime.processes().is_main_process:

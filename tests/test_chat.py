@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import families
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import chat, clips, encoder, export, mbeir, rollout, sentence_module
+from elva_core import chat, clips, encoder, export, mbeir, rollout, sentence_module, vllm_rollout
 from elva_core.clips import Clip
 
 READ = [families.qwen3_vl, families.llava_next, families.gemma3, families.idefics3]
@@ -118,15 +119,19 @@ def test_a_summary_ends_as_the_chat_template_ends_a_turn(loaded):
     assert chat.end_of_turn(loaded.processor) == tokenizer.eos_token_id
 
 
-def test_a_picture_has_at_most_the_pixels_of_the_profile(loaded, items):
-    chats = [{"role": "user", "content": [{"type": "image", "image": items[-1].image}, {"type": "text", "text": "a"}]}]
-    (message,) = chat.opened(chats, 1500)
-    assert message["content"][0]["image"].size == (75, 20) and message["content"][1] == {"type": "text", "text": "a"}
-    assert chat.opened(chats, None)[0]["content"][0]["image"].size == (150, 40)
+def test_a_text_that_names_a_placeholder_is_read_as_text(loaded, items):
+    processor, image = loaded.processor, items[-1].image
+    special = set(processor.tokenizer.all_special_ids)
+    plain = [i for i in loaded.batch([encoder.Item("the tag", image)], "x").input_ids[0].tolist() if i in special]
+    for word in {*processor.tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens}:
+        ids = loaded.batch([encoder.Item(f"the {word} tag", image)], "x").input_ids[0].tolist()
+        assert [i for i in ids if i in special] == plain, word
+    (prompt,) = loaded.prompts([encoder.Item("a {content}", image)], "the {content}")
+    assert "a {content}\nthe image and sentence" in prompt
 
 
 def test_a_model_that_answers_otherwise_than_in_generate_is_refused(folder, smoke, monkeypatch):
-    """Positions that start at one, M-RoPE's or not; and a head with a cap that nobody told us of."""
+    """Positions twice as far apart, M-RoPE's or not; and a head with a cap that nobody told us of."""
     kind = type(AutoModelForImageTextToText.from_pretrained(folder))
     with monkeypatch.context() as patched:
         original = chat.read
@@ -162,18 +167,54 @@ def test_a_clip_is_read_as_its_frames(loaded, items, tmp_path):
 
 def test_a_model_whose_layers_keep_no_keys_is_refused(texts, tmp_path, smoke):
     families.write(families.qwen3_5, texts, tmp_path)
-    with pytest.raises(ValueError, match="a qwen3_5, keeps a state that is no keys and values"):
+    with pytest.raises(ValueError, match=r"a qwen3_5, cannot be read by .* keep a state that is no keys and values"):
         encoder.load(tmp_path, smoke.encoder)
 
 
-def test_a_model_without_a_chat_template_is_refused_before_its_weights_are_read(texts, tmp_path, smoke):
+def test_a_model_without_template_or_padding_is_refused_before_its_weights_are_read(texts, tmp_path, smoke):
     families.write(families.llava_next, texts, tmp_path)
-    (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "model.safetensors").write_text("no weights")
+    template, padding = tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"
+    written = padding.read_text()
+    padding.write_text(json.dumps(json.loads(written) | {"pad_token": None}))
+    with pytest.raises(ValueError, match="has no token for padding; save one"):
+        encoder.load(tmp_path, smoke.encoder)
+    padding.write_text(written)
+    template.unlink()
     with pytest.raises(ValueError, match="has no chat template; save one"):
         encoder.load(tmp_path, smoke.encoder)
 
 
-def test_a_vector_of_bfloat16_passes_the_check(texts, tmp_path, smoke):
+def test_a_model_that_cannot_be_read_is_named_with_what_it_stumbled_over(texts, tmp_path, smoke):
+    families.write(families.llava_next, texts, tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ 'User: ' + messages[0]['content'] }}")
+    with pytest.raises(ValueError, match=r"cannot be filled \(TypeError: can only concatenate.*each a list of parts"):
+        encoder.load(tmp_path, smoke.encoder)
+    template.write_text("User: {{ messages[0]['content'][-1]['text'] }}")  # which drops the image
+    with pytest.raises(ValueError, match=r"llava_next, cannot be read by its own processor and forward: \w+: .*<image>"):
+        encoder.load(tmp_path, smoke.encoder)
+
+
+def test_a_placeholder_that_the_model_likes_best_is_no_reason_to_refuse_it(loaded, items, tmp_path):
+    """Nothing holds down what is never sampled."""
+    liked = loaded.states(loaded.batch(items[:1], "What is this?"))[0, -1].detach()
+    row = loaded.processor.tokenizer.convert_tokens_to_ids(loaded.processor.all_special_multimodal_tokens[0])
+    with torch.no_grad():
+        loaded.backbone.get_output_embeddings().weight[row] = 50 * liked
+    loaded.save(tmp_path, stage="test", parent="none")
+    assert encoder.load(tmp_path).end_id == loaded.end_id
+
+
+def test_vllm_is_refused(loaded, smoke, tmp_path):
+    with pytest.raises(ValueError, match=r"stage3\.sampler is vllm, which is given prompts of qwen2_vl, qwen2_5_vl, not of"):
+        vllm_rollout.VllmSampler(loaded, smoke.stage3.lora, smoke.stage3.vllm, tmp_path)
+
+
+def test_rounding_of_bfloat16_passes_the_check_and_positions_twice_as_far_apart_do_not(texts, tmp_path, smoke, monkeypatch):
     families.write(families.gemma3, texts, tmp_path, dtype=torch.bfloat16)
     assert encoder.load(tmp_path, smoke.encoder, dtype="bfloat16").backbone.dtype == torch.bfloat16
+    original = chat.read
+    monkeypatch.setattr(chat, "read", lambda *given: (out := original(*given)) | {"position_ids": 2 * out["position_ids"]})
+    with pytest.raises(ValueError, match="gives other logits in a padded batch than"):
+        encoder.load(tmp_path, smoke.encoder, dtype="bfloat16")

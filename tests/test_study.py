@@ -160,6 +160,8 @@ def test_the_title_of_the_curves_says_what_they_show():
     points = pd.DataFrame([["a", 0, 1.0], ["a", 1000, 2.0], ["b", 0, 1.0], ["b", 1000, 1.5]], columns=["run", "queries", "value"])
     assert comparisons.said(points, "a", "b") == "Mean of a above that of b from 1,000 queries on"
     assert comparisons.said(points, "b", "a") == "b does not pass a"
+    assert comparisons.said(points[points["queries"] > 0], "a", "b") == "Mean of a above that of b from 1,000 queries on"
+    assert comparisons.said(points.assign(value=points["value"] + (points["run"] == "a")), "a", "b").endswith("from 0 queries on")
     assert comparisons.said(points[:2], "a", "b") == "Not trained in this study: b"
     assert comparisons.said(points[:0], "a", "b") == "Not trained in this study: a and b"
 

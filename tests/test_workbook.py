@@ -219,7 +219,7 @@ def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outp
     shown = ["60_ablate", *(["82_transfer", "90_report"] if trained else [])]
     assert ran == ["00_check_environment", *workbook.STAGES["60_ablate"], *shown]
     out = capsys.readouterr().out
-    assert trained or ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
+    assert trained != ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
 
 
 def test_rows_of_the_study_take_the_place_of_the_single_run():
