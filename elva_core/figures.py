@@ -405,7 +405,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     if several:
         values, rows = [v for _, seeds in several for v in seeds], [y for y, seeds in several for _ in seeds]
         axis.plot(values, rows, "|", color=PRINTED, markersize=9, label="one seed")
-    if "paper" in table:
+    if "paper" in table and table["paper"].notna().any():
         axis.plot(table["paper"], place, "D", color="#444444", markersize=4, label="paper")
     if (table["ci_low"] <= 0).any():
         axis.axvline(0, color="black", linewidth=0.8)
@@ -413,7 +413,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     axis.set(yticks=place, xlabel=unit)
     axis.set_yticklabels(labels)
     axis.invert_yaxis()
-    figure.suptitle(f"{title} (n = {table['n'].min():,} queries)", fontsize=10)
+    figure.suptitle(f"{title} ({_queries(table)})", fontsize=10)
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
     return figure
 
@@ -455,8 +455,12 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
             axis.errorbar(own[column], own["value"], yerr=spread, marker="o", label=name, color=MODEL_COLOURS.get(name), capsize=2)
         axis.set(xlabel=label, ylabel="hit@5, %")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
-    figure.suptitle(f"{title} (n = {table['n'].min():,} queries, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
     return figure
+
+
+def _queries(table: pd.DataFrame) -> str:
+    return f"n = {table['n'].min():,} queries" if len(table) else "no arm of the study"
 
 
 def generalisation(table: pd.DataFrame, title: str) -> Figure:

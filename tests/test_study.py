@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import annotate, claims, comparisons, mrbench, settings, study, training
+from elva_core import annotate, claims, comparisons, figures, mrbench, settings, study, training
 from elva_core.study import Arm, Study
 
 
@@ -164,6 +164,17 @@ def test_the_title_of_the_curves_says_what_they_show():
     assert comparisons.said(points.assign(value=points["value"] + (points["run"] == "a")), "a", "b").endswith("from 0 queries on")
     assert comparisons.said(points[:2], "a", "b") == "Not trained in this study: b"
     assert comparisons.said(points[:0], "a", "b") == "Not trained in this study: a and b"
+
+
+def test_a_figure_of_arms_that_the_profile_does_not_name_says_so(made_up, smoke):
+    table = comparisons.differences(made_up, [("new", "old")], 5, samples=10)
+    curves = comparisons.efficiency(made_up, smoke, 5, 10)
+    titles = [
+        figures.arms(table, "All", "points").get_suptitle(),
+        figures.arms(table[:0].assign(paper=np.nan), "None", "points").get_suptitle(),
+        figures.efficiency(curves, "None").get_suptitle(),
+    ]
+    assert titles == ["All (n = 4 queries)", "None (no arm of the study)", "None (no arm of the study, 95 % intervals)"]
 
 
 def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
