@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import families
 import numpy as np
@@ -194,6 +195,22 @@ def test_a_model_that_cannot_be_read_is_named_with_what_it_stumbled_over(texts, 
     template.write_text("User: {{ messages[0]['content'][-1]['text'] }}")  # which drops the image
     with pytest.raises(ValueError, match=r"llava_next, cannot be read by its own processor and forward: \w+: .*<image>"):
         encoder.load(tmp_path, smoke.encoder)
+
+
+def test_a_model_without_a_spare_row_loads_after_what_the_message_says(texts, tmp_path, smoke):
+    def full(texts):
+        config, processor = families.llava_next(texts)
+        config.text_config.vocab_size = len(processor.tokenizer)
+        return config, processor
+
+    families.write(full, texts, tmp_path)
+    with pytest.raises(ValueError, match="no spare row") as refused:
+        encoder.load(tmp_path, smoke.encoder)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    exec(re.search(r"\((model\.resize.*\))\) and save it", str(refused.value))[1], {"model": model})
+    model.save_pretrained(tmp_path)
+    loaded = encoder.load(tmp_path, smoke.encoder)
+    assert loaded.vocabulary_rows % 64 == 0 and set(range(loaded.ret_id, loaded.vocabulary_rows)) <= set(loaded.banned_ids.tolist())
 
 
 def test_a_placeholder_that_the_model_likes_best_is_no_reason_to_refuse_it(loaded, items, tmp_path):

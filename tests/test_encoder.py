@@ -95,6 +95,17 @@ def test_lora_trains_the_language_model_and_the_ret_row_only(tiny, items, smoke)
     assert rows.nonzero().flatten().tolist() == [tiny.ret_id]
 
 
+def test_only_the_language_model_is_in_training_mode_while_an_adapter_trains(tiny, smoke):
+    def modes():
+        return {module.training for module in tiny.backbone.model.visual.modules()}, {
+            m.training for m in tiny.backbone.get_decoder().modules()
+        }
+
+    with tiny.adapting(smoke.stage2.lora, seed=0, checkpointing=False):
+        assert modes() == ({False}, {True})
+    assert modes() == ({False}, {False})
+
+
 def test_a_saved_folder_loads_here_and_in_plain_transformers(tiny, items, tmp_path):
     tiny.save(tmp_path, stage="test", parent="none")
     assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))

@@ -8,6 +8,7 @@ import json
 import pickle
 from pathlib import Path
 
+import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,14 +42,7 @@ from elva_core import (
 from elva_core.clips import Clip
 from elva_core.encoder import Item
 
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
-}
+TEXT = families.TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2, "fullatt_block_indexes": [1]}
 
 
