@@ -16,7 +16,6 @@ from pathlib import Path
 import pandas as pd
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from elva_core.settings import EncoderSettings, Settings
@@ -57,7 +56,7 @@ def push(
         where it is now.
 
     Raises:
-        PublishError: no elva.json, pickled weights, a local path in what would be published, or a target in use.
+        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use, or a hub that does not take it.
     """
     files = checked(model)
     target = Path(to).expanduser()
@@ -214,6 +213,8 @@ def _to_hub(staged: Path, name: str, api: HfApi) -> str:
         repository = api.create_repo(repo_id=name, repo_type="model", exist_ok=True)
         stage = json.loads((staged / "elva.json").read_text())["stage"]
         api.upload_folder(repo_id=name, folder_path=staged, repo_type="model", commit_message=f"ELVA workbook, {stage}")
-    except HfHubHTTPError as error:
-        raise PublishError(f"the hub did not take {name}: {error}; log in with: hf auth login") from None
+    except Exception as error:  # what the hub says, or what its transport says where there is no connection
+        raise PublishError(
+            f"the hub did not take {name}: {type(error).__name__}: {error}; log in with hf auth login, or write ./{name} for a folder"
+        ) from error
     return str(repository)

@@ -139,6 +139,19 @@ def test_a_model_of_the_hub_is_recorded_with_the_weights_of_its_copy_here(model_
     assert encoder.lineage("me/base") == [own | {"hub": "me/base"}]
 
 
+def test_a_hub_that_is_not_there_is_one_line_with_both_ways_out(trained, monkeypatch, capsys):
+    def unreachable(self, **arguments):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(HfApi, "create_repo", unreachable)
+    assert commands.main(["push", "--model", str(trained), "--to", "mine"]) == 1
+    said = capsys.readouterr().err
+    wanted = (
+        "the hub did not take mine: ConnectionError: Name or service not known; log in with hf auth login, or write ./mine for a folder"
+    )
+    assert wanted in said and "Traceback" not in said
+
+
 def test_the_hub_gets_one_commit_with_the_whole_model(trained):
     api = Recorder()
     assert publish.push(trained, "me/elva", api=api) == "hub:me/elva"
