@@ -56,7 +56,7 @@ def push(
         where it is now.
 
     Raises:
-        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use, or a hub that does not take it.
+        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use, or a hub that says no.
     """
     files = checked(model)
     target = Path(to).expanduser()
