@@ -11,7 +11,6 @@ code; here rows get endings and are padded on the left. What holds of every mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,6 @@ from elva_core.clips import Clip
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 WRITTEN = 3  # tokens of `check`
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a logit, in standard deviations of all of them
-
-Chat = list[dict]  # messages of transformers, whose images are paths or clips until `opened`
 
 
 def end_of_turn(processor) -> int:
@@ -50,28 +47,33 @@ def end_of_turn(processor) -> int:
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else tokenizer.eos_token_id
 
 
-def opened(chat: Chat) -> Chat:
-    """The same messages with pictures in place of their paths. A clip stands there once for each frame, and becomes them in turn."""
-    frames = {clip: cycle(_frames(clip)) for message in chat for part in message["content"] if isinstance(clip := part.get("image"), Clip)}
+def pictures(source: Path | Clip) -> list[Image.Image]:
+    """An image, or the frames of a clip: not every template knows videos.
 
-    def picture(source: Path | Clip) -> Image.Image:
-        return next(frames[source]) if isinstance(source, Clip) else mbeir.open_image(source)
-
-    return [
-        message | {"content": [part | {"image": picture(part["image"])} if "image" in part else part for part in message["content"]]}
-        for message in chat
-    ]
+    Raises:
+        ElvaDataError: missing, truncated, too large, or neither image nor video; names the file.
+    """
+    if isinstance(source, Clip):
+        return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in clips.read(source).pixels]
+    return [mbeir.open_image(source)]
 
 
-def _frames(clip: Clip) -> list[Image.Image]:
-    return [Image.fromarray(pixels.transpose(1, 2, 0)) for pixels in clips.read(clip).pixels]
+def left_padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    """(B, L) int64 of B rows that end together.
+
+    >>> left_padded([[1, 2], [3]], 0)
+    tensor([[1, 2],
+            [0, 3]])
+    """
+    length = max(map(len, rows))
+    return torch.tensor([[*[filler] * (length - len(row)), *row] for row in rows])
 
 
-def read(model, processor, chats: Sequence[Chat], endings: Sequence[Sequence[int]] | None = None) -> dict[str, torch.Tensor]:
+def read(model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None) -> dict[str, torch.Tensor]:
     """What `model.model` is given for chats up to and including the assistant's header, each followed by its ending.
 
     Args:
-        chats: B of them, their pictures opened. endings: token ids, as many as there are chats.
+        chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there are chats.
 
     Returns:
         input_ids, attention_mask (B, L), left-padded; position_ids (..., B, L); pixels and what else the processor makes.
@@ -98,8 +100,7 @@ def _followed(given, endings: Sequence[Sequence[int]], pad_id: int) -> dict[str,
     for name in (name for name in PER_TOKEN if name in given):
         ends = endings if name == "input_ids" else [[int(name == "attention_mask")] * len(ending) for ending in endings]
         rows = [[*row[there].tolist(), *end] for row, there, end in zip(given[name], kept, ends, strict=True)]
-        length, filler = max(map(len, rows)), pad_id if name == "input_ids" else 0
-        out[name] = torch.tensor([[filler] * (length - len(row)) + row for row in rows])
+        out[name] = left_padded(rows, pad_id if name == "input_ids" else 0)
     return out
 
 

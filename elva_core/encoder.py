@@ -164,18 +164,18 @@ class Encoder:
         """Chat prompts up to and including the assistant's header; order: the item's parts, if the template keeps it, then the request."""
         return [self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True) for item in items]
 
-    def _chat(self, item: Item, request: str) -> chat.Chat:
+    def _chat(self, item: Item, request: str) -> list[dict]:
         *before, text = itertools.chain(*map(self._content, item.parts))
         text["text"] += "\n" + request.replace("{content}", item.content)
         return [{"role": "user", "content": [*before, text]}]
 
     def _content(self, part: str | Path | Clip) -> list[dict]:
-        """A part as chat templates know it; not all of them know videos, so a clip is its frames where it is not a placeholder."""
-        if isinstance(part, Path):
-            return [{"type": "image", "image": part}]
-        if isinstance(part, Clip) and not self.splices:
-            return [{"type": "image", "image": part}] * part.frames
-        return [{"type": "text", "text": CLIP if isinstance(part, Clip) else self._cut(part)}]
+        """A part as chat templates know it: a placeholder where features will be spliced, else the pictures themselves."""
+        if isinstance(part, str):
+            return [{"type": "text", "text": self._cut(part)}]
+        if not self.splices:
+            return [{"type": "image", "image": picture} for picture in chat.pictures(part)]
+        return [{"type": "text", "text": CLIP} if isinstance(part, Clip) else {"type": "image"}]
 
     def _cut(self, text: str) -> str:
         text = self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)  # a text that names a placeholder is no image
@@ -189,8 +189,7 @@ class Encoder:
         return self._spliced(items, request, endings) if self.splices else self._processed(items, request, endings)
 
     def _processed(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
-        chats = [chat.opened(self._chat(item, request)) for item in items]
-        given = chat.read(self.backbone, self.processor, chats, endings)
+        given = chat.read(self.backbone, self.processor, [self._chat(item, request) for item in items], endings)
         mask, positions = given.pop("attention_mask"), given.pop("position_ids")
         return Batch(given["input_ids"], mask, positions, given)
 
@@ -200,9 +199,8 @@ class Encoder:
         rows = self._token_rows(items, request, images, videos)
         if endings is not None:
             rows = [row + list(ending) for row, ending in zip(rows, endings, strict=True)]
-        length = max(map(len, rows))
-        ids = torch.tensor([[self.pad_id] * (length - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = chat.left_padded(rows, self.pad_id).to(self.device)
+        mask = chat.left_padded([[1] * len(row) for row in rows], 0).to(self.device)
         embeds, config = self.backbone.get_input_embeddings()(ids), self.backbone.config
         if not images and not videos:
             positions = (mask.cumsum(-1) - 1).clamp_min(0).expand(3, *ids.shape)
@@ -303,7 +301,7 @@ class Encoder:
         """
         states = self.states(self.batch(items, self.settings.summary_request, [[*s, self.ret_id] for s in summaries]))
         width = max(map(len, summaries)) + 1
-        labels = torch.tensor([[-100] * (width - len(s) - 1) + [*s, self.end_id] for s in summaries], device=states.device)
+        labels = chat.left_padded([[*s, self.end_id] for s in summaries], -100).to(states.device)
         wanted = labels != -100
         logits = self.logits(states[:, -width - 1 : -1][wanted])
         return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[wanted])
@@ -449,14 +447,14 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     if sharding.asked():  # before the device holds all of it
         sharding.shard(model.get_decoder())
     model.to(device).eval()
-    if settings.max_pixels and model.config.model_type in SPLICED:
-        for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
-            images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
     loaded = Encoder(model, processor, settings, str(folder), template)
     if not loaded.splices:
         chat.check(model, processor, str(folder), loaded.banned_ids.tolist())
+    elif settings.max_pixels:
+        for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
+            images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     return loaded
 
 

@@ -51,9 +51,14 @@ def own_root(emojis, tmp_path) -> mbeir.Root:
 
 
 @pytest.fixture(scope="session")
-def model_folder(root, smoke, tmp_path_factory) -> Path:
+def texts(root) -> list[str]:
+    """What a small tokenizer is trained on."""
+    return [c.text for c in root.pool("", "train", "global") if c.text] * 20
+
+
+@pytest.fixture(scope="session")
+def model_folder(texts, smoke, tmp_path_factory) -> Path:
     """A tiny Qwen2-VL of the real class with random weights, saved as a pretrained folder."""
-    texts = [c.text for c in root.pool("", "train", "global") if c.text] * 20
     model, processor = backbone.build(texts, smoke.backbone.tiny, seed=5)
     encoder.add_ret_token(model, processor.tokenizer, "[RET]")
     folder = tmp_path_factory.mktemp("model")

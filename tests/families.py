@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import AddedToken
 
-from elva_core import backbone
+from elva_core import backbone, chat, mbeir
 
 TEXT = {
     "hidden_size": 32,
@@ -46,8 +46,8 @@ def template(image: str, end: str = "<|im_end|>") -> str:
 
 def _like_qwen3(texts: Sequence[str], name: str, text: dict, vision: dict):
     tokenizer = tokenizer_of(texts)
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")}
-    ids |= {f"vision_{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{name}|>") for name in ("start", "end")}
+    ids = {f"{what}_token_id": tokenizer.convert_tokens_to_ids(f"<|{what}_pad|>") for what in ("image", "video")}
+    ids |= {f"vision_{edge}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>") for edge in ("start", "end")}
     images = transformers.Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 128**2})
     videos = transformers.Qwen3VLVideoProcessor()
     processor = transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=backbone.CHAT_TEMPLATE)
@@ -120,6 +120,18 @@ def idefics3(texts: Sequence[str]):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     return config, processor
+
+
+def plain(model, processor, prompt: str, images: Sequence[Path], ending: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(state, logits) of the last token by transformers alone: its processor, its positions, its forward, one input, no padding."""
+    inputs = processor(text=[prompt], images=[[mbeir.open_image(path) for path in images]] if images else None, return_tensors="pt")
+    added = torch.tensor([ending], dtype=torch.long)
+    for name in set(inputs) & set(chat.PER_TOKEN):
+        own = {"input_ids": added, "attention_mask": torch.ones_like(added)}.get(name, torch.zeros_like(added))
+        inputs[name] = torch.cat([inputs[name], own], dim=1)
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True)
+    return out.hidden_states[-1][0, -1], out.logits[0, -1]
 
 
 def write(family, texts: Sequence[str], folder: Path, *, dtype: torch.dtype = torch.float32, spread: float = 0.2) -> Path:

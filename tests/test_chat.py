@@ -19,11 +19,6 @@ from elva_core.clips import Clip
 READ = [families.qwen3_vl, families.llava_next, families.gemma3, families.idefics3]
 
 
-@pytest.fixture(scope="module")
-def texts(root) -> list[str]:
-    return [c.text for c in root.pool("", "train", "global") if c.text] * 20
-
-
 @pytest.fixture(scope="module", params=READ, ids=lambda family: family.__name__)
 def folder(request, texts, tmp_path_factory):
     return families.write(request.param, texts, tmp_path_factory.mktemp(request.param.__name__))
@@ -42,34 +37,26 @@ def items(items, tmp_path) -> list[encoder.Item]:
     return [*items, encoder.Item("Which one?", tmp_path / "wide.png", ("or", items[0].image or items[1].image))]
 
 
-def plain(folder, loaded: encoder.Encoder, item: encoder.Item, request: str, ending: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(state, logits) of the last token by transformers alone: its template, its processor, its forward, one input, no padding."""
+@pytest.fixture
+def plain(folder, loaded):
+    """(item, request, ending) -> (state, logits) of the last token, as transformers alone reads them from the folder."""
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     encoder.add_ret_token(model, processor.tokenizer, "[RET]")
-    (prompt,) = loaded.prompts([item], request)
-    images = [[mbeir.open_image(path) for path in item.images]] if item.images else None
-    inputs = processor(text=[prompt], images=images, return_tensors="pt")
-    added = torch.tensor([ending], dtype=torch.long)
-    for name in set(inputs) & set(chat.PER_TOKEN):
-        own = {"input_ids": added, "attention_mask": torch.ones_like(added)}.get(name, torch.zeros_like(added))
-        inputs[name] = torch.cat([inputs[name], own], dim=1)
-    with torch.no_grad():
-        out = model(**inputs, output_hidden_states=True)
-    return out.hidden_states[-1][0, -1], out.logits[0, -1]
+    return lambda item, request, ending: families.plain(model, processor, *loaded.prompts([item], request), item.images, ending)
 
 
-def test_a_vector_of_a_mixed_batch_is_that_of_plain_transformers(folder, loaded, items, smoke):
+def test_a_vector_of_a_mixed_batch_is_that_of_plain_transformers(plain, loaded, items, smoke):
     with torch.no_grad():
         summaries = [[7, 8, 9][: 1 + place % 3] for place in range(len(items))]
         eol, (generative, _) = loaded.embed_eol(items), loaded.embed_summaries(items, summaries)
     for item, summary, first, second in zip(items, summaries, eol, generative, strict=True):
-        alone, _ = plain(folder, loaded, item, smoke.encoder.eol_request, [])
+        alone, _ = plain(item, smoke.encoder.eol_request, [])
         torch.testing.assert_close(first, encoder.normalised(alone), atol=1e-5, rtol=0)
-        alone, _ = plain(folder, loaded, item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
+        alone, _ = plain(item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
         torch.testing.assert_close(second, encoder.normalised(alone), atol=1e-5, rtol=0)
 
 
-def test_a_rollout_says_of_its_tokens_what_plain_transformers_says(folder, loaded, items, smoke):
+def test_a_rollout_says_of_its_tokens_what_plain_transformers_says(plain, loaded, items, smoke):
     items = items[-2:]
     out = rollout.generate(
         loaded, items, noise=torch.rand(2, 2, smoke.encoder.max_summary_tokens, generator=torch.Generator().manual_seed(1))
@@ -79,11 +66,11 @@ def test_a_rollout_says_of_its_tokens_what_plain_transformers_says(folder, loade
     torch.testing.assert_close(vectors.detach(), out.embeddings, atol=1e-5, rtol=0)
     for place, item in enumerate(items):
         summary = out.summaries(loaded.end_id)[place][1]
-        state, _ = plain(folder, loaded, item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
+        state, _ = plain(item, smoke.encoder.summary_request, [*summary, loaded.ret_id])
         torch.testing.assert_close(out.embeddings[place, 1], encoder.normalised(state), atol=1e-5, rtol=0)
         for step in range(int(out.actions[place, 1].sum())):
             token = out.tokens[place, 1, step]
-            _, logits = plain(folder, loaded, item, smoke.encoder.summary_request, out.tokens[place, 1, :step].tolist())
+            _, logits = plain(item, smoke.encoder.summary_request, out.tokens[place, 1, :step].tolist())
             allowed = logits.index_fill(0, loaded.banned_ids, float("-inf")).log_softmax(-1)
             assert allowed[token] == pytest.approx(float(out.log_p[place, 1, step]), abs=1e-4)
 

@@ -56,34 +56,32 @@ def test_a_pushed_folder_gives_the_vectors_of_the_model(trained, tiny, items, tm
 
 
 @pytest.fixture(params=["qwen2_vl", "qwen3_vl", "llava_next", "gemma3", "idefics3"])
-def any_family(request, model_folder, root, smoke, tmp_path):
+def any_family(request, model_folder, texts, smoke, tmp_path):
     """A model that splices features into its prompts, and some that are read by their own processors."""
     if request.param == "qwen2_vl":
         return encoder.load(model_folder, smoke.encoder)
-    texts = [c.text for c in root.pool("", "train", "global") if c.text] * 20
     return encoder.load(families.write(getattr(families, request.param), texts, tmp_path / "start"), smoke.encoder)
 
 
 def test_the_code_on_the_card_gives_the_vectors_of_elva_core(any_family, items, tmp_path):
-    tiny = any_family
     with torch.no_grad():  # what must never be sampled is what the model would like best, and then it would like to end
-        liked = tiny.states(tiny.batch(items[:1], tiny.settings.summary_request))[0, -1]
-        head = tiny.backbone.get_output_embeddings().weight
-        head[tiny.processor.tokenizer.convert_tokens_to_ids(tiny.processor.image_token)] = 50 * liked
-        head[tiny.end_id] = 5 * liked
-    tiny.save(tmp_path / "model", stage="stage 3", parent="none")
+        liked = any_family.states(any_family.batch(items[:1], any_family.settings.summary_request))[0, -1]
+        head = any_family.backbone.get_output_embeddings().weight
+        head[any_family.processor.tokenizer.convert_tokens_to_ids(any_family.processor.image_token)] = 50 * liked
+        head[any_family.end_id] = 5 * liked
+    any_family.save(tmp_path / "model", stage="stage 3", parent="none")
     target = tmp_path / "elva"
     publish.push(tmp_path / "model", str(target))
     code = re.search(r"```python\n(.*?)```", (target / "README.md").read_text(), re.DOTALL)[1]
     space: dict = {}
     exec(code.replace('from_pretrained("elva")', f"from_pretrained({str(target)!r})"), space)
-    out = rollout.generate(tiny, items)
-    ends = (out.tokens == tiny.end_id) & out.actions
-    assert ends.any() and (space["end"], "Images have" in (target / "README.md").read_text()) == (tiny.end_id, False)
-    for item, vector, (summary,) in zip(items, out.embeddings[:, 0], out.summaries(tiny.end_id), strict=True):
+    out = rollout.generate(any_family, items)
+    ends = (out.tokens == any_family.end_id) & out.actions
+    assert ends.any() and (space["end"], "Images have" in (target / "README.md").read_text()) == (any_family.end_id, False)
+    for item, vector, (summary,) in zip(items, out.embeddings[:, 0], out.summaries(any_family.end_id), strict=True):
         image = mbeir.open_image(item.image) if item.image else None
         theirs, text = space["embed"](item.text, image)
-        assert text == tiny.processor.tokenizer.decode(summary)
+        assert text == any_family.processor.tokenizer.decode(summary)
         torch.testing.assert_close(theirs, vector, atol=1e-5, rtol=0)
 
 

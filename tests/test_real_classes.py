@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Tokeni
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from elva_core import annotate, backbone, chat, emoji_collection, encoder, evaluate, grains, mbeir, mrbench, retrieval, settings, training
+from elva_core import annotate, backbone, emoji_collection, encoder, evaluate, grains, mbeir, mrbench, retrieval, settings, training
 
 ROWS, WORDS = 151_936, 151_643  # rows of the embedding matrix, and tokens before the special ones
 SPECIAL = [
@@ -65,10 +65,9 @@ OTHERS = {"Qwen3-VL": families.qwen3_vl, "LLaVA-NeXT": families.llava_next}
 
 
 @pytest.fixture(scope="module", params=[*CLASSES, *OTHERS])
-def trained(request, root, emojis, tmp_path_factory):
+def trained(request, root, texts, emojis, tmp_path_factory):
     """(settings, start, {stage: folder of its model}) after all four trainings."""
     folder = tmp_path_factory.mktemp(request.param)
-    texts = [c.text for c in root.pool("", "train", "global") if c.text] * 20
     if request.param in OTHERS:
         families.write(OTHERS[request.param], texts, folder / "start", dtype=torch.bfloat16)
     else:
@@ -146,15 +145,8 @@ def test_plain_transformers_gives_the_same_vector(trained, root):
     found, _ = ours.embed_summaries(items, [summary] * len(items))
     for item, vector in zip(items, found, strict=True):
         (prompt,) = ours.prompts([item], profile.encoder.summary_request)
-        images = [[mbeir.open_image(item.image)]] if item.image else None
-        inputs = processor(text=[prompt], images=images, return_tensors="pt")
-        ending = torch.tensor([[*summary, ours.ret_id]])
-        for name in set(inputs) & set(chat.PER_TOKEN):
-            own = {"input_ids": ending, "attention_mask": torch.ones_like(ending)}.get(name, torch.zeros_like(ending))
-            inputs[name] = torch.cat([inputs[name], own], dim=1)
-        with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states[-1]
-        plain = torch.nn.functional.normalize(states[0, -1], dim=-1)
+        state, _ = families.plain(model, processor, prompt, item.images, [*summary, ours.ret_id])
+        plain = torch.nn.functional.normalize(state, dim=-1)
         torch.testing.assert_close(plain, vector.detach(), atol=2e-5, rtol=0)
 
 

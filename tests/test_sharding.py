@@ -57,11 +57,11 @@ def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunk
 
 
 @pytest.fixture(params=["Qwen2-VL", "Qwen3-VL"])
-def either(request, model_folder, root, tmp_path):
-    """Folder of a model whose images are remembered, and of one that is read as its processor says."""
+def either(request, model_folder, texts, tmp_path):
+    """Folder of a model that splices features into its prompts, and of one that is read as its processor says."""
     if request.param == "Qwen2-VL":
         return model_folder
-    return families.write(families.qwen3_vl, [c.text for c in root.pool("", "train", "global") if c.text] * 20, tmp_path / "model")
+    return families.write(families.qwen3_vl, texts, tmp_path / "model")
 
 
 def test_unequal_work_on_slices_is_that_of_one_process(either, smoke, items, tmp_path):
