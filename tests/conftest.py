@@ -97,6 +97,13 @@ def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched
     return done.stdout
 
 
+def _to_the_end(work, *given) -> None:
+    """Leaves the group as torch asks for: its threads, met by the end of the interpreter, abort a process whose work is done."""
+    work(*given)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:
     """Runs `work(rank, count, port, *given)` in `count` processes that can reach each other at `port`; None where one had to be killed.
 
@@ -105,7 +112,8 @@ def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    started = [multiprocessing.get_context("spawn").Process(target=work, args=(rank, count, port, *given)) for rank in range(count)]
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=_to_the_end, args=(work, rank, count, port, *given)) for rank in range(count)]
     for one in started:
         one.start()
     for one in started:
