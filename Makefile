@@ -38,7 +38,7 @@ NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere:
 test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, and a click on the explorer
 	test -n "$(CHROMIUM)" || $(if $(filter 0,$(shell id -u)),,sudo) sh -c "apt-get update && apt-get install -y chromium" || { echo "$(NO_CHROMIUM)"; exit 1; }
 	$(BIN)/python -m pip install --quiet -e '.[test,browser]'
-	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/test_browser.py
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/apps/test_browser.py
 
 bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL, generate and FAISS, into outputs/bench
 	$(BIN)/python bench/rl.py

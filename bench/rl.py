@@ -26,10 +26,16 @@ from PIL import Image
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from elva_core import artifacts, backbone, encoder, figures, mbeir, negatives, rlvr, rollout, runtime, settings
-from elva_core.encoder import Encoder, Item
+from elva_core import config, distributed, files
+from elva_core.data import images as image_files
+from elva_core.data import mbeir
+from elva_core.data.items import Item
+from elva_core.experiments import figures
+from elva_core.models import encoder, generation, small_models
+from elva_core.models.encoder import Encoder
+from elva_core.training import grpo, hard_negatives
 
-PROFILE = settings.load("cpu")
+PROFILE = config.load("cpu")
 QUERIES, ROLLOUTS, ROUNDS, WARMUP = 4, 8, 7, 1
 BATCH = QUERIES * ROLLOUTS  # summaries a turn, in every comparison
 SIDES = {16: 128, 256: 512}  # visual tokens -> pixels, at 16-pixel patches merged two by two
@@ -40,13 +46,13 @@ TARGETS = {
     "embedding, 256 visual tokens": 2,
 }
 MEMORY_GROUPS, MEMORY_CHUNK = (4, 32), 32  # G, and rollouts a forward may hold
-FOLDER = artifacts.REPOSITORY / "outputs/bench"
+FOLDER = files.REPOSITORY / "outputs/bench"
 
 
 def stock(tokens: int):
     """(model, processor) of the laptop profile with random weights, as transformers runs it; images give `tokens` visual tokens."""
     names = ["Frau läuft mittlere Hautfarbe.", "Ein Bild."] * 50
-    model, processor = backbone.build(names, PROFILE.backbone.tiny.model_copy(update={"image_side": SIDES[tokens]}), seed=0)
+    model, processor = small_models.build(names, PROFILE.backbone.tiny.model_copy(update={"image_side": SIDES[tokens]}), seed=0)
     encoder.add_ret_token(model, processor.tokenizer, PROFILE.encoder.ret_token)
     model.requires_grad_(False)
     return model.eval(), processor
@@ -74,11 +80,11 @@ def rl_step(
     query = mbeir.Query("1:1", None, None, "image", (), (), 3)
     near, *bank = np.eye(PROFILE.backbone.tiny.hidden, dtype=np.float32)[:3]
     mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1))
-    ranked = [negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
+    ranked = [hard_negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
     asked = PROFILE.stage3.model_copy(update={"rollouts": rollouts, "chunk": chunk})
     noise = torch.rand(len(paths), 1, rollouts, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(seed))
     optimiser.zero_grad()
-    rlvr.step(model, ranked, asked, noise)
+    grpo.step(model, ranked, asked, noise)
     optimiser.step()
 
 
@@ -148,11 +154,11 @@ def against_generate(tokens: int, folder: Path) -> dict[str, list[float]]:
     for turn in range(ROUNDS + WARMUP):
         items = [Item("", path) for path in pictures(BATCH, tokens, folder, seed=1000 + turn)]
         began = time.perf_counter()
-        mine = rollout.generate(model, items)
+        mine = generation.generate(model, items)
         seconds["ours"].append(time.perf_counter() - began)
         began = time.perf_counter()
         prompts = model.prompts(items, model.settings.summary_request)
-        images = [mbeir.open_image(i.image) for i in items]
+        images = [image_files.open_image(i.image) for i in items]
         inputs = processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt")
         written = theirs.generate(
             **inputs, max_new_tokens=cap, do_sample=False, suppress_tokens=model.banned_ids.tolist(), pad_token_id=tokenizer.pad_token_id
@@ -203,7 +209,7 @@ def memory_growth() -> dict[int, float]:
 
 
 def main() -> None:
-    runtime.start(PROFILE.threads)
+    distributed.start(PROFILE.threads)
     FOLDER.mkdir(parents=True, exist_ok=True)
     measured: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +244,7 @@ def main() -> None:
         "target": round(proportional / 3, 2),
         "met": growth < proportional / 3,
     }
-    runtime.write_whole(FOLDER / "rl.json", json.dumps({"speed": measured, "memory": memory}, indent=1) + "\n")
+    files.write_whole(FOLDER / "rl.json", json.dumps({"speed": measured, "memory": memory}, indent=1) + "\n")
     figures.speed_ratios(pd.DataFrame(measured)).savefig(FOLDER / "rl.png", dpi=110)
     print(json.dumps({"speed": measured, "memory": memory}, indent=1))
 

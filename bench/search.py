@@ -24,15 +24,17 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from elva_core import artifacts, figures, runtime, search, settings
+from elva_core import config, distributed, files
+from elva_core.experiments import figures
+from elva_core.retrieval import search
 
-PROFILE = settings.load("cpu")
+PROFILE = config.load("cpu")
 QUERIES, WIDTH, DEPTH, ROUNDS = 1000, 256, 50, 9
 TOP, SINGLE, RANKS = "top k", "top k, as without bfloat16", "top k and ranks"
 POOLS = (125_000, 250_000, 500_000, 1_000_000)
 MEMORY_WIDTH, MEMORY_POOLS, MEMORY_BOUND = 1536, (350_000, 700_000), 1024  # MB; the smaller pool is larger than that already
 WHOLE, WHOLE_BOUND = 5_609_079, 4096  # candidates of M-BEIR's global pool, MB
-FOLDER = artifacts.REPOSITORY / "outputs/bench"
+FOLDER = files.REPOSITORY / "outputs/bench"
 
 
 def vectors(count: int, width: int, seed: int) -> np.ndarray:
@@ -157,7 +159,7 @@ def memory(folder: Path) -> dict:
 
 
 def main() -> None:
-    runtime.start(PROFILE.threads)
+    distributed.start(PROFILE.threads)
     FOLDER.mkdir(parents=True, exist_ok=True)
     queries, pool = vectors(QUERIES, WIDTH, seed=0), vectors(max(POOLS), WIDTH, seed=1)
     relevant = [[int(row)] for row in np.random.default_rng(4).integers(len(pool), size=QUERIES)]
@@ -165,7 +167,7 @@ def main() -> None:
     seconds = growth(queries, pool)
     with tempfile.TemporaryDirectory() as folder:
         measured = {"speed": speed, "growth": seconds, "memory": memory(Path(folder))}
-    runtime.write_whole(FOLDER / "search.json", json.dumps(measured, indent=1) + "\n")
+    files.write_whole(FOLDER / "search.json", json.dumps(measured, indent=1) + "\n")
     peaks = pd.DataFrame({"pool": measured["memory"]["pool MB"], "peak": measured["memory"]["peak MB"]})
     figures.search_costs(pd.DataFrame(speed), pd.DataFrame(seconds), peaks).savefig(FOLDER / "search.png", dpi=110)
     print(json.dumps(measured, indent=1))

@@ -1,7 +1,7 @@
-"""`python -m elva_core`: see commands.py."""
+"""`python -m elva_core`: see cli.py."""
 
 import sys
 
-from elva_core.commands import main
+from elva_core.cli import main
 
 sys.exit(main())

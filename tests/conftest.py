@@ -14,7 +14,11 @@ import hypothesis
 import pytest
 import torch
 
-from elva_core import artifacts, backbone, emoji_collection, encoder, mbeir, negatives, settings
+from elva_core import config, files
+from elva_core.data import emoji, mbeir
+from elva_core.data import items as data_items
+from elva_core.models import encoder, small_models
+from elva_core.training import hard_negatives
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -22,21 +26,19 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")
-def smoke() -> settings.Settings:
-    return settings.load("smoke")
+def smoke() -> config.Settings:
+    return config.load("smoke")
 
 
 @pytest.fixture(scope="session")
-def emojis() -> list[emoji_collection.Emoji]:
-    return emoji_collection.load("de")
+def emojis() -> list[emoji.Emoji]:
+    return emoji.load("de")
 
 
 def write_tiny_root(emojis, folder: Path) -> mbeir.Root:
     vendors = {"train": ["Appl", "Joy"], "val": ["Goog"], "test": ["Twtr"]}
     limits = {"train": 40, "val": 10, "test": 12, "up_sample": 50}
-    return emoji_collection.write_root(
-        emoji_collection.sample(emojis, 60), folder, vendors=vendors, held_out_share=0.15, limits=limits, seed=3
-    )
+    return emoji.write_root(emoji.sample(emojis, 60), folder, vendors=vendors, held_out_share=0.15, limits=limits, seed=3)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +61,7 @@ def texts(root) -> list[str]:
 @pytest.fixture(scope="session")
 def model_folder(texts, smoke, tmp_path_factory) -> Path:
     """A tiny Qwen2-VL of the real class with random weights, saved as a pretrained folder."""
-    model, processor = backbone.build(texts, smoke.backbone.tiny, seed=5)
+    model, processor = small_models.build(texts, smoke.backbone.tiny, seed=5)
     encoder.add_ret_token(model, processor.tokenizer, "[RET]")
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
@@ -76,11 +78,12 @@ def tiny(model_folder, smoke) -> encoder.Encoder:
 COMMAND = """
 import sys
 from pathlib import Path
-from elva_core import commands, evaluate, runtime
+from elva_core import cli, distributed
+from elva_core.retrieval import cache
 out, name, *more = sys.argv[1:]
-print(f"one of {runtime.processes().num_processes}")
-evaluate.EMBEDDINGS = Path(out) / "kept"
-sys.exit(commands.main([name, *more, "--out", out, "--profile", "smoke"]))
+print(f"one of {distributed.processes().num_processes}")
+cache.EMBEDDINGS = Path(out) / "kept"
+sys.exit(cli.main([name, *more, "--out", out, "--profile", "smoke"]))
 """
 
 
@@ -88,9 +91,9 @@ def started(script: str, folder: Path, tmp_path: Path, *arguments: str, launched
     """Output of a script run in a process of its own, or in two that `accelerate launch` starts with this launch file, on the CPU."""
     path = tmp_path / "script.py"
     path.write_text(script)
-    configured = str(artifacts.REPOSITORY / "params/accelerate" / launched_by)
+    configured = str(files.REPOSITORY / "params/accelerate" / launched_by)
     launcher = ["-m", "accelerate.commands.launch", "--config_file", configured, "--num_processes", "2", "--main_process_port", "0"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(artifacts.REPOSITORY)}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(files.REPOSITORY)}
     command = [sys.executable, *(launcher if launched_by else []), str(path), str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -124,10 +127,10 @@ def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:
     return codes
 
 
-def mined(model, root, smoke, queries: int) -> list[negatives.Ranked]:
+def mined(model, root, smoke, queries: int) -> list[hard_negatives.Ranked]:
     """`queries` train queries with the negatives that the model chooses."""
     settings = smoke.stage3.model_copy(update={"queries": queries})
-    return negatives.assemble(negatives.select(model, root, settings, batch=32, seed=1), root, 1)
+    return hard_negatives.assemble(hard_negatives.select(model, root, settings, batch=32, seed=1), root, 1)
 
 
 @pytest.fixture
@@ -152,7 +155,7 @@ def interrupted(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def items(root) -> list[encoder.Item]:
+def items(root) -> list[data_items.Item]:
     """Images, texts and both, of different lengths."""
     pool = root.pool("", "test", "global")
-    return [encoder.candidate_item(root, next(c for c in pool[start:] if c.modality == m)) for start in (0, 7) for m in mbeir.MODALITIES]
+    return [data_items.candidate_item(root, next(c for c in pool[start:] if c.modality == m)) for start in (0, 7) for m in mbeir.MODALITIES]

@@ -13,7 +13,8 @@ import torch
 import transformers
 from tokenizers import AddedToken
 
-from elva_core import backbone, chat, mbeir
+from elva_core.data import images as image_files
+from elva_core.models import chat, small_models
 
 TEXT = {
     "hidden_size": 32,
@@ -30,7 +31,7 @@ TILES = [[28, 56], [56, 28], [56, 56]]
 
 def tokenizer_of(texts: Sequence[str], added: Sequence[str] = (), **named: str):
     """Of Qwen2's class, with a family's own special tokens, some of them under names its processor asks for."""
-    tokenizer = backbone.train_tokenizer(texts, 1000)
+    tokenizer = small_models.train_tokenizer(texts, 1000)
     special = [AddedToken(token, special=True, normalized=False) for token in (*added, *named.values())]
     tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
     if named:  # by a save, as a tokenizer class has no other way to learn them
@@ -41,7 +42,7 @@ def tokenizer_of(texts: Sequence[str], added: Sequence[str] = (), **named: str):
 
 def template(image: str, end: str = "<|im_end|>") -> str:
     """Our small backbone's chat template with another placeholder, and another end of a turn."""
-    return backbone.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image).replace("<|im_end|>", end)
+    return small_models.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image).replace("<|im_end|>", end)
 
 
 def _like_qwen3(texts: Sequence[str], name: str, text: dict, vision: dict):
@@ -50,7 +51,7 @@ def _like_qwen3(texts: Sequence[str], name: str, text: dict, vision: dict):
     ids |= {f"vision_{edge}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>") for edge in ("start", "end")}
     images = transformers.Qwen2VLImageProcessor(patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 128**2})
     videos = transformers.Qwen3VLVideoProcessor()
-    processor = transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=backbone.CHAT_TEMPLATE)
+    processor = transformers.Qwen3VLProcessor(images, tokenizer, videos, chat_template=small_models.CHAT_TEMPLATE)
     config = getattr(transformers, f"{name}Config")(
         text_config=TEXT | {"vocab_size": len(tokenizer) + 8, "head_dim": 16} | text,
         vision_config=QWEN_VISION | {"num_position_embeddings": 64} | vision,
@@ -124,7 +125,7 @@ def idefics3(texts: Sequence[str]):
 
 def plain(model, processor, prompt: str, images: Sequence[Path], ending: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(state, logits) of the last token by transformers alone: its processor, its positions, its forward, one input, no padding."""
-    inputs = processor(text=[prompt], images=[[mbeir.open_image(path) for path in images]] if images else None, return_tensors="pt")
+    inputs = processor(text=[prompt], images=[[image_files.open_image(path) for path in images]] if images else None, return_tensors="pt")
     added = torch.tensor([ending], dtype=torch.long)
     for name in set(inputs) & set(chat.PER_TOKEN):
         own = {"input_ids": added, "attention_mask": torch.ones_like(added)}.get(name, torch.zeros_like(added))

@@ -11,7 +11,9 @@ from conftest import exit_codes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from elva_core import encoder, retrieval, rollout, runtime, sharding
+from elva_core import distributed, sharding
+from elva_core.models import encoder, generation
+from elva_core.retrieval import retriever
 
 
 def adapted(folder, prompts, lora) -> encoder.Encoder:
@@ -27,20 +29,20 @@ def work(model, chunks, items) -> dict[str, torch.Tensor]:
     """Gradients of these chunks, each through three passes in one graph; then, of all processes together, embeddings of the items."""
     for chunk in chunks:
         noise = torch.rand(len(chunk), 2, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(len(chunk[0].text)))
-        log_p, _ = rollout.score(model, chunk, rollout.generate(model, chunk, noise=noise))
+        log_p, _ = generation.score(model, chunk, generation.generate(model, chunk, noise=noise))
         vectors, writing = model.embed_summaries(chunk, [[5] * (1 + len(item.text) % 3) for item in chunk])
         ((vectors * torch.linspace(0, 1, vectors.shape[1])).sum() + writing - log_p.sum()).backward()
     parameters = model.trainable()
-    runtime.sum_gradients(parameters.values())
+    distributed.sum_gradients(parameters.values())
     found = {name: parameter.grad for name, parameter in parameters.items()}
-    return found | {"vectors": torch.from_numpy(retrieval.encode(model, items, batch=2)[0])}
+    return found | {"vectors": torch.from_numpy(retriever.encode(model, items, batch=2)[0])}
 
 
 def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunks, items):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_FSDP": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    runtime.processes()
+    distributed.processes()
     model = adapted(model_folder, prompts, lora)
     layers = model.backbone.get_decoder().layers
     frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]

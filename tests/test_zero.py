@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import exit_codes, mined
 
-from elva_core import contrastive, encoder, rlvr, runtime, sizes, zero
-from elva_core.encoder import Item
-from elva_core.settings import OptimiserSettings
+from elva_core import distributed, zero
+from elva_core.config import OptimiserSettings
+from elva_core.data.items import Item
+from elva_core.experiments import sizes
+from elva_core.models import encoder
+from elva_core.training import contrastive, grpo, loop
 
 pytest.importorskip("deepspeed", reason="pip install -e '.[deepspeed]'")
 
@@ -33,7 +36,7 @@ def stage1(folder, model_folder, smoke, ranked):
 def stage3(folder, model_folder, smoke, ranked):
     """Three queries a step: one process has two of them, the other one."""
     model, settings = encoder.load(model_folder, smoke.encoder), smoke.stage3.model_copy(update={"queries": 12, "queries_per_step": 3})
-    rlvr.train(model, ranked, settings.model_copy(update={"optimiser": frequent(settings.optimiser)}), seed=4, folder=folder)
+    grpo.train(model, ranked, settings.model_copy(update={"optimiser": frequent(settings.optimiser)}), seed=4, folder=folder)
     return model.model.state_dict()
 
 
@@ -43,17 +46,17 @@ def with_a_gap(folder, fatal):
     settings, failed = OptimiserSettings(lr=0.1, warmup=0.1, checkpoint_every=2, rollbacks=1, clip=0.5), []
 
     def step_fn(step):
-        for row in runtime.own_share(3):
+        for row in distributed.own_share(3):
             for name in "abc" if row == 0 else "ac":
                 (parameters[name] * torch.linspace(row, step, len(parameters[name]))).sum().backward()
         if step == fatal and not failed:
             failed.append(1)
             for parameter in parameters.values():
                 parameter.grad = torch.full_like(parameter, float("nan"))
-        runtime.sum_gradients(parameters.values())
+        distributed.sum_gradients(parameters.values())
         return {}
 
-    rows = runtime.optimise(parameters, step_fn, 6, settings, folder)
+    rows = loop.optimise(parameters, step_fn, 6, settings, folder)
     return {name: parameter.detach() for name, parameter in parameters.items()} | {
         "norms": torch.tensor([row["grad_norm"] for row in rows])
     }
@@ -68,7 +71,7 @@ def as_one_of(rank, count, port, shared, fatal_step, stage, folder, *given):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles another way to talk, minutes on one core
-    runtime.processes()
+    distributed.processes()
     held, steps, reduce, step = {}, [], zero.Shared.reduce, torch.optim.AdamW.step
 
     def mortal(self, *args, **kwargs):

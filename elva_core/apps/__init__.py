@@ -1,0 +1,1 @@
+"""Use: a free query, and the explorer widget."""

@@ -1,0 +1,132 @@
+"""Files in the formats of other people: one way to read them that stops at the first problem, or goes on and keeps all of them.
+
+files = Files(folder, strict=False)
+path, records = files.json("data.json")
+rows = files.rows(path, records, lambda number, record: text(record["caption"], "caption"))
+files.problems
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from elva_core.data import images, mbeir
+from elva_core.files import ElvaDataError
+
+MAX_BYTES = 2**31  # of one file; the largest, CC-Neg's, has some hundred million
+R = TypeVar("R")
+
+
+class Files:
+    """The files of one set. strict: the first problem is an error; else problems are kept, what they touch is left out.
+
+    notes: what is odd but leaves the set usable; every such tie counts against the target.
+    """
+
+    def __init__(self, folder: Path, *, strict: bool, decode: bool = False) -> None:
+        self.root, self.strict, self.decode = mbeir.Root(folder), strict, decode
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._seen: dict[str, Path] = {}
+        self._read: dict[str, Any] = {}
+
+    def wrong(self, where: object, what: object) -> None:
+        if self.strict:
+            raise ElvaDataError(f"{where}: {what}")
+        self.problems.append(f"{where}: {what}")
+
+    def image(self, relative: str) -> Path:
+        """An image below the folder, decoded if asked for. Raises ElvaDataError if it is missing, broken or outside."""
+        if relative not in self._seen:
+            path = self.root.image_path(relative)
+            try:
+                if self.decode:
+                    images.open_image(path)
+                elif not path.is_file():
+                    raise ElvaDataError(f"image {path} is missing; unpack the images of the set there")
+            except OSError as error:  # a name that no file can have
+                raise ElvaDataError(f"image {relative[:80]!r} cannot be opened ({error.strerror}); correct the name") from None
+            self._seen[relative] = path
+        return self._seen[relative]
+
+    def path(self, relative: str) -> Path | None:
+        """A file that is there and not too large, else None."""
+        path = self.root.folder / relative
+        if not path.is_file():
+            return self.wrong(path, "is missing; unpack the set so that it is there")
+        return path if path.stat().st_size <= MAX_BYTES else self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
+
+    def json(self, relative: str, *keys: str, kind: type = list) -> tuple[Path, list | dict]:
+        """The path, and what stands under some keys of a JSON file: a list or a dictionary with entries, empty where it is not."""
+        return self._opened(relative, lambda path: json.loads(path.read_bytes()), keys, kind)
+
+    def tensors(self, relative: str, *keys: str) -> tuple[Path, list]:
+        """The same of a list in a file of torch.save; nothing but lists, dictionaries, texts, numbers and tensors is loaded."""
+        return self._opened(relative, lambda path: torch.load(path, map_location="cpu", weights_only=True), keys, list)
+
+    def _opened(self, relative: str, read: Callable[[Path], Any], keys: tuple[str, ...], kind: type) -> tuple[Path, Any]:
+        where = self.root.folder / relative
+        try:
+            if relative not in self._read:
+                path = self.path(relative)
+                with warnings.catch_warnings(action="ignore"):
+                    self._read = {relative: read(path) if path else None}  # the last one only
+            if (found := self._read[relative]) is not None:
+                for key in keys:
+                    found = found[key]
+                if isinstance(found, kind) and found:
+                    return where, found
+                self.wrong(where, f"expected a {kind.__name__} with entries{f' under {keys}' if keys else ''}; is it the right file?")
+        except ElvaDataError:
+            raise
+        except Exception as error:  # an unpickler given random bytes raises whatever it stumbles over
+            self.wrong(where, f"cannot be read as expected ({type(error).__name__}: {str(error)[:200]}); download it again")
+        return where, kind()
+
+    def rows(self, path: Path, rows: Iterable, parse: Callable[[int, object], R]) -> list[R]:
+        """parse(row number from 0, row) of every row that is as it should be; others are problems, counted from 1."""
+        out = []
+        for number, row in enumerate(rows):
+            where = f"{path}, entry {number + 1}"
+            try:
+                out.append(parse(number, row))
+            except KeyError as error:
+                self.wrong(where, f"key {error} is missing")
+            except (TypeError, ValueError, IndexError, AttributeError) as error:
+                self.wrong(where, f"{error}; repair or remove it" if not isinstance(error, ElvaDataError) else error)
+        return out
+
+    def repeated(self, path: Path, what: str, values: Iterable[object]) -> None:
+        """A note for every value that was there before."""
+        first: dict[object, int] = {}
+        for number, value in enumerate(values, start=1):
+            if first.setdefault(value, number) != number:
+                self.notes.append(f"{path}, entry {number}: {what} {str(value)[:80]!r} is that of entry {first[value]}, too")
+
+
+def text(value: object, name: str) -> str:
+    """A string with something in it that can be written."""
+    if not isinstance(value, str) or not value.strip():
+        raise ElvaDataError(f"{name} is {str(value)[:40]!r}, expected a text")
+    value.encode()  # half of a surrogate pair passes JSON
+    return value
+
+
+def number(value: object, name: str, below: int = 10**12) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
+        raise ElvaDataError(f"{name} is {str(value)[:40]!r}, expected a number from 0 to {below - 1:,}")
+    return value
+
+
+def entries(value: object, name: str) -> list:
+    if not isinstance(value, list) or not value:
+        raise ElvaDataError(f"{name} is {str(value)[:40]!r}, expected a list with entries")
+    return value

@@ -1,0 +1,61 @@
+"""What is embedded: texts, images, clips and their mixtures, and how a row of M-BEIR becomes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elva_core.data import mbeir
+from elva_core.data.frames import Clip
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
+
+    more: further parts between image and text, in their order: a path is an image, a string is text, a clip is a video. M-BEIR
+        needs none; dialogues about several images, the prompts of a reranker, and videos do.
+    """
+
+    text: str = ""
+    image: Path | None = None
+    more: tuple[str | Path | Clip, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str | Path | Clip, ...]:
+        """Everything in the order in which the model reads it."""
+        return (*([self.image] if self.image else []), *self.more, self.text)
+
+    @property
+    def images(self) -> list[Path]:
+        return [part for part in self.parts if isinstance(part, Path)]
+
+    @property
+    def clips(self) -> list[Clip]:
+        return [part for part in self.parts if isinstance(part, Clip)]
+
+    @property
+    def frames(self) -> int:
+        """Frames of all clips."""
+        return sum(clip.frames for clip in self.clips)
+
+    @property
+    def length(self) -> int:
+        """Characters of all texts."""
+        return sum(len(part) for part in self.parts if isinstance(part, str))
+
+    @property
+    def content(self) -> str:
+        """The word LamRA's prompts use for what stands above."""
+        there = {"image": self.images, "video": self.clips, "sentence": self.length}
+        return " and ".join(word for word, found in there.items() if found) or "sentence"
+
+
+def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
+    """A query with its instruction; keyword arguments go to `Root.query_text`."""
+    return Item(root.query_text(query, **prompt), root.image_path(query.image) if query.image else None)
+
+
+def candidate_item(root: mbeir.Root, candidate: mbeir.Candidate) -> Item:
+    """A candidate; candidates never carry an instruction."""
+    return Item(mbeir.normalise(candidate.text), root.image_path(candidate.image) if candidate.image else None)

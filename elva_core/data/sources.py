@@ -1,0 +1,143 @@
+"""The data a profile names, as an M-BEIR root and NLI triplets, and what a reader wants to know about them.
+
+root, triplets = write(settings.data, folder, seed=17)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from elva_core import files
+from elva_core.config import DataSettings, Settings
+from elva_core.data import emoji, mbeir
+
+
+def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
+    """(root, NLI file): the embedded collection written into `folder`, or a link to the M-BEIR copy the profile names.
+
+    Raises:
+        ElvaDataError: the profile names neither or both, or a path that does not exist.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    root, triplets = folder / "root", folder / "nli.csv"
+    if (data.emoji is None) == (data.root is None or data.nli is None):
+        raise files.ElvaDataError("data: give either emoji, or both root (an M-BEIR folder) and nli (SimCSE's CSV)")
+    if data.emoji is None:
+        for link, target in ((root, Path(data.root)), (triplets, Path(data.nli))):
+            if not target.exists():
+                raise files.ElvaDataError(f"{target} does not exist; correct data.root and data.nli in the profile")
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.resolve())
+        return mbeir.Root(root), triplets
+    settings = data.emoji
+    emojis = emoji.sample(emoji.load(settings.language), settings.size)
+    limits = {**settings.queries_per_unit, "up_sample": settings.up_sample}
+    emoji.write_root(emojis, root, vendors=settings.vendors, held_out_share=settings.held_out_share, limits=limits, seed=seed)
+    emoji.write_triplets(emojis, triplets, held_out_share=settings.held_out_share)
+    return mbeir.Root(root), triplets
+
+
+def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, dict[str, str]]]:
+    """The rows that the embedded collection has of its own beside the paper's unseen sets, written into `folder`.
+
+    Returns:
+        set -> (question, format, the instructions of training by direction); the set's folder has its name.
+    """
+    data, asked = settings.data.emoji, settings.unseen
+    if data is None:
+        raise files.ElvaDataError("unseen.language is for the embedded data; give unseen.sets, a folder of the paper's unseen sets")
+    emojis = emoji.sample(emoji.load(data.language), data.size)
+    if asked.language in ("en", data.language):
+        raise files.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
+    written = emoji.write_unseen(
+        emojis,
+        folder,
+        trained=data.vendors["train"][0],
+        new=data.vendors["test"][0],
+        held_out_share=data.held_out_share,
+        languages=(data.language, asked.language),
+        queries=asked.queries,
+    )
+    words = emoji.INSTRUCTIONS
+    prompts = {"t2i": words["text", "image"][0], "i2t": words["image", "text"][0]}
+    return {name: (question, kind, prompts) for name, (question, kind) in written.items()}
+
+
+def locate(folder: Path) -> tuple[mbeir.Root, Path]:
+    """(root, NLI file) of a finished data stage."""
+    return mbeir.Root(folder / "root"), folder / "nli.csv"
+
+
+def write_clips(settings: Settings, folder: Path, seed: int) -> None:
+    """Short clips of drawings of the test vendor, one folder in MSR-VTT's layout for each motion; none where the profile has none.
+
+    Raises:
+        ElvaDataError: clips are asked for of data that has no drawings.
+    """
+    data, video = settings.data.emoji, settings.video
+    if video is None or video.drawings is None:
+        return
+    if data is None:
+        raise files.ElvaDataError("video.drawings needs the embedded collection; give video.sets, a folder with msrvtt/ and msvd/")
+    emojis = emoji.sample(emoji.load(data.language), data.size)
+    (vendor,) = data.vendors["test"]
+    emoji.write_clips(emojis, folder, vendor=vendor, drawings=video.drawings, length=video.length, rate=video.rate, seed=seed)
+
+
+def counts(root: mbeir.Root) -> pd.DataFrame:
+    """Queries, positives per query, and pool size of every unit and split."""
+    rows = []
+    for split in ("train", "val", "test"):
+        for unit in root.units(split):
+            queries = root.queries(unit, split)
+            pool = root.pool(unit, split, "global" if split == "train" else "local")
+            positives = np.array([len(q.positives) for q in queries])
+            for task in np.unique(queries.kinds).tolist():
+                asked, modality = mbeir.MODALITIES_OF[task]
+                own = positives[queries.kinds == task]
+                rows.append(
+                    {
+                        "split": split,
+                        "unit": unit if f"task{task}" in unit else f"{unit}_task{task}",
+                        "query -> candidate": f"{asked} -> {modality}",
+                        "queries": len(own),
+                        "positives per query": round(own.mean(), 2),
+                        "pool": len(pool.rows_of(modality)),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[str, Path | None]]:
+    """`count` queries of a unit, each followed by its positive, as captioned cells."""
+    queries, pool = root.queries(unit, split), root.pool(unit, split)
+    cells = []
+    for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
+        positive = pool[next(row for did in query.positives if (row := pool.row(did)) is not None)]
+        cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
+        cells.append((f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None))
+    return cells
+
+
+def twins_in_pool(root: mbeir.Root, unit: str, split: str) -> pd.Series:
+    """Per query, how many candidates of its local pool differ from the wanted grains in exactly one."""
+    keys: dict[tuple, set[str]] = {}
+    for candidate in root.pool(unit, split):
+        for hidden, (kind, text) in enumerate(own := mbeir.grains(candidate)):
+            keys.setdefault((kind, *(g for i, g in enumerate(own) if i != hidden)), set()).add(text)
+    out = []
+    for query in root.queries(unit, split):
+        own = mbeir.grains(query)
+        near = [keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text} for hidden, (kind, text) in enumerate(own)]
+        out.append(sum(map(len, near)))
+    return pd.Series(out, name="twins")
+
+
+def unseen(root: mbeir.Root, queries: Sequence[mbeir.Query]) -> pd.Series:
+    """Whether each query's composition of grains is in no training row."""
+    trained = {tuple(mbeir.grains(c)) for c in root.pool("", "train", "global")}
+    return pd.Series([tuple(mbeir.grains(q)) not in trained for q in queries], name="unseen composition")

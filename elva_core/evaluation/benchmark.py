@@ -1,0 +1,222 @@
+"""One model measured on the units of a root and on MRBench: tables, hits per query, retrieved candidates.
+
+measured = measure("stage 2", encoder, root, bench, settings.evaluation, seed=17)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from elva_core import distributed, files
+from elva_core.config import EvaluationSettings
+from elva_core.data import mbeir, sources
+from elva_core.data.items import Item
+from elva_core.models.encoder import Encoder
+from elva_core.retrieval import cache, metrics, retriever
+from elva_core.retrieval.cache import Store
+from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
+
+Vectors = Callable[[Iterable[Item]], Sequence]  # items -> (N, D) embeddings
+
+
+@dataclass(frozen=True)
+class Measured:
+    """results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked MRBench units."""
+
+    model: str
+    results: pd.DataFrame
+    hits: pd.DataFrame
+    bench: dict[str, UnitResult]
+    searcher: Searcher
+
+
+def measure(
+    model: str,
+    encoder: Encoder,
+    root: mbeir.Root,
+    bench: mbeir.Root,
+    settings: EvaluationSettings,
+    *,
+    seed: int,
+    split: str = "test",
+    template: str = "summary",
+    pools: Sequence[str] = ("local", "global"),
+    embed_pool: Vectors | None = None,
+) -> Measured:
+    """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools.
+
+    Args:
+        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
+    """
+    searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
+    rows = []
+    for pool in pools:
+        for unit in root.units(split):
+            rows += searcher.evaluate(unit, pool=pool).table(settings.cutoffs, settings.bootstrap, seed)
+    ranked = {unit: searcher.evaluate(unit, root=bench) for unit in bench.units(split)}
+    hits = []
+    for unit, result in ranked.items():
+        scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
+        scores["rank"] = [ranks[0] for ranks in result.ranks]  # of the first positive
+        new = sources.unseen(root, result.queries)
+        hits.append(pd.DataFrame({"model": model, "unit": unit, "qid": [q.qid for q in result.queries], "unseen": new, **scores}))
+    table = pd.DataFrame(rows)
+    table.insert(0, "model", model)
+    return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
+
+
+def searcher_of(
+    encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str, embed_pool: Vectors | None = None
+) -> Searcher:
+    """A searcher that keeps its embeddings where the profile says."""
+    kept = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template) if settings.on_disk else None
+    return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
+
+
+def score(
+    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str, spread: bool = False
+) -> pd.DataFrame | None:
+    """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
+
+    Of several processes all embed, each its share; then the main one ranks and writes, and the others are done.
+
+    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them), out/table.csv and
+    out/table.md (`official_table`).
+
+    Args:
+        model: name in the tables. spread: also the hit rate under each of the four instructions.
+
+    Returns:
+        the long table; None in a process that is not the main one.
+    """
+    if distributed.processes().num_processes > 1:
+        for unit, pool, index in itertools.product(units, pools, (None, *range(4)) if spread else (None,)):
+            searcher.embedded(unit, pool=pool, prompt_index=index)
+    if not distributed.processes().is_main_process:
+        return None
+    settings, split, parts = searcher.settings, searcher.split, []
+    for pool in pools:
+        for unit in units:
+            asked = searcher.embedded(unit, pool=pool)
+            path = out / "units" / f"{unit}_{pool}_{_key(asked, settings, spread)}.csv"
+            if not path.is_file():
+                result = searcher.rank(asked)
+                rows = result.table(settings.cutoffs, settings.bootstrap, 0)
+                if spread:
+                    rows += _spread_rows(searcher, unit, pool, len(result.queries))
+                retriever.write_run(result, out / "runs", model, split)
+                retriever.write_qrels(searcher.root, unit, split, out / "runs")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.write_whole(path, retriever.tabulate([row | {"model": model} for row in rows]).to_csv(index=False))
+            parts.append(pd.read_csv(path))
+    results = pd.concat(parts, ignore_index=True)
+    files.write_whole(out / "results.csv", results.to_csv(index=False))
+    table = official_table(results)
+    files.write_whole(out / "table.csv", table.to_csv(index=False))
+    files.write_whole(out / "table.md", markdown(table))
+    return results
+
+
+def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
+    """What the scores of a unit depend on."""
+    values = [asked.query_vectors.content, asked.pool_vectors.content, asked.relevant, settings.model_dump_json(), spread]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def _spread_rows(searcher: Searcher, unit: str, pool: str, n: int) -> list[dict]:
+    k = mbeir.OFFICIAL_UNITS.get(unit, 5)
+    (found,) = prompt_spread(searcher, [unit], k, pool).to_dict("records")
+    row = {"unit": unit, "pool": pool, "ci_low": np.nan, "ci_high": np.nan, "n": n}
+    return [row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]} for name in ("mean", "lowest", "highest")]
+
+
+def official_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Hit rates in percent, a row per model and pool.
+
+    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them; then
+    others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
+    """
+    rows = []
+    for (model, pool), own in results.groupby(["model", "pool"], sort=False):
+        units = [u for u in mbeir.OFFICIAL_UNITS if u in set(own["unit"])]
+        others = [u for u in own["unit"].unique() if u not in mbeir.OFFICIAL_UNITS]
+        row: dict[str, object] = {"model": model, "pool": pool}
+        for unit in [*(mbeir.OFFICIAL_UNITS if units else ()), *others]:
+            k = mbeir.OFFICIAL_UNITS.get(unit, 5)
+            found = own[(own["unit"] == unit) & (own["metric"] == f"hit@{k}")]["value"]
+            row[f"{unit} @{k}"] = 100 * found.iloc[0] if len(found) else np.nan
+        complete = len(units) == len(mbeir.OFFICIAL_UNITS)
+        row["Avg"] = float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()])) if complete else "partial"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """One decimal, as papers print; nothing where nothing was measured."""
+    cells = [["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]) + "\n"
+
+
+def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
+    """Hit rates per model and MRBench unit, and their unweighted mean ("average"), with 95 % intervals."""
+    rows = []
+    for model, own in hits.groupby("model", sort=False):
+        for k in cutoffs:
+            groups = {unit: part[f"hit@{k}"].to_numpy() for unit, part in own.groupby("unit")}
+            for unit, values in groups.items():
+                low, high = metrics.bootstrap_interval(values, samples, distributed.rng_for(seed, "mrbench", unit, k))
+                rows.append(
+                    {
+                        "model": model,
+                        "unit": unit,
+                        "metric": f"hit@{k}",
+                        "value": values.mean(),
+                        "ci_low": low,
+                        "ci_high": high,
+                        "n": len(values),
+                    }
+                )
+            low, high = metrics.stratified_interval(list(groups.values()), samples, distributed.rng_for(seed, "mrbench average", k))
+            mean = float(np.mean([v.mean() for v in groups.values()]))
+            rows.append(
+                {"model": model, "unit": "average", "metric": f"hit@{k}", "value": mean, "ci_low": low, "ci_high": high, "n": len(own)}
+            )
+    return pd.DataFrame(rows)
+
+
+def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
+    """MRBench hit rates for compositions of grains that were and were not in training rows."""
+    groups = hits.groupby(["model", "unseen"], sort=False)[f"hit@{k}"].agg(["mean", "count"]).reset_index()
+    groups["composition"] = groups["unseen"].map({True: "unseen", False: "seen"})
+    return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[["model", "composition", f"hit@{k}", "n"]]
+
+
+def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
+    """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
+    rows = []
+    for unit in units:
+        values = [metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean() for i in range(4)]
+        rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
+    return pd.DataFrame(rows)
+
+
+def side_by_side(measured: Sequence[Measured], unit: str, index: int, depth: int) -> tuple[str, Path | None, list]:
+    """One query with the top answers of several models, for figures.retrieved."""
+    first = measured[0].bench[unit]
+    query, root = first.queries[index], measured[0].searcher.root
+    answers = []
+    for m in measured:
+        found = [m.bench[unit].candidates[row] for row in m.bench[unit].top[index][:depth]]
+        answers.append(
+            (m.model, [(mbeir.caption(c), root.image_path(c.image) if c.image else None, c.did in query.positives) for c in found])
+        )
+    text = f"{query.text or ''} [{mbeir.caption(query)}]" if query.image else query.text or ""
+    return text, root.image_path(query.image) if query.image else None, answers

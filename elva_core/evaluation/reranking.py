@@ -1,0 +1,192 @@
+"""Retriever and reranker together: fused scores, the weight that validation chooses, hit rates before and after, seconds per query.
+
+Both say how probable each of the first candidates is, in nats, so the weight has one meaning for all of them:
+weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a cosine and P(Yes)).
+
+    seen = look_again(reranker, searcher, result, settings.rerank)
+    weights = choose(weigh(validation, temperature))
+    table = hits(test, weights, temperature, first="stage 3", cutoffs=[1, 5])
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from elva_core.config import RerankSettings
+from elva_core.data.items import candidate_item
+from elva_core.evaluation import statistics
+from elva_core.models.encoder import Encoder
+from elva_core.retrieval import metrics, retriever, search
+from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
+from elva_core.training import reranker as rerank
+from elva_core.training.reranker import Asked, Kind
+
+WEIGHTS = tuple(np.linspace(0, 1, 21).round(2).tolist())  # of the retriever
+FUSED = ", fused"
+BEST = "best order of the first"  # what no second look can exceed
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One unit whose first candidates were looked at again.
+
+    scores: per kind (Q, depth), of the candidates in the retriever's order.
+    """
+
+    result: UnitResult
+    asked: list[Asked]
+    scores: dict[Kind, np.ndarray]
+
+    @property
+    def depth(self) -> int:
+        return len(self.asked[0].dids)
+
+
+def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[Asked]:
+    """Each query with its first `depth` candidates, or with all that the pool has.
+
+    Raises:
+        ValueError: the retriever kept fewer.
+    """
+    depth = min(depth, len(result.candidates))
+    if result.top.shape[1] < depth:
+        raise ValueError(f"rerank.depth = {depth}, but ranked lists have {result.top.shape[1]} candidates; raise evaluation.cutoffs")
+    out = []
+    for query, rows in zip(result.queries, result.top[:, :depth], strict=True):
+        found = [result.candidates[row] for row in rows]
+        items = tuple(candidate_item(searcher.root, c) for c in found)
+        out.append(Asked(query.qid, searcher.query(query, result.unit), tuple(c.did for c in found), items))
+    return out
+
+
+def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:
+    """Scores the first answers of a unit, pointwise and listwise."""
+    asked = first_answers(searcher, result, settings.depth)
+    scores = {kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts)) for kind in rerank.KINDS}
+    return Seen(result, asked, scores)
+
+
+def log_share(values: np.ndarray) -> np.ndarray:
+    """Log-probabilities (Q, K) among the K candidates: one of them is taken to be the answer."""
+    return values - np.logaddexp.reduce(values, axis=1, keepdims=True)
+
+
+def fuse(cosines: np.ndarray, scores: np.ndarray, weight: float, temperature: float) -> np.ndarray:
+    """(Q, K) fused log-scores; weight 1 is the retriever's order, 0 the reranker's.
+
+    Args:
+        cosines: (Q, K) of the retriever. scores: (Q, K) of the reranker, in nats.
+        temperature: that the retriever's cosines were trained with.
+    """
+    return weight * log_share(cosines.astype(float) / temperature) + (1 - weight) * log_share(scores)
+
+
+def reorder(ranks: Sequence[Sequence[int]], scores: np.ndarray) -> list[list[int]]:
+    """Ranks of the positives after the first K candidates are ordered by score; ties keep the old order, so does what is behind them.
+
+    Args:
+        ranks: per query, from 1, in the old order. scores: (Q, K) in that order.
+
+    >>> reorder([[2, 9]], np.array([[0.1, 0.7, 0.2]]))
+    [[1, 9]]
+    """
+    depth = scores.shape[1]
+    place = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1) + 1
+    return [sorted(int(place[q, r - 1]) if r <= depth else r for r in own) for q, own in enumerate(ranks)]
+
+
+def after(seen: Seen, kind: Kind, weight: float, temperature: float) -> list[list[int]]:
+    """Ranks of a unit's positives after the second look."""
+    return reorder(seen.result.ranks, fuse(seen.result.scores[:, : seen.depth], seen.scores[kind], weight, temperature))
+
+
+def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
+    """Mean reciprocal rank of every weight on units of the validation split: kind, weight, mrr (unweighted mean of the units)."""
+    rows = []
+    for kind in rerank.KINDS:
+        for weight in WEIGHTS:
+            units = [metrics.reciprocal_rank(after(seen, kind, weight, temperature), seen.depth).mean() for seen in validation]
+            rows.append({"kind": kind, "weight": weight, "mrr": float(np.mean(units))})
+    return pd.DataFrame(rows)
+
+
+def choose(table: pd.DataFrame) -> dict[Kind, float]:
+    """The best weight of each kind; of equals the one that trusts the retriever most."""
+    best = table.assign(mrr=table["mrr"].round(9)).sort_values(["mrr", "weight"]).groupby("kind").last()
+    return {kind: float(best.loc[kind, "weight"]) for kind in rerank.KINDS}
+
+
+def hits(seen: Sequence[Seen], weights: Mapping[Kind, float], temperature: float, *, first: str, cutoffs: Sequence[int]) -> pd.DataFrame:
+    """Hits of each query before and after, as evaluate.mrbench_table and statistics.comparison take them: model, unit, qid, hit@k.
+
+    Models: the retriever (`first`), each kind alone and fused, and the best order there is of the candidates looked at.
+    """
+    parts = []
+    for unit in seen:
+        ways = {first: unit.result.ranks}
+        for kind, weight in weights.items():
+            ways[kind] = after(unit, kind, 0.0, temperature)
+            ways[kind + FUSED] = after(unit, kind, weight, temperature)
+        ways[f"{BEST} {unit.depth}"] = [[1 if r <= unit.depth else r for r in own] for own in unit.result.ranks]
+        for model, ranks in ways.items():
+            scores = {f"hit@{k}": metrics.hit_rate_at_k(ranks, k) for k in cutoffs}
+            parts.append(pd.DataFrame({"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked], **scores}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def compared(table: pd.DataFrame, first: str, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
+    """Each way over the retriever alone, paired over queries, but for the best order there is; `statistics.comparison` rows."""
+    ways = [m for m in dict.fromkeys(table["model"]) if m != first and not m.startswith(BEST)]
+    return pd.DataFrame([statistics.comparison(table, way, first, k, samples, seed) for way in ways for k in cutoffs])
+
+
+def seconds(
+    reranker: Encoder, searcher: Searcher, seen: Sequence[tuple[Seen, Embedded]], settings: RerankSettings, *, first: str
+) -> pd.DataFrame:
+    """Median seconds of one query, one after the other: retrieval, and retrieval with each second look; the ways take turns.
+
+    Nothing is known of a query or a candidate but the pool's embeddings: images are opened and seen anew.
+
+    Returns:
+        model (as in `hits`), seconds, lower and upper quartile, n queries.
+    """
+    writer, reader = searcher.encoder.forgetful(), reranker.forgetful()
+    taken: dict[str, list[float]] = {way: [] for way in (first, *rerank.KINDS)}
+    turns = [(unit, pool, i) for i in range(-(-settings.timed // len(seen))) for unit, pool in seen if i < len(unit.asked)]
+    for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up
+        asked = unit.asked[i]
+        began = time.perf_counter()
+        vectors, _ = retriever.encode(writer, [asked.query], batch=1, template=searcher.template)
+        search.exact(vectors, pool.pool_vectors, unit.depth)
+        taken[first].append(time.perf_counter() - began)
+        for kind in rerank.KINDS:
+            began = time.perf_counter()
+            rerank.score(reader, [asked], kind, settings, batch=settings.depth)
+            taken[kind].append(taken[first][-1] + time.perf_counter() - began)
+    rows = []
+    for way, values in taken.items():
+        low, middle, high = np.percentile(values[1:], [25, 50, 75])
+        rows.append({"model": way, "seconds": middle, "lower quartile": low, "upper quartile": high, "n": len(values) - 1})
+    return pd.DataFrame(rows)
+
+
+def table(averages: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
+    """What a second look brings and costs: one row per model, hit rates in percent with intervals, seconds per query.
+
+    Args:
+        averages: `evaluate.mrbench_table` of `hits`. taken: `seconds`; a fused model takes as long as its kind.
+    """
+    own = averages[averages["unit"] == "average"]
+    models = own["model"].drop_duplicates()
+    out = pd.DataFrame({"model": models}).set_index("model")
+    for metric, rows in own.groupby("metric"):
+        rows = rows.set_index("model")
+        out[metric], out[f"{metric} low"], out[f"{metric} high"] = (100 * rows[c] for c in ("value", "ci_low", "ci_high"))
+        out["n"] = rows["n"]
+    spent = taken.set_index("model").drop(columns="n").reindex(out.index.str.removesuffix(FUSED)).set_axis(out.index)
+    return out.join(spent).reset_index()

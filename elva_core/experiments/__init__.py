@@ -1,0 +1,1 @@
+"""The workbook's machinery: stages, the chain of notebooks, the study, claims, report, figures and plan."""

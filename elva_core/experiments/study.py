@@ -1,0 +1,256 @@
+"""The study: arms (changes of a profile) trained and measured side by side over seeds; one arm at a time, resumable.
+
+Data and backbone are those of the chain and the same for every seed, as a downloaded copy would be; stages 1 to 3 are
+trained anew per seed. An arm that is measured under the same values is never run again.
+
+    study.run(settings, root, triplets, bench, backbone, folder, work)
+    table = study.read(folder)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import yaml
+from pydantic import Field
+
+from elva_core import files
+from elva_core.config import PARAMS, ProfileError, Section, Settings
+from elva_core.data import mbeir
+from elva_core.evaluation import benchmark, grains
+from elva_core.experiments import jobs
+from elva_core.models import encoder
+from elva_core.training import second_backbone
+
+log = logging.getLogger("elva")
+
+
+class Arm(Section):
+    """One row of params/arms.yaml: what is trained after stage 2, and which values of the profile it changes."""
+
+    group: str  # the table it belongs to
+    trains: Literal["nothing", "stage3", "control"]
+    start: Literal["backbone", "stage2"] = "stage2"
+    template: Literal["summary", "eol"] = "summary"
+    every_seed: bool = False  # else the first seed alone
+    changes: dict = Field(default_factory=dict)
+    against: tuple[str, ...] = ()  # arms that it is compared with, paired
+    curves: tuple[str, ...] = ()  # lines of the sample-efficiency figure that it is a point of
+    units: tuple[str, ...] = ()  # test units, or patterns of them, that it is measured on besides MRBench
+    paper: tuple[str, str] | None = None  # table and row of params/reported.yaml; its last value is compared
+    why: str
+
+    def applied(self, settings: Settings) -> Settings:
+        """The profile with this arm's changes; `all` negatives are as many as the profile has of both kinds."""
+        both = settings.stage3.negatives.hard + settings.stage3.negatives.random
+        changes, own = dict(self.changes), self.changes.get("stage3", {}).get("negatives")
+        if own:
+            counted = {name: both if value == "all" else value for name, value in own.items()}
+            changes["stage3"] = changes["stage3"] | {"negatives": counted}
+        return settings.changed(changes)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured, long: one row per arm and seed (runs), and per query of MRBench (hits) and of the units that an arm names
+    (units), per grain of a query (distances), per kind of grain (errors).
+    """
+
+    runs: pd.DataFrame
+    hits: pd.DataFrame
+    units: pd.DataFrame
+    distances: pd.DataFrame
+    errors: pd.DataFrame
+
+
+def arms(settings: Settings) -> dict[str, Arm]:
+    """The arms a profile asks for, in the order of params/arms.yaml.
+
+    Raises:
+        ProfileError: an unknown name, or a change that is no value of a profile.
+    """
+    path = PARAMS / "arms.yaml"
+    known = {name: Arm.model_validate(values) for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    if unknown := sorted(set(settings.study.arms) - set(known)):
+        raise ProfileError(f"params/{settings.profile}.yaml: study.arms names {unknown}; {path} has {sorted(known)}")
+    return {name: arm for name, arm in known.items() if name in settings.study.arms or not settings.study.arms}
+
+
+def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
+    """(name, arm, seed) in the order they run: what has every seed first, seed by seed."""
+    chosen, seeds = arms(settings), settings.study.seeds
+    every = [(name, arm, seed) for seed in seeds for name, arm in chosen.items() if arm.every_seed]
+    return every + [(name, arm, seeds[0]) for name, arm in chosen.items() if not arm.every_seed]
+
+
+def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
+    """What the result of an arm depends on, besides the code: the values that it uses, no others."""
+    used = {"data", "encoder", "mrbench", "dtype", "device"}
+    used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
+    used |= {arm.trains} if arm.trains != "nothing" else set()
+    used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
+    used |= {"backbone"} if "backbone" in arm.changes else set()
+    bench = settings.mrbench
+    unused = {"precision", "licence"}  # what is said about the benchmark; and what draws it only where it is given
+    unused |= (set() if bench.units else {"units"}) | ({"annotator"} if bench.annotator.kind == "exact" else set())
+    values = settings.model_dump(mode="json", include=used, exclude={"mrbench": unused})
+    units = [*settings.study.units, *arm.units]
+    return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
+
+
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def result_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / name.replace(" ", "-").replace(",", "") / f"seed-{seed}"
+
+
+def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, Arm, int]]:
+    """The planned arms without a result of these values."""
+    return [
+        (n, a, seed)
+        for n, a, seed in planned(settings)
+        if _measured(folder, n, seed) != fingerprint(a.applied(settings), a, seed, backbone)
+    ]
+
+
+def _measured(folder: Path, name: str, seed: int) -> str | None:
+    manifest = result_folder(folder, name, seed) / "manifest.json"
+    return json.loads(manifest.read_text())["fingerprint"] if manifest.is_file() else None
+
+
+def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, backbone: str, folder: Path, work: Path) -> None:
+    """Trains and measures what is missing; each arm's folder appears whole, so a killed study goes on where it was.
+
+    Args:
+        backbone: folder that every seed starts from. folder: results, one folder per arm and seed.
+        work: checkpoints and stage-2 models, which results do not need.
+    """
+    todo = missing(settings, backbone, folder)
+    for place, (name, arm, seed) in enumerate(todo, start=1):
+        log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
+        began, changed = time.perf_counter(), arm.applied(settings)
+        mark = fingerprint(changed, arm, seed, backbone)
+        earlier = settings.changed({part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes})
+        own = backbone_for(changed, backbone, root, work)
+        start = own if arm.start == "backbone" else retriever(earlier, root, triplets, own, seed, work)
+        rows, trained = [], start
+        if arm.trains != "nothing":
+            # arms of one start differ in their training only; what they share is mined once
+            shared = _hash(str(start), changed.encoder.model_dump(), changed.stage3.queries, changed.stage3.negatives.model_dump(), seed)
+            mined = work / f"negatives-{shared}.safetensors"
+            job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), work / mark, mined)
+            jobs.launch(jobs.run, job)
+            rows, trained = jobs.history(job), job.model
+        model = encoder.load(trained, changed.encoder, dtype=changed.dtype, device=changed.device)
+        target = result_folder(folder, name, seed)
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if rows:
+            pd.DataFrame(rows).to_csv(partial / "history.csv", index=False, float_format="%.4g")
+        record = measure(model, arm, changed, root, bench, partial)
+        record |= {"arm": name, "group": arm.group, "seed": seed, "fingerprint": mark, "steps": len(rows)}
+        record |= {"train_s": round(sum(r["step_time"] for r in rows), 1), "wall_s": round(time.perf_counter() - began, 1)}
+        files.write_whole(partial / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        shutil.rmtree(work / mark, ignore_errors=True)
+
+
+def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
+    """The model that an arm starts from: the chain's, unless the arm names another or another architecture."""
+    if changed.backbone.path:
+        return changed.backbone.path
+    if changed.backbone.tiny.architecture == "qwen2_vl":
+        return backbone
+    return second_backbone.ensure(backbone, changed.backbone, changed.encoder, root, work)
+
+
+def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path) -> Path:
+    """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
+    values = settings.model_dump(mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"})
+    folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
+    if (folder / "elva.json").is_file():
+        return folder
+    partial, start = folder.with_name(folder.name + ".partial"), backbone
+    for stage in ("stage1", "stage2"):
+        job = jobs.Job(stage, settings, seed, root, triplets, str(start), partial / stage, partial / "none")
+        jobs.launch(jobs.run, job)
+        start = job.model
+    start.rename(folder)
+    shutil.rmtree(partial)
+    return folder
+
+
+def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path) -> dict[str, float]:
+    """Writes hits.csv and units.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
+    measured = benchmark.measure(arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=())
+    measured.hits[["unit", "qid", "unseen", "rank"]].to_csv(folder / "hits.csv", index=False)
+    others = [measured.searcher.evaluate(name) for name in root.matching([*settings.study.units, *arm.units], "test")]
+    rows = [(r.unit, q.qid, ranks[0]) for r in others for q, ranks in zip(r.queries, r.ranks, strict=True)]
+    if rows:
+        pd.DataFrame(rows, columns=["unit", "qid", "rank"]).to_csv(folder / "units.csv", index=False)
+    unit = bench.units("test")[0]
+    queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
+    grains.distances(measured.searcher, queries, unit).to_csv(folder / "distances.csv", index=False, float_format="%.5f")
+    errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
+    missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
+    missed.reset_index().to_csv(folder / "errors.csv", index=False)
+    at5 = measured.hits.groupby("unit")["hit@5"].mean()
+    return {"hit@5": float(at5.mean())}
+
+
+def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:
+    """The results of the profile's arms; those that are missing are run first if the profile says so, else they are counted.
+
+    Args:
+        trained: the chain's 30_pretrain_contrastive, which names the backbone.
+    """
+    (folder, work), backbone = folders(settings.profile), backbone_of(trained)
+    if settings.study.in_chain:
+        run(settings, root, triplets, bench, backbone, folder, work)
+    elif todo := missing(settings, backbone, folder):
+        lacking = f"{len(todo)} of {len(planned(settings))} trainings have no result of these values"
+        log.warning("%s; run: python -m elva_core study %s", lacking, settings.profile)
+    return read(folder, settings)
+
+
+def folders(profile: str) -> tuple[Path, Path]:
+    """Where results and where checkpoints and stage-2 models of a profile's study are."""
+    return files.OUTPUTS / profile / "study", files.OUTPUTS / "cache/study"
+
+
+def backbone_of(trained: Path) -> str:
+    """The backbone that the chain's contrastive stage started from."""
+    return (trained / "backbone.txt").read_text(encoding="utf-8").strip()
+
+
+def read(folder: Path, settings: Settings) -> Study:
+    """Every result of the profile's arms that is there.
+
+    Raises:
+        ProfileError: nothing has been measured yet; the message has the command.
+    """
+    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "units": [], "distances": [], "errors": []}
+    runs = []
+    for name, arm, seed in planned(settings):
+        place = result_folder(folder, name, seed)
+        if not (place / "manifest.json").is_file():
+            continue
+        runs.append(json.loads((place / "manifest.json").read_text()))
+        for kind, rows in tables.items():
+            if (place / f"{kind}.csv").is_file():
+                rows.append(pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(arm=name, group=arm.group, seed=seed))
+    if not runs:
+        raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
+    return Study(pd.DataFrame(runs), *(pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in tables.values()))

@@ -1,0 +1,1 @@
+"""Models and vectors for other libraries: the hub, sentence-transformers, mteb, FAISS."""

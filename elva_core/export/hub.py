@@ -1,0 +1,220 @@
+"""A trained model with its model card, to a folder or to the hub.
+
+push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=settings.load("cpu"))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+
+from elva_core.config import EncoderSettings, Settings
+
+PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "README.md")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # hold every string there is, paths too
+LOCAL_PATH = re.compile(r"""(?:^|[\s"'`(=])((?:~|/[\w.@+-]+)/[\w.@+/-]+|[A-Za-z]:\\+[^\s"'`]+|file:/+[^\s"'`]+)""", re.MULTILINE)
+TEMPLATE = Path(__file__).with_name("model_card.md")
+
+
+class PublishError(ValueError):
+    """A model that must not leave this machine as it is, or a target that cannot take it; the message has the remedy."""
+
+
+def is_folder(target: str) -> bool:
+    """Whether a target is a folder here and not a name on the hub."""
+    return Path(target).expanduser().is_dir() or target.startswith((".", "/", "~"))
+
+
+def push(
+    model: Path,
+    to: str,
+    *,
+    profile: Settings | None = None,
+    results: Path | None = None,
+    license_name: str = "apache-2.0",
+    api: HfApi | None = None,
+) -> str:
+    """Writes or uploads a trained model with its card. Nothing is written before all checks have passed.
+
+    Args:
+        model: a folder that `Encoder.save` wrote. Its README.md, if there is one, is the card; else the card is made.
+        to: an existing folder, a path that starts with . / or ~, or else a hub name like owner/model.
+        profile: whose training values the card shows. results: results.csv of `evaluate`, or claims.csv of a report.
+
+    Returns:
+        where it is now.
+
+    Raises:
+        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use, or a hub that says no.
+    """
+    files = checked(model)
+    target = Path(to).expanduser()
+    name = target.name if is_folder(to) else to
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder) / "model"
+        staged.mkdir()
+        for path in files:
+            shutil.copyfile(path, staged / path.name)
+        if not (staged / "README.md").is_file():
+            (staged / "README.md").write_text(
+                card(model, name, profile=profile, results=results, license_name=license_name), encoding="utf-8"
+            )
+        refuse_local_paths(staged)
+        if is_folder(to):
+            return to_folder(staged, target)
+        return _to_hub(staged, to, api or HfApi())
+
+
+def checked(model: Path) -> list[Path]:
+    """The files of a model that are published; the folder must be one of ours, with safetensors and no pickle."""
+    if not (model / "elva.json").is_file():
+        raise PublishError(f"{model / 'elva.json'} is missing: push takes a folder that a training stage wrote")
+    if pickled := sorted(p.name for p in model.iterdir() if p.suffix in PICKLED):
+        raise PublishError(f"{model}: {', '.join(pickled)} may run code when it is loaded; keep safetensors only")
+    files = sorted({path for pattern in PUBLISHED for path in model.glob(pattern)})
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise PublishError(f"{model} has no weights (*.safetensors); train it, or save it again")
+    return files
+
+
+def refuse_local_paths(folder: Path) -> None:
+    """A published file must not say where it was made. Raises PublishError with file, line and path."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".md", ".jinja") and path.name not in VOCABULARIES:
+            text = path.read_text(encoding="utf-8")
+            if found := LOCAL_PATH.search(text):
+                line = text.count("\n", 0, found.start(1)) + 1
+                raise PublishError(f"{path.name}:{line} names a path of this machine, {found[1]}; remove it, or save the model again")
+
+
+def card(model: Path, name: str, *, profile: Settings | None, results: Path | None, license_name: str) -> str:
+    """The model card, README.md with its YAML header."""
+    from transformers import AutoProcessor  # heavy, like what it takes to read it
+
+    from elva_core.models import chat
+    from elva_core.models.encoder import SPLICED
+
+    found, kind = json.loads((model / "elva.json").read_text()), json.loads((model / "config.json").read_text())["model_type"]
+    processor = AutoProcessor.from_pretrained(model)
+    settings, parents = EncoderSettings.model_validate(found["encoder"]), found.get("parents", [])
+    template = found.get("template", "summary")
+    hub = next((p["hub"] for p in parents if "hub" in p), None)
+    data = ModelCardData(
+        base_model=hub,
+        library_name="transformers",
+        license=license_name,
+        pipeline_tag="feature-extraction",
+        tags=["elva", "multimodal-retrieval", "universal-retrieval", kind],
+    )
+    filled = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        stage=found["stage"],
+        pooling=found["pooling"],
+        parents=parents,
+        encoder=settings,
+        ret_row=_row(model, settings.ret_token),
+        template=template,
+        end=processor.tokenizer.convert_ids_to_tokens(chat.end_of_turn(processor)),
+        sized=settings.max_pixels and kind in SPLICED,
+        request=json.dumps(settings.eol_request if template == "eol" else settings.summary_request),
+        results=results_table(results) if results else "",
+        values=training_values(profile) if profile else "",
+        hub=hub,
+    )
+    return filled.content
+
+
+def training_values(profile: Settings) -> str:
+    """The profile's values as YAML, without what only this machine knows."""
+    kept = profile.model_dump(mode="json", include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"})
+    return yaml.safe_dump({"data": profile.data.name} | kept, sort_keys=False, allow_unicode=True)
+
+
+def results_table(path: Path) -> str:
+    """Hit rates in percent (claims: what the report shows first) with interval and n, as a Markdown table.
+
+    Raises:
+        PublishError: neither results.csv of `evaluate` nor claims.csv of a report.
+    """
+    table = pd.read_csv(path, dtype={"seeds": str})
+    if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
+        rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
+        names, scale, form = ["model", "unit", "pool", "metric"], 100, ".1f"
+    elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
+        # the averages, gains and distances; units and other cut-offs stay in the file
+        average = table["claim"].str.endswith("average") & (table["metric"] == "hit@5")
+        rows = table[table["ours"].notna() & (average | table["metric"].str.contains("gain of hit@5|distance"))]
+        rows = rows.rename(columns={"ours": "value"})
+        names, scale, form = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1, ".3g"
+    else:
+        raise PublishError(f"{path}: columns {list(table)} are neither those of results.csv nor of claims.csv")
+    header = [*names, "value [95 %]", "n"]
+    lines = [header, ["--"] * len(header)]
+    for row in rows.to_dict("records"):
+        interval = f" [{scale * row['ci_low']:{form}}, {scale * row['ci_high']:{form}}]" if pd.notna(row["ci_low"]) else ""
+        cells = ["" if pd.isna(row[c]) else str(row[c]) for c in names]
+        lines.append([*cells, f"{scale * row['value']:{form}}{interval}", "" if pd.isna(row["n"]) else f"{row['n']:.0f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _row(model: Path, token: str) -> int | None:
+    added: Sequence[dict] = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    return next((t["id"] for t in added if t["content"] == token), None)
+
+
+def to_folder(staged: Path, target: Path) -> str:
+    """The whole folder or nothing; only a model of ours, or an empty folder, is replaced."""
+    with whole_folder(target, "elva.json") as partial:
+        shutil.copytree(staged, partial)
+    return str(target)
+
+
+@contextmanager
+def whole_folder(target: Path, mark: str) -> Iterator[Path]:
+    """A place to make a folder in, which becomes `target` when all went well.
+
+    Args:
+        mark: the file by which a folder that may be replaced is known; an empty one may, too.
+
+    Raises:
+        PublishError: the target is in use.
+    """
+    if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
+        raise PublishError(f"{target} holds other files; name an empty or a new folder")
+    if target.is_file():
+        raise PublishError(f"{target} is a file; name a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, retired = (target.with_name(f".{target.name}.{word}") for word in ("partial", "retired"))
+    for old in (partial, retired):
+        shutil.rmtree(old, ignore_errors=True)
+    yield partial
+    if target.exists():
+        target.rename(retired)
+    partial.rename(target)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _to_hub(staged: Path, name: str, api: HfApi) -> str:
+    validate_repo_id(name)
+    try:
+        repository = api.create_repo(repo_id=name, repo_type="model", exist_ok=True)
+        stage = json.loads((staged / "elva.json").read_text())["stage"]
+        api.upload_folder(repo_id=name, folder_path=staged, repo_type="model", commit_message=f"ELVA workbook, {stage}")
+    except Exception as error:  # what the hub says, or what its transport says where there is no connection
+        raise PublishError(
+            f"the hub did not take {name}: {type(error).__name__}: {error}; log in with hf auth login, or write ./{name} for a folder"
+        ) from error
+    return str(repository)

@@ -1,0 +1,56 @@
+"""What other libraries hand over, as items: a text, an image in memory or in a file, or both.
+
+with inputs.items([("A dog.", None), ("", photograph)]) as found:
+    vectors, _ = retrieval.encode(encoder, found, batch=2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from PIL import Image
+
+from elva_core.data.items import Item
+
+Picture = Image.Image | Path | str
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # what a PNG holds without loss
+
+
+@contextmanager
+def items(pairs: Sequence[tuple[str, Picture | None]]) -> Iterator[list[Item]]:
+    """Items of (text, image) pairs. Images in memory lie in a temporary folder meanwhile, without loss.
+
+    Raises:
+        ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
+    """
+    with TemporaryDirectory(prefix="elva-") as folder:
+        yield [Item(_text(text), _file(image, Path(folder) / f"{n}.png")) for n, (text, image) in enumerate(pairs)]
+
+
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"a text is {type(text).__name__}; pass a string")
+    return text
+
+
+def _file(image: object, path: Path) -> Path | None:
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        (image if image.mode in PNG_MODES else image.convert("RGB")).save(path, compress_level=1)
+        return path
+    if not isinstance(image, str | Path) or str(image).startswith(("http://", "https://", "data:")):
+        raise ValueError(f"an image is {str(image)[:80]!r} ({type(image).__name__}); pass a PIL image or the path of a file")
+    return Path(image)
+
+
+def instructed(instruction: str, text: str) -> str:
+    """A query's text behind its instruction; an image alone is asked with the instruction alone.
+
+    >>> instructed("Find it. ", "A dog."), instructed("Find it. ", "")
+    ('Find it. A dog.', 'Find it.')
+    """
+    return instruction + text if text else instruction.strip()

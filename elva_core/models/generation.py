@@ -1,0 +1,177 @@
+"""Sampling summaries and reading the embedding at [RET], with the prompt computed once for its G rollouts.
+
+The prompt's key/value cache is computed once per input and expanded to G. In generation and in training the same
+two pieces are used: `prefill` and a continuation on the cache, so their log-probabilities agree.
+
+    out = generate(encoder, items, noise=torch.rand(len(items), 8, cap))   # out.embeddings: (B, 8, D)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from elva_core.data.items import Item
+from elva_core.models.encoder import Batch, Encoder, normalised
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """Sampled summaries of B inputs, G each.
+
+    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn counts,
+    [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action. entropy: (B, G, T) nats.
+    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine, which
+    sampled the tokens, says of them; None where the trainer sampled them itself.
+    """
+
+    tokens: torch.Tensor
+    actions: torch.Tensor
+    log_p: torch.Tensor
+    entropy: torch.Tensor
+    embeddings: torch.Tensor
+    engine_log_p: torch.Tensor | None = None
+
+    def summaries(self, end_id: int) -> list[list[list[int]]]:
+        """Token ids of each summary without the end of turn."""
+        return [
+            [[t for t, a in zip(row, act, strict=True) if a and t != end_id] for row, act in zip(group, acts, strict=True)]
+            for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
+        ]
+
+
+# (encoder, items in parts, (items, G, T) noise of each part, temperature) -> the rollouts of each part
+Sampler = Callable[[Encoder, Sequence[Sequence[Item]], Sequence[torch.Tensor], float], list[Rollouts]]
+
+
+@dataclass(slots=True)
+class Prefix:
+    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (..., B, 1)."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    last: torch.Tensor
+    position: torch.Tensor
+
+
+def prefill(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
+    """Runs each prompt once and repeats the result for its rollouts: rows 0..G-1 belong to item 0, and so on."""
+    batch = encoder.batch(items, encoder.settings.summary_request)
+    cache = DynamicCache(config=encoder.backbone.config.get_text_config())
+    last = encoder.states(batch, cache)[:, -1]
+    if rollouts > 1:
+        cache.batch_repeat_interleave(rollouts)
+    position = (batch.positions[..., -1:] + 1).repeat_interleave(rollouts, dim=-2)
+    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last)), position)
+
+
+def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """States (R, n, D) of n further tokens on the cache; columns where `valid` is False are never attended to."""
+    prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
+    positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)
+    prefix.position = prefix.position + ids.shape[1]
+    return encoder.states(Batch(ids, prefix.mask, positions, {"input_ids": ids}), prefix.cache)
+
+
+def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities, given (R,) uniform numbers.
+
+    >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
+    tensor([0, 2, 3])
+    """
+    reached = log_p.double().exp().cumsum(-1)
+    return torch.searchsorted(reached, noise.to(reached)[:, None] * reached[:, -1:], right=True)[:, 0]
+
+
+@torch.no_grad()
+def generate(encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0) -> Rollouts:
+    """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
+
+    Args:
+        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its own row
+            alone, however the items are split over chunks and processes. Without it, G = 1 and the most probable
+            token is taken.
+        temperature: of sampling; log-probabilities are those of the tempered distribution.
+    """
+    rollouts = 1 if noise is None else noise.shape[1]
+    prefix = prefill(encoder, items, rollouts)
+    rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
+    state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
+    waiting = open_row.clone()  # rows whose [RET] has not been read yet
+    embeddings = torch.zeros(rows, state.shape[-1], device=state.device)
+    tokens, actions, log_ps, entropies = [], [], [], []
+    for step in range(cap + 1):
+        if step < cap and open_row.any():
+            log_p = torch.log_softmax(encoder.logits(state) / temperature, dim=-1)
+            token = log_p.argmax(-1) if noise is None else sample(log_p, noise[..., step].flatten())
+            tokens.append(torch.where(open_row, token, encoder.pad_id))
+            actions.append(open_row)
+            log_ps.append(log_p.gather(-1, token[:, None])[:, 0] * open_row)
+            entropies.append(torch.special.entr(log_p.exp()).sum(-1) * open_row)
+            open_row = open_row & (token != encoder.end_id)
+            inputs = torch.where(open_row, token, encoder.ret_id)
+        else:
+            open_row = torch.zeros_like(open_row)
+            inputs = torch.full((rows,), encoder.ret_id, device=state.device)
+        state = _advance(encoder, prefix, inputs[:, None], waiting[:, None])[:, 0]
+        closing = waiting & ~open_row
+        embeddings[closing] = normalised(state[closing])
+        waiting = waiting & open_row
+        if not waiting.any():
+            break
+    stack = [torch.stack(x, dim=1).unflatten(0, (-1, rollouts)) for x in (tokens, actions, log_ps, entropies)]
+    return Rollouts(*stack, embeddings.unflatten(0, (-1, rollouts)))
+
+
+def in_process(encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float) -> list[Rollouts]:
+    """The sampler of transformers: the model that is trained writes the summaries, one part after another."""
+    return [generate(encoder, part, noise=noise, temperature=temperature) for part, noise in zip(parts, noises, strict=True)]
+
+
+def _forced(encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) that chose each of the N actions, and embeddings (B, G, D), of given summaries; see `score`."""
+    groups = tokens.shape[1]
+    tokens, actions = tokens.flatten(0, 1), actions.flatten(0, 1)
+    prefix = prefill(encoder, items, groups)
+    first = prefix.last
+    lengths = (actions & (tokens != encoder.end_id)).sum(1)
+    column = torch.arange(tokens.shape[1] + 1, device=tokens.device)
+    inputs = torch.cat([tokens, tokens.new_full((len(tokens), 1), encoder.pad_id)], dim=1)
+    inputs = torch.where(column == lengths[:, None], encoder.ret_id, inputs)
+    inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
+    states = _advance(encoder, prefix, inputs, column <= lengths[:, None])
+    before = torch.cat([first[:, None], states[:, :-1]], dim=1)[:, : tokens.shape[1]]
+    embeddings = normalised(states[torch.arange(len(states)), lengths])
+    return encoder.logits(before[actions]), embeddings.unflatten(0, (-1, groups))
+
+
+def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Teacher-forced log-probabilities and embeddings of given rollouts, with gradient.
+
+    The prompt is computed once per item, gradients included; its G continuations share the cache.
+
+    Returns:
+        log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
+    """
+    tokens, actions = rollouts.tokens, rollouts.actions
+    logits, embeddings = _forced(encoder, items, tokens, actions)
+    chosen = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
+    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(actions, chosen), embeddings
+
+
+@torch.no_grad()
+def completed(
+    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor, *, temperature: float = 1.0
+) -> Rollouts:
+    """The rollouts that `generate` gives where it samples these tokens; one forward, without gradient.
+
+    Args:
+        tokens, actions: (B, G, T), as in `Rollouts`.
+    """
+    logits, embeddings = _forced(encoder, items, tokens, actions)
+    log_p, nothing = torch.log_softmax(logits / temperature, dim=-1), torch.zeros(tokens.shape, device=tokens.device)
+    chosen, entropy = log_p.gather(-1, tokens[actions][:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1)
+    return Rollouts(tokens, actions, nothing.masked_scatter(actions, chosen), nothing.masked_scatter(actions, entropy), embeddings)

@@ -1,0 +1,114 @@
+"""MRBench: the multi-grain queries of an M-BEIR root, the same number per unit, with local pools.
+
+bench, counts, sheet = build(root, settings.mrbench, annotate=annotate.exact, folder=out, seed=17)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from elva_core import files
+from elva_core.config import MrbenchSettings
+from elva_core.data import mbeir
+from elva_core.mrbench.annotate import Annotator, Grains
+
+
+def build(
+    root: mbeir.Root, settings: MrbenchSettings, *, annotate: Annotator, folder: Path, seed: int, split: str = "test"
+) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
+    """Draws the benchmark and writes it as an M-BEIR root that stands alone.
+
+    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its unit.
+
+    Args:
+        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for M-BEIR.
+
+    Returns:
+        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human verification).
+
+    Raises:
+        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer that can be read.
+    """
+    known, tasks = root.units(split), set(map(str, settings.tasks))
+    if lost := sorted(set(settings.units) - set(known)):
+        raise files.ElvaDataError(f"{root.folder} has no {split} units {lost}, it has {known}; correct mrbench.units")
+    units = [u for u in known if u in settings.units or u.rpartition("_task")[2] in tasks]
+    if not units:
+        raise files.ElvaDataError(f"{root.folder} has no {split} unit of tasks {settings.tasks}; correct mrbench.tasks")
+    share = settings.queries // len(units)
+    bench, counts, sheet = mbeir.Root(folder), [], []
+    for unit in units:
+        queries = sorted(root.queries(unit, split), key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid))
+        multi: list[tuple[mbeir.Query, Grains]] = []
+        annotated = unreadable = 0
+        while len(multi) < share and annotated < len(queries):
+            part = queries[annotated : annotated + max(share - len(multi), settings.annotator.batch)]
+            found = annotate(part)
+            annotated += len(part)
+            unreadable += sum(grains is None for grains in found)
+            if unreadable == annotated:
+                raise files.ElvaDataError(
+                    f"{unit}: none of {annotated} answers can be read; the log has the reasons, see mrbench.annotator"
+                )
+            multi += [(q, grains) for q, grains in zip(part, found, strict=True) if grains and len(grains) >= settings.min_grains]
+        if len(multi) < share:
+            raise files.ElvaDataError(
+                f"{unit}: {len(multi)} queries with {settings.min_grains} grains, {share} wanted, "
+                f"{annotated} annotated, {unreadable} of them unreadable; lower mrbench.queries"
+            )
+        chosen = sorted(multi[:share], key=lambda pair: mbeir.split_id(pair[0].qid))
+        drawn = [replace(q, source=q.source | {"grains": [list(g) for g in grains]}) for q, grains in chosen]
+        mbeir.write_jsonl(bench.query_path(unit, split), map(mbeir.query_record, drawn))
+        mbeir.write_qrels(bench.qrels_path(unit, split), drawn)
+        pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
+        pool.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root.pool_path(unit, split), pool)
+        steps = {"queries": len(queries), "annotated": annotated, "multi-grain": len(multi), "unreadable": unreadable, "drawn": len(drawn)}
+        with pool.open("rb") as lines:
+            counts.append({"unit": unit, **steps, "pool": sum(1 for _ in lines)})
+        sheet += [_sheet_row(unit, q) for q in drawn]
+    complete(bench, root, split)
+    rows = sorted(sheet, key=lambda r: mbeir.stable_hash(seed, "verify", r["unit"], r["qid"]))[: settings.verify]
+    return bench, pd.DataFrame(counts), pd.DataFrame(rows)
+
+
+def _sheet_row(unit: str, query: mbeir.Query) -> dict:
+    text = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
+    return {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or "", "grains": text}
+
+
+def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
+    """What the benchmark needs to stand alone: the instructions, a global pool (the union of its local pools), every image.
+
+    Images are hard links where the file system allows, so that they take no room here; a copy of the folder has them whole.
+    """
+    (bench.folder / "instructions").mkdir(exist_ok=True)
+    shutil.copyfile(root.folder / "instructions/query_instructions.tsv", bench.folder / "instructions/query_instructions.tsv")
+    union = {c.did: c for unit in bench.units(split) for c in bench.pool(unit, split)}
+    ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
+    mbeir.write_jsonl(bench.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
+    images = {c.image for c in union.values()}
+    images |= {q.image for unit in bench.units(split) for q in bench.queries(unit, split)}
+    for name in sorted(filter(None, images)):
+        source, target = root.image_path(name), bench.folder / name
+        if not source.is_file():
+            raise files.ElvaDataError(f"image {source} is missing; restore the file or drop the record")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # another file system
+            shutil.copyfile(source, target)
+
+
+def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
+    """How many queries have a grain of each kind."""
+    kinds = [kind for q in queries for kind in dict(mbeir.grains(q))]  # once a query, however many grains of a kind it has
+    table = pd.Series(kinds, dtype=str).value_counts().rename_axis("kind").reset_index(name="queries")
+    return table.assign(share=table["queries"] / max(1, len(queries)))

@@ -1,0 +1,147 @@
+"""The finished benchmark for people who load `datasets`: queries and pools as Parquet beside a data card.
+
+write(bench, folder, settings, counts, agreement)
+load_dataset(str(folder), "queries")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from elva_core import files
+from elva_core.config import Settings
+from elva_core.data import mbeir
+from elva_core.mrbench import annotate
+
+CARD = """---
+pretty_name: MRBench of {data}
+license: other
+license_name: see-below
+tags: [multimodal-retrieval, multi-grain, m-beir]
+configs:
+- config_name: queries
+  data_files: queries.parquet
+  default: true
+- config_name: corpus
+  data_files: corpus.parquet
+---
+
+# MRBench of {data}
+
+Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. Built after ELVA
+(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated in a random order until
+{share} of them had enough grains; all of a unit's candidates are its pool.
+
+{table}
+
+## Grains
+
+{annotator}
+
+## Verification
+
+{verification}
+
+## Files
+
+* `queries.parquet`: unit, qid, text, image, grains (kind and text), positives (dids).
+* `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, which holds {images:,} images
+  ({megabytes:,.1f} MB).
+
+A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with a positive among the first five.
+
+## Licence
+
+Images: {licence}. They stay under their own licences.
+"""
+
+
+def write(
+    bench: mbeir.Root, folder: Path, settings: Settings, counts: pd.DataFrame, agreement: Mapping[str, object], *, split: str = "test"
+) -> None:
+    """queries.parquet, corpus.parquet and README.md, the data card.
+
+    The few images of the queries are inside queries.parquet. Those of the pools are named, not held: they are the bulk (M-BEIR's
+    four units: 66,000), and `bench`, the M-BEIR folder, has them.
+
+    Args:
+        counts: of `mrbench.build`. agreement: of `verification.agreement`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in (("queries", queries(bench, split)), ("corpus", corpus(bench, split))):
+        table.to_parquet(folder / f"{name}.parquet")
+    files.write_whole(folder / "README.md", card(bench, settings, counts, agreement, split=split))
+
+
+def queries(bench: mbeir.Root, split: str = "test"):
+    """One row per query: unit, qid, text, image (decoded on access), grains (kind, text) and the dids of its positives."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    grain = {"kind": Value("string"), "text": Value("string")}
+    text = dict.fromkeys(("unit", "qid", "text"), Value("string"))
+    rows = [
+        {
+            "unit": unit,
+            "qid": q.qid,
+            "text": q.text,
+            "image": {"bytes": bench.image_path(q.image).read_bytes(), "path": q.image} if q.image else None,
+            "grains": [{"kind": kind, "text": text} for kind, text in mbeir.grains(q)],
+            "positives": list(q.positives),
+        }
+        for unit in bench.units(split)
+        for q in bench.queries(unit, split)
+    ]
+    return Dataset.from_list(rows, features=Features(text | {"image": Image(), "grains": List(grain), "positives": List(Value("string"))}))
+
+
+def corpus(bench: mbeir.Root, split: str = "test"):
+    """One row per candidate of each local pool: unit, did, modality, text, and the path of its image inside `bench`."""
+    from datasets import Dataset, Features, Value
+
+    columns = ("did", "modality", "text", "image")
+    rows = [
+        {"unit": unit} | {name: getattr(candidate, name) for name in columns}
+        for unit in bench.units(split)
+        for candidate in bench.pool(unit, split)
+    ]
+    return Dataset.from_list(rows, features=Features(dict.fromkeys(("unit", *columns), Value("string"))))
+
+
+def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement: Mapping[str, object], *, split: str = "test") -> str:
+    """The data card: how the benchmark was made, by whom it was checked, and under which licence its images are."""
+    own, sizes = settings.mrbench, [p.stat().st_size for p in (bench.folder / "mbeir_images").rglob("*") if p.is_file()]
+    if own.annotator.kind == "exact":
+        annotator = "The grains come with the data; no model guessed them."
+    else:
+        annotator = (
+            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most {own.annotator.max_tokens} tokens); sha256 of "
+            f"prompt and answer form: {annotate.prompt_hash()}. Queries whose answer could not be read are not drawn."
+        )
+    checked = "Not verified: nobody has looked at the annotations of these queries."
+    if agreement["checked"]:
+        shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "always low", "always high", "wanted")}
+        checked = (
+            f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: {shares['precision']}, "
+            f"95 % Wilson interval {shares['low']} to {shares['high']}, interval that holds at every look {shares['always low']} to "
+            f"{shares['always high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
+        )
+    return CARD.format(
+        data=settings.data.name,
+        min_grains=own.min_grains,
+        profile=settings.profile,
+        split=split,
+        share=int(counts["drawn"].min()),
+        table="\n".join(_markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])),
+        annotator=annotator,
+        verification=checked,
+        images=len(sizes),
+        megabytes=sum(sizes) / 1e6,
+        licence=own.licence,
+    )
+
+
+def _markdown(rows: Iterable[Iterable[object]]) -> Iterable[str]:
+    return (f"| {' | '.join(map(str, row))} |" for row in rows)

@@ -1,0 +1,34 @@
+"""A pool of candidates with their vectors, which a free query is ranked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elva_core.data import mbeir
+from elva_core.data.items import candidate_item
+from elva_core.models.encoder import Encoder
+from elva_core.retrieval import cache
+from elva_core.retrieval.cache import Store
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Candidates (C) in pool order with their vectors (C, D).
+
+    kind: local or global. template: how the vectors were read. root: where the images are; None where that is not known.
+    """
+
+    unit: str
+    kind: str
+    candidates: Sequence[mbeir.Candidate]
+    vectors: Sequence
+    template: str
+    root: mbeir.Root | None
+
+
+def of_unit(loaded: Encoder, root: mbeir.Root, unit: str, *, batch: int, template: str = "summary", pool: str = "local") -> Pool:
+    """The test pool of a unit, embedded once and kept in outputs/cache/embeddings (float16)."""
+    candidates = root.pool(unit, "test", pool)
+    kept = Store(cache.EMBEDDINGS, loaded, batch=batch, template=template)
+    return Pool(unit, pool, candidates, kept(candidate_item(root, c) for c in candidates), template, root)

@@ -1,0 +1,1 @@
+"""The three stages of the paper and their relatives: losses, rewards, GRPO, negatives, and the loop that all share."""

@@ -1,0 +1,182 @@
+"""Stages 1 and 2, and the control of stage 3: InfoNCE over pairs.
+
+rows = train(encoder, union_pairs(root, settings, seed), settings.stage2, seed=17, folder=out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from elva_core import distributed, files
+from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings
+from elva_core.data import mbeir
+from elva_core.data.items import Item, candidate_item, query_item
+from elva_core.models import generation
+from elva_core.models.encoder import Encoder
+from elva_core.training import loop, losses
+from elva_core.training.hard_negatives import Ranked
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A query and one of its positives. `positives` are all judged dids, to recognise false negatives of the batch."""
+
+    query: Item
+    candidate: Item
+    did: str
+    positives: tuple[str, ...]
+    negatives: tuple[Item, ...] = ()
+
+
+Draw = Callable[[int, int], list[Pair]]  # (step, batch size) -> pairs
+
+
+def epochs(rows: Sequence, seed: int, scope: str) -> Callable[[int, int], list]:
+    """Draws batches from a new permutation of `rows` per epoch, as a pure function of the step."""
+
+    def draw(step: int, size: int) -> list:
+        size = min(size, len(rows))
+        per_epoch = len(rows) // size
+        epoch, offset = divmod(step, per_epoch)
+        order = distributed.rng_for(seed, scope, epoch).permutation(len(rows))
+        return [rows[i] for i in order[offset * size : (offset + 1) * size]]
+
+    return draw
+
+
+def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
+    """Stage 1: (sent0, sent1); as in LamRA the hard negative is not used, in-batch negatives are."""
+    rows = [Pair(Item(a), Item(b), b, (b,)) for a, b in zip(triplets.sent0, triplets.sent1, strict=True)]
+    return epochs(rows, seed, "stage1")
+
+
+def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int, excluded: Sequence[str] = ()) -> Draw:
+    """Stage 2: rows of the union train file, one random positive and a random instruction per visit; none of the excluded units."""
+    queries, pool, rows = root.union_train(), root.pool("", "train", "global"), root.trained_rows(excluded)
+    tasks = queries.kinds[rows] if settings.one_task_per_batch else np.zeros(len(rows), int)
+    draws = {task: epochs(rows[tasks == task], seed, f"stage2/{task}") for task in np.unique(tasks).tolist()}
+
+    def draw(step: int, size: int) -> list[Pair]:
+        rng = distributed.rng_for(seed, "stage2", step)
+        # tasks take turns, in a new order each round, so every task is seen equally often
+        turn, place = divmod(step, len(draws))
+        task = list(draws)[distributed.rng_for(seed, "turn", turn).permutation(len(draws))[place]]
+        drawn = [queries[row] for row in draws[task](turn, size)]
+        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in drawn]
+
+    return draw
+
+
+def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
+    did = query.positives[choice]
+    row = pool.row(did)
+    if row is None:
+        raise files.ElvaDataError(f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint")
+    return Pair(query_item(root, query, seed=seed, scope=f"train/{step}"), candidate_item(root, pool[row]), did, query.positives)
+
+
+def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:
+    """The control of stage 3: its queries with their positive and their own negatives."""
+    rows = [Pair(r.item, r.positive, r.positive_did, r.query.positives, r.negatives) for r in ranked]
+    return epochs(rows, seed, "stage3")
+
+
+class SummaryCache:
+    """Greedy summaries of the model as it was when training began, written once per item (ELVA leaves this open)."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[Item, list[int]] = {}
+
+    def __call__(self, items: Sequence[Item]) -> list[list[int]]:
+        missing = [i for i in dict.fromkeys(items) if i not in self._known]
+        if missing:
+            decoder = self._encoder.backbone.get_decoder()
+            training = decoder.training
+            decoder.eval()  # layers that checkpoint while they train keep no cache
+            with self._encoder.model.disable_adapter():
+                for part in (missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)):
+                    out = generation.generate(self._encoder, part)
+                    self._known.update((i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True))
+            decoder.train(training)
+        return [self._known[i] for i in items]
+
+
+def ret_step(step: int, share: float) -> bool:
+    """Whether this step trains the [RET] state; exact share, spread evenly.
+
+    >>> [ret_step(i, 0.5) for i in range(4)]
+    [False, True, False, True]
+    """
+    return int((step + 1) * share) > int(step * share)
+
+
+def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: int, folder: Path) -> list[dict[str, float]]:
+    """Trains a fresh adapter with InfoNCE and merges it.
+
+    Args:
+        draw: (step, batch size) -> pairs; all pairs of a batch share its candidates as negatives.
+
+    Returns:
+        one row per step: loss, batch accuracy, grad_norm, step_time.
+    """
+    summaries = SummaryCache(encoder)
+
+    def step_fn(step: int) -> dict[str, float]:
+        pairs = draw(step, settings.batch)
+        use_ret = ret_step(step, settings.ret_share)
+        items = [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
+        # chunks never mix queries and candidates: rows of one modality need less padding
+        starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
+        slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
+        own = distributed.own_share(len(slices))
+        if use_ret:
+            summaries([item for chunk in own for item in items[slices[chunk]]])  # written together, and kept
+        ignore = None
+        if settings.mask_false_negatives:
+            ignore = losses.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
+            ignore = torch.nn.functional.pad(ignore, (0, len(items) - 2 * len(pairs))).to(encoder.device)
+        accuracy, written = [], {}
+
+        def embed(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(mbeir.stable_hash(seed, step, chunk))  # the same dropout in both passes of the cache
+            rows = slices[chunk]
+            if not use_ret:
+                return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
+            vectors, writing = encoder.embed_summaries(items[rows], summaries(items[rows]))
+            share = settings.summary_weight * len(vectors) / len(items)
+            written[chunk] = float(writing.detach())
+            return vectors, share * writing
+
+        def loss_fn(vectors: torch.Tensor) -> torch.Tensor:
+            queries, candidates = vectors[: len(pairs)], vectors[len(pairs) :]
+            best = (queries @ candidates.T).detach()
+            best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
+            accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
+            return losses.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
+
+        alone = distributed.processes().num_processes == 1
+        loss = losses.backward_in_chunks(
+            embed,
+            own,
+            loss_fn,
+            cache=settings.gradient_cache or not alone,
+            exchange=None if alone else distributed.exchanged,
+        )
+        distributed.sum_gradients(parameters.values())
+        writing = distributed.summed({"loss": sum(written.values()), "chunks": len(written)})
+        return {
+            "loss": float(loss),
+            "accuracy": accuracy[0],
+            "ret": float(use_ret),
+            "summary_loss": writing["loss"] / max(1, writing["chunks"]),
+        }
+
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+        return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -1,0 +1,273 @@
+"""Stage 3: reinforcement learning with verifiable rewards (GRPO) over generated summaries.
+
+Per query G summaries are sampled, each gives an embedding at [RET]; its cosines to the positive and the negatives are
+scored by the rules of rewards.py; GRPO raises the probability of the better summaries. The reference policy is the
+merged stage-2 model: the adapter of this stage, disabled.
+
+    rows = train(encoder, ranked, settings.stage3, seed=17, folder=out)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from elva_core import distributed
+from elva_core.config import RewardSettings, RlvrSettings
+from elva_core.data.items import Item
+from elva_core.models import generation, vllm_sampler
+from elva_core.models.encoder import Encoder
+from elva_core.training import loop, losses, rewards
+from elva_core.training.contrastive import epochs
+from elva_core.training.hard_negatives import Ranked
+
+COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
+
+
+class Scored(NamedTuple):
+    """Rewards of one step, each (Q, G)."""
+
+    total: torch.Tensor
+    margin: torch.Tensor
+    rank: torch.Tensor
+    cosine: torch.Tensor  # to the positive
+    position: torch.Tensor  # rank of the positive, from 1
+    rewarded_negatives: torch.Tensor  # negatives above the positive whose printed weight is below 0
+
+
+def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSettings) -> Scored:
+    """Rewards of rollouts.
+
+    Args:
+        positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
+    """
+    margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
+    rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction)
+    r, k = rewards.ranks(positive, negatives)
+    rewarded = ((k < r[..., None]) & (rewards.negative_weights(k, "printed") < 0)).sum(-1)
+    alpha, epsilon = settings.alpha, settings.epsilon
+    if settings.weights == "adaptive":
+        alpha, epsilon = rewards.adaptive_weights(r, alpha=alpha, epsilon=epsilon)
+    return Scored(rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon), margin, rank, positive, r, rewarded)
+
+
+def sides(ranked: Ranked, which: str) -> list[Item]:
+    """Items of a query whose summaries are actions: itself, or itself, its positive and all its negatives."""
+    return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
+
+
+def candidates_once(encoder: Encoder, ranked: Sequence[Ranked], chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once, `chunk` of them at a time."""
+    distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
+    texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
+    vectors = {}
+    for part in (kind[i : i + chunk] for kind in (texts, images) for i in range(0, len(kind), chunk)):
+        vectors.update(zip(part, generation.generate(encoder, part).embeddings[:, 0], strict=True))
+    positives = torch.stack([vectors[r.positive] for r in ranked])
+    negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
+    return positives, negatives
+
+
+def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same embeddings as the model gave them that chose the negatives: no forward at all."""
+    vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
+    return vectors[:, 0], vectors[:, 1:]
+
+
+def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rewards are computed from: cosines to the positive (Q, G) and to the negatives (Q, G, N).
+
+    Args:
+        vectors: (Q, sides, G, D) embeddings of the rollouts; one rollout of all sides is one action of the paper.
+    """
+    queries = vectors[:, 0]
+    if settings.rollout_sides == "all":
+        return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
+    if settings.candidates == "mined":
+        positives, negatives = candidates_as_mined(encoder, ranked)
+    else:
+        positives, negatives = candidates_once(encoder, ranked, settings.chunk)
+    return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
+
+
+def step(
+    encoder: Encoder,
+    ranked: Sequence[Ranked],
+    settings: RlvrSettings,
+    noise: torch.Tensor,
+    sampler: generation.Sampler = generation.in_process,
+) -> dict[str, float]:
+    """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged.
+
+    Each process takes its share of the queries; the sum of their gradients is that of the whole step.
+
+    Args:
+        noise: (Q, sides, G, T) uniform in [0, 1); decides what is sampled.
+    """
+    own = distributed.own_share(len(ranked))
+    mine = [ranked[i] for i in own]
+    acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
+    noises = noise[own].flatten(0, 1)
+    sampled = sampler(encoder, _chunks(acting, settings), _chunks(noises, settings), settings.temperature)
+    vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
+    grouped = vectors.unflatten(0, (len(mine), -1))
+    scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
+    (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
+    scored = Scored(*(x.detach() for x in scored))
+    everywhere = distributed.exchanged(dict(zip(own, scored.total, strict=True))) if settings.advantage == "batch" else {}
+    spread = torch.stack(list(everywhere.values())).std() if everywhere else None
+    gain = losses.advantages(scored.total, settings.advantage, spread)
+    gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
+    learnt = learn(encoder, acting, sampled, gain, slope, settings, share=len(mine) / len(ranked))
+    facts = _facts(encoder, scored, sampled)
+    return learnt | distributed.summed({name: value * len(mine) / len(ranked) for name, value in facts.items()})
+
+
+def learn(
+    encoder: Encoder,
+    acting: Sequence[Item],
+    sampled: Sequence[generation.Rollouts],
+    gain: torch.Tensor,
+    slope: torch.Tensor,
+    settings: RlvrSettings,
+    share: float = 1.0,
+) -> dict[str, float]:
+    """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with the number of rollouts.
+
+    The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and through the
+    embedding computed after them (`pathwise`); `full` is both, the gradient of the expected reward with ranks held
+    fixed. It is exact, up to the centring by the group's own mean, with advantage "none" and aggregation "dr_grpo"
+    times the cap; the paper's standardised advantages only change how the two terms are weighted.
+
+    Args:
+        acting: R inputs. sampled: their rollouts, in chunks.
+        gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding.
+        share: of the step's inputs that these R are; the rest is with other processes.
+    """
+    facts = {"kl": 0.0, "clip_fraction": 0.0, "loss": 0.0}
+    if settings.gradient == "pathwise":
+        gain = torch.zeros_like(gain)
+    # only the token mean over all sequences needs to know the other chunks
+    tokens = distributed.summed({"tokens": sum(int(s.actions.sum()) for s in sampled)})["tokens"]
+    parts = zip(*(_chunks(x, settings) for x in (acting, gain, slope)), sampled, strict=True)
+    for part, gains, slopes, out in parts:
+        with torch.no_grad(), encoder.model.disable_adapter():
+            reference, _ = generation.score(encoder, part, out, temperature=settings.temperature)
+        log_p, vectors = generation.score(encoder, part, out, temperature=settings.temperature)
+        loss, seen = losses.policy_loss(
+            *(x.flatten(0, 1) for x in (log_p, out.log_p, reference, out.actions)),
+            gains.flatten(),
+            clip=settings.clip,
+            kl_weight=settings.kl_weight,
+            aggregation=settings.aggregation,
+            max_length=encoder.settings.max_summary_tokens,
+        )
+        weight = int(out.actions.sum()) / tokens if settings.aggregation == "dapo" else share * len(part) / len(acting)
+        direct = 0.0 if settings.gradient == "score" else (vectors * slopes).sum()
+        (loss * weight - direct).backward()
+        for name, value in (seen | {"loss": float(loss.detach())}).items():
+            facts[name] += value * weight
+    return distributed.summed(facts)
+
+
+def _chunks(rows, settings: RlvrSettings) -> list:
+    """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
+    size = max(1, settings.chunk // settings.rollouts)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[generation.Rollouts]) -> dict[str, float]:
+    """The log line of design.md."""
+    spread = scored.total.std(dim=1)
+    actions = torch.cat([s.actions.flatten(0, 1).sum(1) for s in sampled]).float()
+    ended = torch.cat([((s.tokens == encoder.end_id) & s.actions).any(-1).flatten() for s in sampled])
+    groups = [{tuple(t) for t in group} for s in sampled for group in s.summaries(encoder.end_id)]
+    apart = [(s.engine_log_p - s.log_p).abs().sum() for s in sampled if s.engine_log_p is not None]
+    return {
+        "reward": float(scored.total.mean()),
+        "reward_margin": float(scored.margin.mean()),
+        "reward_rank": float(scored.rank.mean()),
+        "reward_std": float(spread.mean()),
+        "frac_reward_zero_std": float((spread < 1e-6).float().mean()),
+        "cos_positive": float(scored.cosine.mean()),
+        "rank_positive": float(scored.position.float().mean()),
+        "rewarded_negatives": float(scored.rewarded_negatives.float().mean()),
+        "entropy": float(sum(s.entropy.sum() for s in sampled) / actions.sum()),
+        "summary_length": float(actions.mean()),
+        "no_natural_end": float(1 - ended.float().mean()),
+        "distinct_summaries": sum(map(len, groups)) / (len(groups) * scored.total.shape[1]),
+    } | ({"sampler_drift": float(sum(apart) / actions.sum())} if apart else {})
+
+
+def guard(settings: RlvrSettings):
+    """The reason to stop, if there is one: reward or KL not finite, KL above its bound, constant summaries, another sampler."""
+    flat = 0
+
+    def check(row: dict[str, float]) -> str | None:
+        nonlocal flat
+        flat = flat + 1 if row["frac_reward_zero_std"] == 1 else 0
+        if not row.get("sampler_drift", 0.0) <= settings.vllm.drift_bound:
+            return f"vLLM is {row['sampler_drift']:.3f} nats a token from the trainer, above its bound {settings.vllm.drift_bound}"
+        if row["reward"] != row["reward"]:
+            return "reward is not a number"
+        if not row["kl"] <= settings.kl_bound:
+            return f"KL {row['kl']:.3f} is above its bound {settings.kl_bound}"
+        if flat >= COLLAPSE_WINDOW:
+            return f"collapse: all rollouts of a query earned the same for {flat} steps"
+        return None
+
+    return check
+
+
+def sampler_of(encoder: Encoder, settings: RlvrSettings, folder: Path) -> AbstractContextManager[generation.Sampler]:
+    """Who writes the summaries of a run that starts from `encoder`, without an adapter yet; `folder` is for what vLLM reads."""
+    if settings.sampler == "vllm":
+        return closing(vllm_sampler.VllmSampler(encoder, settings.lora, settings.vllm, folder))
+    return nullcontext(generation.in_process)
+
+
+def train(
+    encoder: Encoder,
+    ranked: Sequence[Ranked],
+    settings: RlvrSettings,
+    *,
+    seed: int,
+    folder: Path,
+    mine: Callable[[], Sequence[Ranked]] | None = None,
+) -> list[dict[str, float]]:
+    """One pass over `ranked` with a fresh adapter, merged at the end. Dropout stays off.
+
+    Args:
+        mine: gives the same queries with negatives that the model of this moment chooses; called every
+            `settings.negatives.again_every` steps, if that is set.
+
+    Returns:
+        the log lines, one per step.
+    """
+    per_step, steps, again = settings.queries_per_step, settings.queries // settings.queries_per_step, settings.negatives.again_every
+    if per_step < distributed.processes().num_processes:
+        raise ValueError(
+            f"stage3.queries_per_step = {per_step} is fewer than the {distributed.processes().num_processes} processes; raise it"
+        )
+    draw = epochs(ranked, seed, "stage3")
+    shape = (per_step, len(sides(ranked[0], settings.rollout_sides)), settings.rollouts, encoder.settings.max_summary_tokens)
+
+    def step_fn(i: int) -> dict[str, float]:
+        nonlocal draw
+        if again and i and i % again == 0:
+            draw = epochs(mine(), seed, "stage3")
+        row = step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i)), sampler)
+        distributed.sum_gradients(parameters.values())
+        return row
+
+    with sampler_of(encoder, settings, folder / "vllm") as sampler:
+        encoder.add_lora(settings.lora, seed=seed)
+        encoder.model.eval()
+        parameters = encoder.trainable()
+        rows = loop.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
+    encoder.merge_lora()
+    return rows

@@ -1,0 +1,171 @@
+"""Every notebook in JupyterLab in a real browser, top to bottom, and a click on the explorer (`make test-browser`).
+
+Headless Chromium, the one that is installed (Debian's package, or CHROMIUM=/path/to/it), driven by Playwright. The notebooks run
+in a copy at smoke size, in the order of the chain, for each needs what the earlier ones wrote; the committed ones stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from elva_core import files
+from elva_core.experiments import chain
+
+pytestmark = pytest.mark.browser
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+MINUTES = 15  # that a notebook may take; on two quiet cores the slowest takes one
+PARTS = ("elva_core", "notebooks", "params", "pyproject.toml")
+# resolves when the last cell has ended, or the first one has failed; rejects where the kernel died
+RUN_ALL = """async minutes => {
+    const app = window.jupyterapp, late = new Promise((_, fail) => setTimeout(() => fail(new Error("no end")), minutes * 60000));
+    await app.shell.currentWidget.sessionContext.ready;
+    await Promise.race([app.commands.execute("notebook:run-all-cells"), late]);
+    return JSON.stringify(app.shell.currentWidget.content.model.toJSON().cells);
+}"""
+IS_OPEN = "() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus === 'connected'"
+IS_IDLE = "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+SCROLL = "index => window.jupyterapp.shell.currentWidget.content.scrollToItem(index, 'start')"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab of our own, started as `make lab` does, on a copy; and the token it asks for."""
+    folder, token = tmp_path_factory.mktemp("workbook"), secrets.token_hex(16)
+    for name in PARTS:
+        source = files.REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "scratch"))
+        else:
+            shutil.copy(source, folder / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*as_make_starts_it(), "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--IdentityProvider.token={token}", "--expose-app-in-browser"]
+    command += ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # no network
+    own = {name: str(folder / "jupyter" / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    environment = {**os.environ, **chain.KERNEL_ENVIRONMENT, **own, "PYTHONPATH": str(folder), "TQDM_DISABLE": "1"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_for(address, server, folder / "server.log")
+        yield address, token
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def as_make_starts_it() -> list[str]:
+    """The command of `make lab`, with the programs of this environment."""
+    make = ["make", "--dry-run", "--old-file=.venv/ready", "lab", f"BIN={Path(sys.executable).parent}"]
+    lines = subprocess.run(make, cwd=files.REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return shlex.split(next(line for line in lines.splitlines() if "jupyter lab" in line))
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{address}/api", timeout=5).close()
+            return
+        except OSError:
+            assert server.poll() is None, f"JupyterLab ended:\n{log.read_text()[-2000:]}"
+            time.sleep(0.5)
+    pytest.fail(f"JupyterLab does not answer:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        pytest.fail("no Chromium found; `make test-browser` installs Debian's, CHROMIUM=/path names another")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Chromium's own sandbox refuses to run as root, as in most containers
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, lab):
+    """A page that is signed in; every kernel it started is shut down with it."""
+    address, token = lab
+    context = browser.new_context(
+        viewport={"width": 1400, "height": 1000}, base_url=address, extra_http_headers={"Authorization": f"token {token}"}
+    )
+    context.set_default_timeout(120_000)
+    opened = context.new_page()
+    opened.goto(f"/lab?token={token}&reset")
+    yield opened
+    for session in context.request.get("/api/sessions").json():
+        context.request.delete(f"/api/sessions/{session['id']}", headers={"Authorization": f"token {token}"})
+    context.close()
+
+
+def ran(page, stage: str) -> list[dict]:
+    """The cells of a notebook that was opened and run from top to bottom."""
+    page.goto(f"/lab/tree/{stage}.ipynb?reset")
+    page.wait_for_function(IS_OPEN)
+    return json.loads(page.evaluate(RUN_ALL, MINUTES))
+
+
+@pytest.mark.parametrize("stage", chain.STAGES)
+def test_a_notebook_runs_from_top_to_bottom(page, stage):
+    cells = ran(page, stage)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    errors = [
+        f"{''.join(cell['source'])}\n{out['ename']}: {out['evalue']}"
+        for cell in code
+        for out in cell["outputs"]
+        if out["output_type"] == "error"
+    ]
+    assert not errors, errors[0]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert page.get_by_text("Error displaying widget").count() == 0
+    if any("explorer.Explorer(" in "".join(cell["source"]) for cell in code):
+        the_explorer_answers_a_click(page, cells)
+
+
+def the_explorer_answers_a_click(page, cells: list[dict]) -> None:
+    """In the notebook that has just run: grain after grain is unticked and the rankings change; ticked again, they are as before."""
+    from playwright.sync_api import expect
+
+    page.evaluate(SCROLL, next(i for i, cell in enumerate(cells) if "explorer.Explorer(" in "".join(cell["source"])))
+    boxes, tables, asked = page.locator(".widget-checkbox input:enabled"), page.locator(".widget-html table"), page.get_by_text("Asked: ")
+    expect(tables).to_have_count(2)
+    first, before = asked.inner_text(), tables.all_inner_texts()
+    widths = page.locator(".widget-html table img").evaluate_all("all => all.map(picture => picture.naturalWidth)")
+    assert len(widths) == 10 and min(widths) > 0 and all(len(own) == 5 for own in answers(before))
+    for box in boxes.all():
+        earlier = asked.inner_text()
+        box.uncheck()
+        expect(asked).not_to_have_text(earlier, use_inner_text=True)
+    assert boxes.count() >= 2
+    for place in range(2):
+        expect(tables.nth(place)).not_to_have_text(before[place], use_inner_text=True)
+    page.wait_for_function(IS_IDLE)
+    assert answers(tables.all_inner_texts()) != answers(before)  # of a model that has learnt next to nothing
+    for box in boxes.all():
+        box.check()
+    expect(asked).to_have_text(first, use_inner_text=True)
+    for place in range(2):
+        expect(tables.nth(place)).to_have_text(before[place], use_inner_text=True)
+
+
+def answers(tables: list[str]) -> list[list[str]]:
+    """What each model answers, best first, without its score."""
+    return [[line.split("\t")[2] for line in text.splitlines()[1:]] for text in tables]

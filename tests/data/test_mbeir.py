@@ -1,0 +1,367 @@
+"""The format: normaliser and id vectors, reader, linter, and every kind of bad input with its message."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tracemalloc
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from elva_core.data import images, lint, mbeir
+from elva_core.files import ElvaDataError
+from elva_core.training import contrastive
+
+VECTORS = {
+    None: "",
+    "a dog": "A dog.",
+    '"hello"  ': "Hello.",
+    "what?": "What?",
+    "a\r\nb": "A\nb.",
+    '" hi "': " hi .",
+    'say "hi"': 'Say "hi.',
+    '"': "",
+}
+
+
+@pytest.mark.parametrize(("raw", "normal"), VECTORS.items())
+def test_normaliser_vectors(raw, normal):
+    assert mbeir.normalise(raw) == normal
+
+
+def test_normaliser_is_not_idempotent():
+    assert mbeir.normalise(mbeir.normalise('" hi "')) == "Hi ."
+
+
+def test_id_vectors():
+    assert mbeir.hashed_query_id("9:12") == 4_500_012
+    assert mbeir.hashed_candidate_id("9:12") == 90_000_012
+    assert mbeir.hashed_query_id("4:2") == 2_000_002
+    assert mbeir.hashed_candidate_id("5:1") == 50_000_001
+
+
+@given(st.integers(0, 50), st.integers(1, mbeir.CANDIDATE_ID_BASE - 1))
+def test_candidate_ids_survive_hashing(dataset, number):
+    did = f"{dataset}:{number}"
+    assert mbeir.unhashed_candidate_id(mbeir.hashed_candidate_id(did)) == did
+
+
+def test_ids_that_spill_or_are_fillers_are_refused():
+    with pytest.raises(ElvaDataError, match="spills into dataset 10"):
+        mbeir.hashed_query_id("9:500000")
+    with pytest.raises(ElvaDataError, match="fewer hits"):
+        mbeir.unhashed_candidate_id(-1)
+    for bad in ("9", "9:0", "x:1", "9:1:2", "²:1"):
+        with pytest.raises(ElvaDataError, match="dataset_id:n"):
+            mbeir.split_id(bad)
+
+
+def test_a_written_root_is_clean(root):
+    assert lint.check(root) == []
+
+
+def test_records_survive_writing_and_reading(root):
+    for unit in root.units("test"):
+        for q in root.queries(unit, "test"):
+            assert mbeir.parse_query(json.loads(json.dumps(mbeir.query_record(q)))) == q
+
+
+def test_the_card_form_of_positives_and_the_swapped_modality_are_read():
+    q = mbeir.parse_query(
+        {
+            "qid": "8:1",
+            "query_modality": "text,image",
+            "query_txt": "a",
+            "query_img_path": "b",
+            "pos_cand_list": [{"did": "8:3"}],
+            "task_id": 7,
+        }
+    )
+    assert (q.modality, q.positives, q.negatives) == ("image,text", ("8:3",), ())
+
+
+def test_official_units_come_first_and_in_the_papers_order(tmp_path):
+    root = mbeir.Root(tmp_path)
+    for unit in ("zoo_task0", "cirr_task7", "mscoco_task0", "visualnews_task0"):
+        mbeir.write_jsonl(root.query_path(unit, "test"), [])
+    assert root.units("test") == ["visualnews_task0", "mscoco_task0", "cirr_task7", "zoo_task0"]
+
+
+def test_prompt_is_chosen_by_a_stable_hash_and_can_be_fixed(root):
+    q = root.queries(root.units("test")[0], "test")[0]
+    assert root.query_text(q, seed=1) == root.query_text(q, seed=1)
+    prompts = {root.query_text(q, prompt_index=i) for i in range(4)}
+    assert len(prompts) == 4 and root.query_text(q, seed=5) in prompts
+    assert all(p.endswith(q.text) for p in prompts)
+
+
+def replace_line(path, number, line):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_a_malformed_line_is_named_with_file_and_number(own_root):
+    path = own_root.query_path("emoji_task0", "test")
+    replace_line(path, 3, '{"qid": "10:1", ')
+    with pytest.raises(ElvaDataError, match=rf"{path.name}:3: not a JSON object"):
+        own_root.queries("emoji_task0", "test")
+    assert any(f"{path}:3" in p for p in lint.check(own_root))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("qid", "10:0", "dataset_id:n"),
+        ("query_txt", 7, "query_txt is int"),
+        ("task_id", "x", "expected 0 to 8"),
+        ("pos_cand_list", "10:1", "expected a list"),
+        ("pos_cand_list", ["10:1", None], "pos_cand_list is NoneType"),
+        ("query_modality", "sound", "is none of"),
+        ("query_txt", "\ud800", "surrogates not allowed"),
+        ("query_src_content", "[" * 100_000, "recursion"),
+        ("query_src_content", '{"grains": ["who"]}', "kind, text"),
+    ],
+)
+def test_a_wrong_field_is_named_with_file_and_line(own_root, key, value, message):
+    path = own_root.query_path("emoji_task0", "test")
+    record = json.loads(path.read_text().splitlines()[1])
+    replace_line(path, 2, json.dumps(record | {key: value}))
+    with pytest.raises(ElvaDataError, match=rf"{path.name}:2: .*{message}"):
+        own_root.queries("emoji_task0", "test")
+
+
+def test_a_judged_did_that_the_pool_lacks_is_found(own_root):
+    path = own_root.qrels_path("emoji_task0", "test")
+    replace_line(path, 1, path.read_text().split("\n")[0].replace(" 0 10:", " 0 10:9"))
+    problems = lint.check(own_root)
+    assert any("is only in the qrels" in p for p in problems) and any("is only in pos_cand_list" in p for p in problems)
+
+
+def test_image_problems_are_named(own_root):
+    some = own_root.pool("emoji_task0", "test")
+    missing, truncated, wide = (own_root.image_path(c.image) for c in some[:3])
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:300])
+    Image.new("RGB", (5000, 10)).save(wide)
+    for path, message in ((missing, "is missing"), (truncated, "cannot be decoded"), (wide, "5000x10")):
+        with pytest.raises(ElvaDataError, match=message) as caught:
+            images.open_image(path)
+        assert str(path) in str(caught.value)
+    problems = lint.check(own_root)
+    assert all(any(str(p) in line for line in problems) for p in (missing, truncated, wide))
+
+
+def test_a_path_may_not_leave_the_root(own_root):
+    for outside in ("../../x.png", "/etc/passwd", "mbeir_images/../../x.png"):
+        with pytest.raises(ElvaDataError, match="leaves the root"):
+            own_root.image_path(outside)
+    path = own_root.pool_path("emoji_task0", "test")
+    record = json.loads(path.read_text().splitlines()[0])
+    replace_line(path, 1, json.dumps(record | {"img_path": "../../x.png"}))
+    assert any(f"{path}:1" in p and "leaves the root" in p for p in lint.check(own_root))
+
+
+def test_lint_finds_broken_rules_of_content(own_root):
+    path = own_root.query_path("emoji_task0", "test")
+    first, second, third = (json.loads(line) for line in path.read_text().splitlines()[:3])
+    replace_line(path, 1, json.dumps(first | {"query_txt": None}))
+    replace_line(path, 2, json.dumps(second | {"task_id": 7}))
+    replace_line(path, 3, json.dumps(third | {"neg_cand_list": third["pos_cand_list"]}))
+    problems = "\n".join(lint.check(own_root))
+    for message in ("modality text but text is None", "task_id 7 does not fit", "positive and negative at once"):
+        assert message in problems
+
+
+def test_transparency_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert images.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_pool_is_read_by_offset_and_in_any_order(root):
+    pool = root.pool("", "test", "global")
+    records = list(pool)
+    assert [pool[i] for i in range(-1, -len(pool) - 1, -1)] == records[::-1] and pool[2:9:3] == records[2:9:3]
+    assert [pool.row(c.did) for c in records] == list(range(len(pool))) and pool.row("10:9999999") is None
+    for modality in mbeir.MODALITIES:
+        assert pool.rows_of(modality).tolist() == [i for i, c in enumerate(records) if c.modality == modality]
+    with pytest.raises(IndexError):
+        pool[len(pool)]
+
+
+def test_a_large_pool_takes_few_bytes_a_candidate(tmp_path):
+    path, count = tmp_path / "pool.jsonl", 50_000
+    text = "a passage of some length " * 10
+    mbeir.write_jsonl(path, ({"did": f"9:{n}", "txt": text, "modality": "text"} for n in range(1, count + 1)))
+    tracemalloc.start()
+    pool = mbeir.Pool(path)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pool.row("9:777") == 776 and held < 40 * count and peak < 80 * count
+
+
+def test_a_qrels_line_must_have_the_task_of_its_query(own_root):
+    path = own_root.qrels_path("emoji_task0", "test")
+    first, second = path.read_text().splitlines()[:2]
+    replace_line(path, 1, first[:-1] + "7")
+    replace_line(path, 2, second.replace(" 1 0", " yes 0"))
+    problems = lint.check(own_root)
+    assert any(f"{path}:1: task 7" in p for p in problems) and any(f"{path}:2: expected" in p for p in problems)
+
+
+def test_the_linter_goes_on_after_a_broken_line(own_root):
+    path = own_root.pool_path("emoji_task0", "test")
+    replace_line(path, 2, "{")
+    replace_line(path, 5, json.dumps({"did": "10:1", "modality": "text", "txt": None}))
+    problems = lint.check(own_root, decode_images=False)
+    assert any(f"{path}:2: not a JSON" in p for p in problems) and any(f"{path}:5: modality text but" in p for p in problems)
+
+
+def test_a_folder_that_is_no_root_is_a_problem(tmp_path):
+    assert "is this the root" in lint.check(mbeir.Root(tmp_path))[0]
+
+
+def test_up_sampled_rows_may_repeat_but_are_checked(own_root):
+    path = own_root.union_train_path()
+    record = json.loads(path.read_text().splitlines()[3])
+    replace_line(path, 3, json.dumps(record))
+    assert lint.check(own_root) == []
+    replace_line(path, 3, json.dumps(record | {"pos_cand_list": ["10:999999"]}))
+    assert [p for p in lint.check(own_root) if f"{path}:3: positive 10:999999 is not in the global pool" in p]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["10:1", "text", "image", "image,text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+QUERY = {"qid": "10:1", "query_txt": "a", "query_img_path": None, "query_modality": "text", "pos_cand_list": ["10:2"], "task_id": 0}
+CANDIDATE = {"did": "10:2", "txt": "b", "img_path": None, "modality": "text", "src_content": None}
+
+
+def written(tmp_path_factory, name, data: bytes):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(data)
+    return path
+
+
+def data_or_a_named_error(read, path):
+    """What `read` gives, or None if it raised the one error that names file and line."""
+    try:
+        return read()
+    except ElvaDataError as error:
+        assert f"{path}:" in str(error) or f"{path} " in str(error)
+        return None
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_data_or_a_named_error(tmp_path_factory, data):
+    path = written(tmp_path_factory, "fuzz.jsonl", data)
+    assert not data_or_a_named_error(lambda: list(mbeir.Pool(path)), path)
+
+
+@given(st.sampled_from([*QUERY, "query_src_content", "neg_cand_list"]), JSON)
+def test_a_query_with_any_value_in_any_key_is_data_or_a_named_error(tmp_path_factory, key, value):
+    path = written(tmp_path_factory, "query.jsonl", json.dumps(QUERY | {key: value}).encode() + b"\n")
+    records = data_or_a_named_error(lambda: list(mbeir.Records(path, mbeir.parse_query, mbeir.hashed_query_id)), path)
+    if records:
+        (query,) = records
+        assert mbeir.parse_query(mbeir.query_record(query)) == query
+
+
+@given(st.sampled_from(list(CANDIDATE)), JSON)
+def test_a_candidate_with_any_value_in_any_key_is_data_or_a_named_error(tmp_path_factory, key, value):
+    path = written(tmp_path_factory, "candidate.jsonl", json.dumps(CANDIDATE | {key: value}).encode() + b"\n")
+    records = data_or_a_named_error(lambda: list(mbeir.Pool(path)), path)
+    if records:
+        assert mbeir.parse_candidate(mbeir.candidate_record(records[0])) == records[0]
+
+
+@given(st.integers(1, 120))
+def test_a_truncated_file_is_a_named_error(tmp_path_factory, kept):
+    whole = (json.dumps(CANDIDATE) + "\n" + json.dumps(CANDIDATE | {"did": "10:3"})).encode()
+    path = written(tmp_path_factory, "cut.jsonl", whole[:kept])
+    records = data_or_a_named_error(lambda: list(mbeir.Pool(path)), path)
+    assert records is None or [c.did for c in records] == ["10:2", "10:3"][: len(records)]
+
+
+@given(st.binary(max_size=80) | st.text(max_size=80).map(str.encode))
+def test_random_qrels_and_instructions_are_data_or_a_named_error(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    root = mbeir.Root(folder)
+    for path, read in (
+        (root.qrels_path("x_task0", "test"), lambda: root.qrels("x_task0", "test")),
+        (folder / "instructions/query_instructions.tsv", lambda: mbeir.Root(folder).instructions),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"header\n" * (path.suffix == ".tsv") + data)
+        data_or_a_named_error(read, path)
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(mbeir, "MAX_LINE", 100)
+    (tmp_path / "long.jsonl").write_bytes(b"{}\n" + b"x" * 1000)
+    with pytest.raises(ElvaDataError, match=r"long.jsonl:2: the line has more than 100 bytes"):
+        list(mbeir.read_lines(tmp_path / "long.jsonl"))
+
+
+def png(width: int, height: int, body: bytes) -> bytes:
+    """A PNG of any announced size, whatever its data hold."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("size", [(50_000, 1), (1, 50_000), (50_000, 50_000), (2**31 - 1, 2**31 - 1), (0, 7)])
+def test_announced_sizes_beyond_reason_are_refused_before_decoding(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png(*size, zlib.compress(bytes(10_000_000))))
+    with pytest.raises(ElvaDataError, match=r"bomb.png (is \d+x\d+|cannot be decoded)"):
+        images.open_image(tmp_path / "bomb.png")
+
+
+def test_a_wide_image_that_the_processor_takes_is_read(tmp_path):
+    (tmp_path / "wide.png").write_bytes(png(4000, 20, zlib.compress(bytes(4001 * 20))))
+    assert images.open_image(tmp_path / "wide.png").size == (4000, 20)
+
+
+@given(
+    st.binary(max_size=300), st.sampled_from([b"", b"\xff\xd8\xff\xe0", b"GIF89a", b"BM", b"RIFF\x10\0\0\0WEBP", b"%!PS-Adobe-3.0 EPSF\n"])
+)
+def test_random_images_are_pictures_or_a_named_error(tmp_path_factory, data, magic):
+    path = written(tmp_path_factory, "fuzz.img", magic + data)
+    image = data_or_a_named_error(lambda: images.open_image(path), path)
+    assert image is None or image.mode == "RGB"
+
+
+@given(st.text(max_size=60) | st.sampled_from(["..", "a/../..", "/etc/passwd", "a\0b", "x" * 5000]))
+def test_no_image_path_leaves_the_root(tmp_path_factory, relative):
+    folder = tmp_path_factory.getbasetemp() / "inside"
+    try:
+        assert mbeir.Root(folder).image_path(relative).is_relative_to(folder.resolve())
+    except ElvaDataError as error:
+        assert "leaves the root" in str(error)
+
+
+def test_excluded_units_leave_every_row_of_their_dataset_and_task_out_of_training(root, smoke):
+    queries, tasks = root.union_train(), {4, 6}
+    rows = root.trained_rows(["*_task4", "emoji_task6"])
+    assert {queries[row].task for row in rows} == {q.task for q in queries} - tasks
+    assert len(rows) == sum(q.task not in tasks for q in queries)
+    draw = contrastive.union_pairs(root, smoke.stage2, 1, ["*_task4", "emoji_task6"])
+    kept = {queries[row].positives for row in rows}
+    assert all(pair.positives in kept for step in range(12) for pair in draw(step, 4))
+
+
+def test_a_pattern_that_no_unit_matches_is_refused_with_the_units_there_are(root):
+    with pytest.raises(ElvaDataError, match=r"nights_task4.*emoji_task4"):
+        root.trained_rows(["nights_task4"])

@@ -1,0 +1,60 @@
+"""Structure of the notebooks; nbval executes them (see `make test`)."""
+
+from __future__ import annotations
+
+import re
+
+import nbformat
+import pytest
+
+from elva_core import config
+from elva_core.experiments import chain
+
+BOOKS = sorted(chain.NOTEBOOKS.glob("*.ipynb"))
+FORBIDDEN = (
+    r"^\s*(def|class)\s|^\s*[!%]|sys\.(path|exit)|except\s*:|warnings\.filterwarnings|os\.chdir|import \*"
+    r"|[\"'](/home|/root|/tmp|/work|\.\./)"
+)
+
+
+@pytest.fixture(params=BOOKS, ids=lambda p: p.stem)
+def book(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code(book):
+    return [c for c in book.cells if c.cell_type == "code"]
+
+
+def test_the_notebooks_are_the_stages_of_the_chain():
+    assert [p.stem for p in BOOKS] == list(chain.STAGES)
+
+
+def test_the_first_code_cell_is_the_only_parameters_cell_and_holds_scalars(book):
+    tagged = [i for i, c in enumerate(code(book)) if "parameters" in c.metadata.get("tags", [])]
+    assert tagged == [0]
+    assert code(book)[0].source.splitlines()[0].startswith('profile: str = "smoke"') and config.load("smoke")
+    assert all(re.match(r"\w+: (str|int|float|bool) = ", line) for line in code(book)[0].source.splitlines())
+
+
+def test_no_cell_defines_hides_or_names_a_path(book):
+    for cell in code(book):
+        assert not re.search(FORBIDDEN, cell.source, re.MULTILINE), cell.source
+        assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+def test_size_and_kernel(book):
+    assert 12 <= len(book.cells) <= 27 and book.metadata.kernelspec.name == "python3"
+
+
+def test_the_last_code_cell_closes_the_stage(book):
+    assert "run.close(" in code(book)[-1].source
+    assert book.cells[-1].cell_type == "markdown" and book.cells[-1].source.startswith("## What this does not show")
+
+
+def test_outputs_are_stored_so_that_nbval_compares_something(book):
+    assert [c.execution_count for c in code(book)] == list(range(1, len(code(book)) + 1))
+    checked = [c for c in code(book) if "nbval-check-output" in c.metadata.get("tags", [])]
+    assert checked and all(c.outputs for c in checked)
+    assert not any(o.output_type == "error" for c in code(book) for o in c.outputs)
+    assert any(c.outputs for c in code(book) if c not in checked)

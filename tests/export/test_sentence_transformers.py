@@ -1,0 +1,200 @@
+"""A model goes where people use models, and its vectors stay what they are."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from elva_core.data import items as data_items
+from elva_core.data import mbeir
+from elva_core.export import embedder, hub, sentence_transformers
+from elva_core.models import encoder
+from elva_core.retrieval import retriever
+
+TEMPLATES = ("summary", "eol")
+
+
+@pytest.fixture(scope="module")
+def saved(model_folder, smoke, tmp_path_factory):
+    """A model folder as a training stage writes it."""
+    folder = tmp_path_factory.mktemp("stage") / "model"
+    encoder.load(model_folder, smoke.encoder).save(folder, stage="test", parent="none")
+    return folder
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def exported(request, saved, root, tmp_path_factory):
+    folder = sentence_transformers.sentence_transformer(
+        saved, tmp_path_factory.mktemp("to") / "elva", template=request.param, root=root, unit="emoji_task0"
+    )
+    return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu"), folder, request.param
+
+
+def ours(model, items, template):
+    return retriever.encode(model, items, batch=3, template=template)[0]
+
+
+@pytest.fixture(scope="module")
+def reference(saved):
+    return encoder.load(saved)
+
+
+@pytest.fixture(scope="module")
+def forms(items, smoke, tmp_path_factory):
+    """(item, every form in which sentence-transformers takes it)."""
+    clear = tmp_path_factory.mktemp("clear") / "half.png"
+    pixels = np.random.default_rng(1).integers(0, 256, (72, 72, 4), np.uint8)
+    Image.fromarray(pixels, "RGBA").save(clear)
+    long = "A woman is running. " * smoke.encoder.max_text_tokens
+    everything = [*items, data_items.Item(long), data_items.Item(long, clear), data_items.Item("", clear)]
+    pairs = []
+    for item in everything:
+        if item.image is None:
+            pairs += [(item, item.text), (item, {"text": item.text})]
+        for image in (str(item.image), Image.open(item.image)) if item.image else ():
+            pairs += [(item, {"text": item.text, "image": image})] if item.text else [(item, image), (item, {"image": image})]
+    return pairs
+
+
+def test_sentence_transformers_gives_our_vectors_for_every_form_of_input(exported, reference, forms):
+    model, _, template = exported
+    found = model.encode([form for _, form in forms], batch_size=5)
+    np.testing.assert_allclose(found, ours(reference, [item for item, _ in forms], template), atol=1e-5)
+    assert model.get_embedding_dimension() == found.shape[1]
+    np.testing.assert_allclose(model.similarity(found, found).diagonal(), 1, atol=1e-5)
+
+
+def test_the_two_templates_are_two_embeddings(reference, items):
+    assert abs(ours(reference, items, "summary") - ours(reference, items, "eol")).max() > 0.01
+
+
+def test_a_query_prompt_is_the_instruction_of_its_unit_and_documents_have_none(exported, reference, root):
+    model, _, template = exported
+    for unit in root.units("test"):
+        query = next(q for q in root.queries(unit, "test") if q.text is None or q.text.endswith(("?", ".", "!")) or q.image)
+        item = data_items.query_item(root, query, prompt_index=0)
+        text = mbeir.normalise(f"X. {query.text or ''}")[len("X. ") :]
+        form = {"text": text, "image": str(item.image)} if item.image and text else str(item.image) if item.image else text
+        found = model.encode_query(form, prompt_name=unit)
+        np.testing.assert_allclose(found, ours(reference, [item], template)[0], atol=1e-5, err_msg=unit)
+    instruction, text = model.prompts["emoji_task0"], "Woman running."
+    assert instruction.strip() in {mbeir.normalise(p) for prompts in root.instructions.values() for p in prompts}
+    np.testing.assert_array_equal(model.encode_query(text), model.encode(instruction + text))
+    np.testing.assert_array_equal(model.encode_document(text), model.encode(text))
+
+
+def test_without_a_root_a_query_carries_no_instruction(saved, tmp_path):
+    sentence_transformers.sentence_transformer(saved, tmp_path / "elva")
+    model = embedder.load(tmp_path / "elva")
+    assert model.prompts == {"query": "", "document": ""}
+    np.testing.assert_array_equal(model.encode_query("A dog."), model.encode("A dog."))
+    with pytest.raises(ValueError, match="no root was given, so there has no test unit emoji_task0"):
+        sentence_transformers.sentence_transformer(saved, tmp_path / "other", unit="emoji_task0")
+
+
+def test_the_folder_is_still_a_model_of_ours_and_survives_saving(exported, reference, items, tmp_path):
+    model, folder, template = exported
+    before = ours(reference, items, template)
+    np.testing.assert_array_equal(ours(encoder.load(folder), items, template), before)
+    assert json.loads((folder / "elva.json").read_text())["template"] == template
+    model.save_pretrained(str(tmp_path / "again"))
+    np.testing.assert_array_equal(ours(encoder.load(tmp_path / "again"), items, template), before)
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert again.prompts == model.prompts
+    np.testing.assert_array_equal(
+        again.encode([i.text for i in items if not i.image]), model.encode([i.text for i in items if not i.image])
+    )
+
+
+def test_a_copy_for_another_process_gives_the_same_vectors(exported, forms):
+    model = exported[0]  # sentence-transformers sends it to the processes of a pool
+    again = pickle.loads(pickle.dumps(model))
+    inputs = [form for _, form in forms if isinstance(form, str)]
+    np.testing.assert_array_equal(again.encode(inputs), model.encode(inputs))
+
+
+def test_what_elva_json_says_is_how_it_is_read(exported, tmp_path):
+    _, folder, template = exported
+    again = sentence_transformers.sentence_transformer(folder, tmp_path / "again")
+    assert json.loads((again / "elva.json").read_text())["template"] == template
+    assert (again / "README.md").read_text().count("## Use with sentence-transformers") == 1
+    (again / "elva.json").write_text(json.dumps(json.loads((again / "elva.json").read_text()) | {"template": "x"}))
+    with pytest.raises(ValueError, match="template 'x' is none of"):
+        sentence_transformers.sentence_transformer(again, tmp_path / "third")
+
+
+def test_nothing_that_lies_in_the_folder_is_run(saved, tmp_path, items):
+    folder = sentence_transformers.sentence_transformer(saved, tmp_path / "elva")
+    for name in ("elva_core.py", "sentence_module.py", "Embedder.py"):
+        (folder / name).write_text("raise SystemExit('run')")
+    (folder / "elva_core").mkdir()
+    (folder / "elva_core/sentence_module.py").write_text("raise SystemExit('run')")
+    with pytest.raises(ValueError, match="trust_remote_code"):  # the library's own question, before anything is imported
+        SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    assert type(model[0]) is embedder.Embedder
+    np.testing.assert_array_equal(embedder.load(folder).encode(items[0].text), model.encode(items[0].text))
+    (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "elva_core.Other"}]))
+    with pytest.raises(ValueError, match=r"elva_core\.Other.*no export of the ELVA workbook"):
+        embedder.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("https://host/a.png", "pass a PIL image or the path of a file"),
+        ({"image": "https://host/a.png"}, "pass a PIL image or the path of a file"),
+        ({"image": "nowhere.png"}, r"nowhere\.png is missing"),
+        ({"text": 7}, "a text is int"),
+        ({"role": "user", "content": "A dog."}, r"\['content', 'role'\]; pass a text"),
+        (np.zeros((8, 8, 3), np.uint8), "ndarray"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_refused_and_named(exported, form, message):
+    for prompt in (None, "Find it. "):  # with a prompt the library tries again where a TypeError comes up
+        with pytest.raises(ValueError, match=message):
+            exported[0].encode([form], prompt=prompt)
+
+
+def test_a_file_that_changes_is_read_again(exported, items, tmp_path):
+    model, place = exported[0], tmp_path / "image.png"
+    found = []
+    for item in [i for i in items if i.image and not i.text]:
+        place.write_bytes(item.image.read_bytes())
+        found.append(model.encode(str(place)))
+    assert abs(found[0] - found[1]).max() > 1e-4
+
+
+def test_an_export_is_whole_or_not_there(saved, tmp_path, monkeypatch):
+    target = tmp_path / "elva"
+    with monkeypatch.context() as patched:
+        patched.setattr(sentence_transformers, "readme", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sentence_transformers.sentence_transformer(saved, target)
+    assert not target.exists()
+    target.mkdir()
+    (target / "thesis.txt").write_text("years")
+    with pytest.raises(hub.PublishError, match="holds other files"):
+        sentence_transformers.sentence_transformer(saved, target)
+    assert [p.name for p in target.iterdir()] == ["thesis.txt"]
+
+
+def test_an_export_says_nothing_of_this_machine_and_what_must_be_installed(saved, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in saved.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    card = json.loads((model / "elva.json").read_text()) | {"parent": str(saved)}  # as older runs wrote it
+    (model / "elva.json").write_text(json.dumps(card))
+    folder = sentence_transformers.sentence_transformer(model, tmp_path / "elva")
+    texts = [p.read_text() for p in folder.iterdir() if p.suffix in (".json", ".md")]
+    assert not any(str(tmp_path) in text or str(saved) in text for text in texts)
+    readme = (folder / "README.md").read_text()
+    assert "sentence-transformers==6.2.0" in readme and "trust_remote_code=True" in readme
+    required = json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
+    assert set(required) == {"elva-workbook"}

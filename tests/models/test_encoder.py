@@ -1,0 +1,150 @@
+"""Prompts, batches, [RET], LoRA, saving: on a tiny model of the real class."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from elva_core.data import images as image_files
+from elva_core.data import items as data_items
+from elva_core.models import encoder
+from elva_core.training import contrastive
+
+
+@pytest.fixture
+def items(items) -> list[data_items.Item]:
+    """The items of other tests, and one with several images between texts."""
+    first, second = [i.image for i in items if i.image][:2]
+    return [*items, data_items.Item("Which one?", first, ("is shorter than", second, "and bluer", first))]
+
+
+def test_token_rows_equal_those_of_the_processor(tiny, items):
+    request = tiny.settings.summary_request
+    ours = tiny.batch(items, request)
+    images = [image_files.open_image(path) for i in items for path in i.images]
+    theirs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
+    assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
+
+
+def test_states_equal_a_plain_forward_of_transformers(tiny, items):
+    request = tiny.settings.eol_request
+    images = [image_files.open_image(path) for i in items for path in i.images]
+    inputs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        theirs = tiny.backbone.model(**inputs).last_hidden_state[:, -1]
+        ours = tiny.embed_eol(items)
+    torch.testing.assert_close(ours, torch.nn.functional.normalize(theirs, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_an_embedding_does_not_depend_on_its_batch(tiny, items):
+    with torch.no_grad():
+        together, alone = tiny.embed_eol(items), torch.cat([tiny.embed_eol([i]) for i in items])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_a_cached_vision_feature_changes_nothing(tiny, items):
+    with torch.no_grad():
+        first, second = tiny.embed_eol(items), tiny.embed_eol(items)
+    assert torch.equal(first, second)
+
+
+def test_ret_takes_a_spare_row_and_the_matrix_keeps_its_size(tiny, model_folder):
+    rows = json.loads((model_folder / "config.json").read_text())["text_config"]["vocab_size"]
+    assert tiny.backbone.get_input_embeddings().weight.shape[0] == rows > tiny.ret_id
+    tokenizer = tiny.processor.tokenizer
+    assert tokenizer.convert_ids_to_tokens(tiny.ret_id) == "[RET]"
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(len(tokenizer), 4)
+    with pytest.raises(ValueError, match="no spare row"):
+        encoder.add_ret_token(model, tokenizer, "[OTHER]")
+
+
+def test_special_tokens_and_spare_rows_are_banned_and_the_end_of_turn_is_not(tiny, items):
+    with torch.no_grad():
+        logits = tiny.logits(tiny.states(tiny.batch(items, "x"))[:, -1])
+    tokenizer = tiny.processor.tokenizer
+    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|endoftext|>", "[RET]"):
+        assert (logits[:, tokenizer.convert_tokens_to_ids(token)] == float("-inf")).all(), token
+    assert (logits[:, len(tokenizer) :] == float("-inf")).all()
+    assert torch.isfinite(logits[:, tiny.end_id]).all()
+
+
+def test_long_text_is_cut_to_its_token_limit(tiny):
+    long = data_items.Item("running " * 500)
+    short = tiny.batch([long], "x").input_ids.shape[1]
+    assert short < tiny.settings.max_text_tokens + 40
+
+
+def test_lora_trains_the_language_model_and_the_ret_row_only(tiny, items, smoke):
+    before = {n: p.clone() for n, p in tiny.backbone.named_parameters()}
+    tiny.add_lora(smoke.stage2.lora, seed=0)
+    assert all("lora" in n or "token_adapter" in n for n in tiny.trainable())
+    assert not any("visual" in n for n in tiny.trainable())
+    optimiser = torch.optim.SGD(tiny.trainable().values(), lr=1.0)
+    for _ in range(2):  # the first step moves lora_B alone
+        vectors, _ = tiny.embed_summaries(items, [[7, 8]] * len(items))
+        vectors[:, 0].sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    tiny.merge_lora()
+    after = dict(tiny.backbone.named_parameters())
+    changed = {n for n, p in before.items() if not torch.equal(p, after[n])}
+    assert changed and all("language_model.layers" in n or "embed_tokens" in n for n in changed)
+    rows = (before["model.language_model.embed_tokens.weight"] != after["model.language_model.embed_tokens.weight"]).any(1)
+    assert rows.nonzero().flatten().tolist() == [tiny.ret_id]
+
+
+def test_only_the_language_model_is_in_training_mode_while_an_adapter_trains(tiny, smoke):
+    def modes():
+        return {module.training for module in tiny.backbone.model.visual.modules()}, {
+            m.training for m in tiny.backbone.get_decoder().modules()
+        }
+
+    with tiny.adapting(smoke.stage2.lora, seed=0, checkpointing=False):
+        assert modes() == ({False}, {True})
+    assert modes() == ({False}, {False})
+
+
+def test_a_saved_folder_loads_here_and_in_plain_transformers(tiny, items, tmp_path):
+    tiny.save(tmp_path, stage="test", parent="none")
+    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
+    again = encoder.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.embed_eol(items), tiny.embed_eol(items))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(model) is type(tiny.backbone)
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.convert_tokens_to_ids("[RET]") == tiny.ret_id
+
+
+def test_a_folder_without_card_needs_settings(model_folder):
+    with pytest.raises(FileNotFoundError, match=r"elva\.json is missing: pass settings"):
+        encoder.load(model_folder)
+
+
+def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(model_folder, smoke, root, tmp_path):
+    losses = []
+    for cache in (False, True):
+        model = encoder.load(model_folder, smoke.encoder)
+        changes = {"steps": 6, "batch": 6, "chunk": 4, "gradient_cache": cache, "ret_share": 0.5}
+        settings = smoke.stage2.model_copy(update=changes)
+        rows = contrastive.train(model, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path / str(cache))
+        losses.append([r["loss"] for r in rows])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert all(x > 0 for x in losses[0])
+
+
+def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):
+    paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:5]]
+    image_files.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
+    pixels, grids = tiny.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
+    tower = tiny.backbone.model.visual
+    config = copy.deepcopy(tower.config)
+    config._attn_implementation = "sdpa"
+    plain = type(tower)(config).eval()
+    plain.load_state_dict(tower.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(tower(pixels, grids).pooler_output, plain(pixels, grids).pooler_output, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,197 @@
+"""MRBench and the analysis of grains."""
+
+from __future__ import annotations
+
+import os
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from elva_core import files
+from elva_core.data import emoji, lint, mbeir, sources
+from elva_core.evaluation import grains
+from elva_core.mrbench import annotate, build
+from elva_core.retrieval import retriever
+
+
+@pytest.fixture
+def built(root, smoke, tmp_path):
+    return build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)
+
+
+def test_every_task_gives_the_same_number_of_multi_grain_queries(built, root):
+    bench, counts, sheet = built
+    assert counts["drawn"].tolist() == [8] * 4 and [u[-1] for u in bench.units("test")] == list("0347")
+    for unit in bench.units("test"):
+        drawn = bench.queries(unit, "test")
+        assert all(len(mbeir.grains(q)) >= 2 for q in drawn)
+        assert {q.qid for q in drawn} <= {q.qid for q in root.queries(unit, "test")}
+        assert set(bench.qrels(unit, "test")) == {q.qid for q in drawn}
+    assert len(sheet) == 12
+
+
+def test_the_annotator_decides(root, smoke, tmp_path):
+    with pytest.raises(files.ElvaDataError, match="0 queries with 2 grains, 8 wanted, 12 annotated, 0 of them unreadable"):
+        build.build(root, smoke.mrbench, annotate=lambda queries: [[("what", "x")]] * len(queries), folder=tmp_path, seed=1)
+
+
+def test_an_annotator_that_is_never_readable_is_stopped_at_once(root, smoke, tmp_path):
+    with pytest.raises(files.ElvaDataError, match="none of 8 answers can be read"):
+        build.build(root, smoke.mrbench, annotate=lambda queries: [None] * len(queries), folder=tmp_path, seed=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_annotating_until_the_share_is_full_draws_what_annotating_everything_draws(root, smoke, tmp_path, batch):
+    asked = []
+
+    def some(queries):
+        """One of three queries has two grains, every fourth is unreadable."""
+        asked.extend(q.qid for q in queries)
+        number = [mbeir.split_id(q.qid)[1] for q in queries]
+        return [None if n % 4 == 0 else [("entity", "x"), ("entity", "y")][: 1 + (n % 3 == 0)] for n in number]
+
+    own = smoke.mrbench.model_copy(update={"queries": 8, "annotator": smoke.mrbench.annotator.model_copy(update={"batch": batch})})
+    bench, counts, _ = build.build(root, own, annotate=some, folder=tmp_path, seed=1)
+    for row in counts.itertuples():
+        queries = root.queries(row.unit, "test")
+        fit = [q.qid for q, grains in zip(queries, some(queries), strict=True) if grains and len(grains) == 2]
+        wanted = sorted(fit, key=lambda qid: mbeir.stable_hash(1, "mrbench", row.unit, qid))[:2]
+        assert {q.qid for q in bench.queries(row.unit, "test")} == set(wanted)
+        assert (row.queries, row.drawn) == (len(queries), 2) and row.annotated <= len(queries)
+        assert row.unreadable <= sum(g is None for g in some(queries))
+    assert (counts["annotated"] == counts["queries"]).all() == (batch == 100)
+
+
+def test_the_grains_of_the_annotator_stand_beside_what_the_query_carried(root, smoke, tmp_path):
+    found = [("entity", "x"), ("attribute", "y")]
+    bench, _, sheet = build.build(root, smoke.mrbench, annotate=lambda queries: [found] * len(queries), folder=tmp_path, seed=1)
+    before = {q.qid: q for q in root.queries("emoji_task0", "test")}
+    for q in bench.queries("emoji_task0", "test"):
+        assert mbeir.grains(q) == found and q.source["codes"] == before[q.qid].source["codes"]
+        assert (q.text, q.positives) == (before[q.qid].text, before[q.qid].positives)
+    assert set(sheet["grains"]) == {"entity: x; attribute: y"}
+
+
+def test_units_may_be_named_and_must_be_there(root, smoke, tmp_path):
+    named = smoke.mrbench.model_copy(update={"tasks": (), "units": ("emoji_task4",)})
+    bench, counts, _ = build.build(root, named.model_copy(update={"queries": 5}), annotate=annotate.exact, folder=tmp_path / "a", seed=1)
+    assert bench.units("test") == ["emoji_task4"] and counts["drawn"].tolist() == [5]
+    absent = named.model_copy(update={"units": ("cirr_task7",)})
+    with pytest.raises(files.ElvaDataError, match=r"no test units \['cirr_task7'\]"):
+        build.build(root, absent, annotate=annotate.exact, folder=tmp_path / "b", seed=1)
+
+
+def test_the_benchmark_stands_alone_and_is_clean(built, root):
+    bench = built[0]
+    assert lint.check(bench) == []
+    union = {c.did for unit in bench.units("test") for c in bench.pool(unit, "test")}
+    assert [c.did for c in bench.pool("", "test", "global")] == sorted(union, key=mbeir.split_id)
+    assert built[1]["pool"].tolist() == [len(bench.pool(unit, "test")) for unit in bench.units("test")]
+    image = next(q.image for q in bench.queries("emoji_task3", "test"))
+    assert bench.image_path(image).samefile(root.image_path(image))  # no second copy on this disk
+
+
+def test_images_are_copied_where_no_link_is_possible(root, smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("another file system")))
+    bench = build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path, seed=1)[0]
+    assert lint.check(bench) == []
+    image = next(q.image for q in bench.queries("emoji_task3", "test"))
+    assert not bench.image_path(image).samefile(root.image_path(image))
+
+
+def query(text, *segments):
+    return mbeir.Query("10:1", text, None, "text", ("10:2",), (), 0, {"grains": [list(s) for s in segments]})
+
+
+def test_taking_a_grain_away_is_exact():
+    q = query("Woman running dark skin tone.", ("who", "woman"), ("what", "running"), ("tone", "dark skin tone"))
+    assert grains.ablatable([q]) == [q]
+    assert [grains.without(q, i).text for i in range(3)] == ["Running dark skin tone.", "Woman dark skin tone.", "Woman running."]
+    assert grains.ablatable([query("A photo of it.", ("who", "woman"), ("what", "running"))]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "segments", "less"),
+    [
+        ("A brown dog, with a ball.", ["brown", "dog", "ball"], ["A dog, with a ball.", "A brown, with a ball.", "A brown dog, with a."]),
+        ("Dogs run; red sky!", ["dogs", "run", "red sky"], ["Run; red sky!", "Dogs; red sky!", "Dogs run!"]),
+        ("Two, three (four)?", ["two", "three"], ["Three (four)?", "Two, (four)?"]),
+        ("Dog on the grass", ["dog", "on the grass"], ["On the grass.", "Dog."]),
+    ],
+)
+def test_a_grain_is_cut_out_of_any_text_with_the_marks_it_would_leave(text, segments, less):
+    q = query(text, *(("entity", s) for s in segments))
+    assert grains.ablatable([q]) == [q]
+    assert [grains.without(q, i).text for i in range(len(segments))] == less
+
+
+@pytest.mark.parametrize(
+    ("text", "segments"),
+    [
+        ("A dog and a dog.", ["dog", "a dog and"]),  # twice
+        ("A doghouse and a cat.", ["dog", "cat"]),  # part of a word
+        ("A red dress.", ["red dress", "dress"]),  # one inside the other
+        ("A red dress.", ["red dress"]),  # alone
+        ("A red dress.", ["red", "shoe"]),  # not there
+    ],
+)
+def test_a_grain_that_cannot_go_alone_keeps_its_query_out(text, segments):
+    assert grains.ablatable([query(text, *(("entity", s) for s in segments))]) == []
+
+
+def test_cutting_and_joining_agree_on_texts_that_are_their_grains(emojis, monkeypatch):
+    asked = [
+        q for e in emoji.sample(emojis, 400) if len(e.segments) > 1 for q in grains.ablatable([query(mbeir.normalise(e.name), *e.segments)])
+    ]
+    taken = [(q, some) for q in asked for n in (1, 2) for some in combinations(range(len(mbeir.grains(q))), n)]
+    joined = [grains.without(q, *some).text for q, some in taken]
+    monkeypatch.setattr(mbeir, "caption", lambda record: None)
+    assert len(joined) > 600 and grains.ablatable(asked) == asked
+    assert [grains.without(q, *some).text for q, some in taken] == joined
+    assert [grains.without(q, *reversed(some)).text for q, some in taken] == joined
+
+
+def test_a_grain_that_moves_nothing_has_distance_zero(tiny, root, smoke):
+    searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation, template="eol")
+    queries = grains.ablatable(root.queries("emoji_task0", "test"))[:3]
+    table = grains.distances(searcher, queries, "emoji_task0")
+    assert len(table) == sum(len(mbeir.grains(q)) for q in queries) and (table["distance"] > 1e-6).all()
+    searcher.vectors = lambda items: np.ones((len(items), 1))  # blind to everything
+    assert grains.distances(searcher, queries, "emoji_task0")["distance"].abs().max() == 0
+
+
+def test_errors_name_the_grain_that_the_first_answer_lacks():
+    wanted = query("x", ("who", "woman"), ("tone", "dark"))
+    candidates = tuple(
+        mbeir.Candidate(f"10:{i}", None, "x", "image", {"grains": g})
+        for i, g in ((2, [["who", "woman"], ["tone", "dark"]]), (3, [["who", "man"], ["tone", "dark"]]))
+    )
+    result = retriever.UnitResult(
+        "u", "local", (wanted, wanted), [[2], [1]], [[2], [1]], [1, 1], np.array([[1, 0], [0, 1]]), np.zeros((2, 2)), candidates
+    )
+    table = grains.errors(result)
+    assert table["wrong"].tolist() == [True, False, False, False]
+
+
+def test_errors_look_at_every_grain_of_a_kind_and_skip_answers_that_carry_none():
+    wanted = query("x", ("entity", "dog"), ("entity", "ball"), ("action", "run"))
+    answers = ([["action", "run"], ["entity", "dog"]], [])
+    candidates = tuple(mbeir.Candidate(f"10:{i}", None, "x", "image", {"grains": g}) for i, g in enumerate(answers, start=3))
+    result = retriever.UnitResult("u", "local", (wanted, wanted), [[2]] * 2, [[2]] * 2, [1, 1], np.array([[0], [1]]), None, candidates)
+    table = grains.errors(result)
+    assert table[["kind", "wrong"]].values.tolist() == [["entity", True], ["action", False]]
+
+
+def test_a_kind_is_counted_once_a_query():
+    table = build.describe([query("x", ("entity", "dog"), ("entity", "ball")), query("y", ("action", "run"))])
+    assert table.set_index("kind")["share"].to_dict() == {"entity": 0.5, "action": 0.5}
+
+
+def test_twins_in_the_pool_are_counted_once_each(root):
+    counts = sources.twins_in_pool(root, "emoji_task0", "test")
+    pool = [dict(mbeir.grains(c)) for c in root.pool("emoji_task0", "test")]
+    for q, n in zip(root.queries("emoji_task0", "test"), counts, strict=True):
+        own = dict(mbeir.grains(q))
+        by_hand = sum(list(p) == list(own) and sum(p[k] != own[k] for k in own) == 1 for p in pool)
+        assert n == by_hand

@@ -1,0 +1,56 @@
+"""Metrics by hand and against ir-measures on random rankings."""
+
+from __future__ import annotations
+
+import ir_measures
+import numpy as np
+import pytest
+from ir_measures import RR, R, Success, nDCG
+
+from elva_core.retrieval import metrics
+
+
+def test_three_documents_by_hand():
+    ranks, relevant = [[1, 3], [2], []], [2, 1, 1]
+    assert metrics.hit_rate_at_k(ranks, 1).tolist() == [1, 0, 0]
+    assert metrics.recall_at_k(ranks, 2, relevant).tolist() == [0.5, 1, 0]
+    assert metrics.reciprocal_rank(ranks).tolist() == [1, 0.5, 0]
+    # (1 + 1/2) / (1 + 1/log2 3) and 1/log2 3
+    assert metrics.ndcg_at_k(ranks, 3, relevant)[:2] == pytest.approx([1.5 / (1 + 1 / np.log2(3)), 1 / np.log2(3)])
+
+
+def test_equal_to_ir_measures_on_random_runs():
+    rng = np.random.default_rng(0)
+    run, qrels, ranks, relevant = {}, {}, [], []
+    for q in range(60):
+        scores = rng.permutation(50)
+        judged = set(rng.choice(50, size=rng.integers(1, 6), replace=False).tolist())
+        run[str(q)] = {str(d): float(s) for d, s in enumerate(scores)}
+        qrels[str(q)] = {str(d): 1 for d in judged}
+        order = np.argsort(-scores)
+        ranks.append([i + 1 for i, d in enumerate(order) if d in judged])
+        relevant.append(len(judged))
+    theirs = ir_measures.calc_aggregate([Success @ 5, R @ 5, RR @ 10, nDCG @ 10], qrels, run)
+    ours = {
+        Success @ 5: metrics.hit_rate_at_k(ranks, 5),
+        R @ 5: metrics.recall_at_k(ranks, 5, relevant),
+        RR @ 10: metrics.reciprocal_rank(ranks),
+        nDCG @ 10: metrics.ndcg_at_k(ranks, 10, relevant),
+    }
+    for name, values in ours.items():
+        assert values.mean() == pytest.approx(theirs[name], abs=1e-9), name
+
+
+def test_interval_covers_the_mean_and_shrinks_with_the_square_root_of_n():
+    rng = np.random.default_rng(1)
+    widths = []
+    for n in (100, 1600):
+        values = (np.arange(n) % 2).astype(float)
+        low, high = metrics.bootstrap_interval(values, 2000, rng)
+        assert low < 0.5 < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.15)  # spread of 2000 bootstrap means is about 3 %
+
+
+def test_stratified_interval_of_constant_groups_is_their_mean():
+    assert metrics.stratified_interval([np.ones(5), np.zeros(50)], 50, np.random.default_rng(0)) == (0.5, 0.5)

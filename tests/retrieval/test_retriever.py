@@ -1,0 +1,49 @@
+"""Encoding, scoring a unit, run files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from elva_core import files
+from elva_core.retrieval import retriever
+
+
+def test_encoding_keeps_order_and_repeats(tiny, items):
+    vectors, summaries = retriever.encode(tiny, [*items, *items[::-1]], batch=4)
+    assert np.array_equal(vectors, vectors[::-1]) and summaries == summaries[::-1]
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_scoring_a_unit(tiny, root, smoke, tmp_path):
+    searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation, template="eol")
+    unit = root.units("test")[0]
+    local, everything = searcher.evaluate(unit), searcher.evaluate(unit, pool="global")
+    assert len(local.ranks) == len(root.queries(unit, "test"))
+    assert all(b[0] >= a[0] for a, b in zip(local.ranks, everything.ranks, strict=True))
+    for path, columns in zip(retriever.write_run(local, tmp_path, "x"), (6, 7), strict=True):
+        lines = path.read_text().splitlines()
+        assert len(lines) == len(local.queries) * 10 and all(len(line.split()) == columns for line in lines)
+
+
+def test_a_sample_is_ranked_as_in_the_whole_unit_and_is_part_of_a_larger_one(tiny, root, smoke):
+    searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation, template="eol")
+    whole, few, more, all_of_them = (searcher.evaluate("emoji_task0", sample=n) for n in (None, 3, 7, 10**6))
+    known = {q.qid: (ranks, top.tolist()) for q, ranks, top in zip(whole.queries, whole.ranks, whole.top, strict=True)}
+    place = {q.qid: i for i, q in enumerate(whole.queries)}
+    assert {q.qid for q in few.queries} < {q.qid for q in more.queries} and len(few.queries) == 3
+    assert [place[q.qid] for q in more.queries] == sorted(place[q.qid] for q in more.queries)
+    assert all(known[q.qid] == (r, t.tolist()) for q, r, t in zip(more.queries, more.ranks, more.top, strict=True))
+    assert [q.qid for q in all_of_them.queries] == [q.qid for q in whole.queries]
+
+
+def test_a_judgement_the_pool_lacks_and_a_query_without_judgement_fail_loudly(tiny, own_root, smoke):
+    searcher = retriever.Searcher(tiny, own_root, "test", smoke.evaluation, template="eol")
+    path = own_root.qrels_path("emoji_task0", "test")
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace(" 0 10:", " 0 10:99"), *rest]) + "\n")
+    with pytest.raises(files.ElvaDataError, match=r"judged with 10:99.*lacks; run lint"):
+        searcher.evaluate("emoji_task0")
+    path.write_text("\n".join(rest) + "\n")
+    with pytest.raises(files.ElvaDataError, match="has no judgement"):
+        searcher.evaluate("emoji_task0")

@@ -1,0 +1,57 @@
+"""Profiles are refused with file and key, never half understood."""
+
+from __future__ import annotations
+
+import pytest
+
+from elva_core import config
+from elva_core.config import ProfileError
+
+
+@pytest.fixture
+def params(tmp_path, monkeypatch):
+    for name in ("cpu", "smoke"):
+        (tmp_path / f"{name}.yaml").write_text((config.PARAMS / f"{name}.yaml").read_text())
+    monkeypatch.setattr(config, "PARAMS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("profile", sorted(p.stem for p in config.PARAMS.glob("*.yaml") if p.stem not in config.NO_PROFILES))
+def test_every_committed_profile_loads(profile):
+    assert config.load(profile).profile == profile
+
+
+def test_extending_changes_only_what_it_names():
+    smoke, cpu = config.load("smoke"), config.load("cpu")
+    assert smoke.stage3.reward == cpu.stage3.reward and smoke.stage3.rollouts != cpu.stage3.rollouts
+    assert smoke.digest() != cpu.digest() == config.load("cpu").digest()
+
+
+def test_a_sampler_that_is_not_asked_for_leaves_the_dump_and_so_every_fingerprint():
+    cpu = config.load("cpu")
+    assert not {"sampler", "vllm"} & set(cpu.model_dump()["stage3"])
+    changed = cpu.changed({"stage3": {"sampler": "vllm", "vllm": {"drift_bound": 0.1}}})
+    assert changed.stage3.sampler == "vllm" and changed.changed({}) == changed and changed.digest() != cpu.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("extends: cpu\nstage2: {temprature: 0.1}\n", r"x\.yaml: stage2\.temprature: Extra inputs"),
+        ("extends: cpu\nstage3: {rollouts: 1}\n", r"stage3\.rollouts: Input should be greater"),
+        ("extends: cpu\nstage2: {temperature: 0}\n", r"stage2\.temperature"),
+        ("extends: smoke\n", "one level only"),
+        ("extends: nowhere\n", r"nowhere\.yaml is missing; profiles are"),
+        ("- a\n", "expected keys and values"),
+        ("a: [\n", "not readable as YAML"),
+    ],
+)
+def test_bad_profiles_are_named(params, change, message):
+    (params / "x.yaml").write_text(change)
+    with pytest.raises(ProfileError, match=message):
+        config.load("x")
+
+
+def test_every_value_of_the_whole_profile_names_its_source():
+    lines = (config.PARAMS / "cpu.yaml").read_text().splitlines()
+    assert sum("#" in line for line in lines) > 60

@@ -1,0 +1,390 @@
+"""Stage 3: what a step does, the guard, resuming, and the choice of negatives."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import exit_codes, mined
+from safetensors.torch import load_file, save_file
+
+from elva_core import distributed, files
+from elva_core.config import NegativeSettings, RlvrSettings
+from elva_core.models import encoder, generation
+from elva_core.training import contrastive, grpo, hard_negatives, loop, rewards
+
+STEP = 5e-3  # of finite differences, in the units of the weights
+
+
+@pytest.fixture
+def ranked(tiny, root, smoke):
+    return mined(tiny, root, smoke, 8)
+
+
+def stage3(smoke, **changes):
+    return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "rollouts": 3} | changes)
+
+
+def noise(encoder, ranked, settings, seed=0):
+    sides = len(grpo.sides(ranked[0], settings.rollout_sides))
+    shape = (len(ranked), sides, settings.rollouts, encoder.settings.max_summary_tokens)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("sides", ["query", "all"])
+def test_a_step_leaves_gradients_and_logs_every_line(tiny, ranked, smoke, sides):
+    settings = stage3(smoke, rollout_sides=sides)
+    tiny.add_lora(settings.lora, seed=0)
+    row = grpo.step(tiny, ranked[:2], settings, noise(tiny, ranked[:2], settings))
+    rewards_logged = {"reward", "reward_margin", "reward_rank", "reward_std", "frac_reward_zero_std", "cos_positive"}
+    policy_logged = {"kl", "entropy", "clip_fraction", "summary_length", "no_natural_end", "distinct_summaries"}
+    assert rewards_logged | policy_logged <= set(row)
+    assert all(np.isfinite(v) for v in row.values())
+    assert row["kl"] == pytest.approx(0, abs=1e-6)  # a fresh adapter is the reference
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in tiny.trainable().items() if "lora_B" in n)
+
+
+def test_the_actions_are_one_or_all_sides(ranked):
+    for r in ranked:
+        assert grpo.sides(r, "query") == [r.item]
+        assert grpo.sides(r, "all") == [r.item, r.positive, *r.negatives]
+
+
+@pytest.mark.parametrize("sides", ["query", "all"])
+def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
+    """Every rollout's reward from the definition, one vector at a time."""
+    settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
+    shape = (2, len(grpo.sides(asked[0], sides)), 3, asked[0].vectors.shape[1])
+    v = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
+    total = grpo.reward(*grpo.cosines(tiny, asked, v, settings), settings.reward).total
+
+    def by_definition(query, positive, negatives):
+        s_p, s_n, r = query @ positive, negatives @ query, settings.reward
+        margin = rewards.margin_reward(s_p, s_n, delta=r.delta)
+        return 0.4 * margin + 0.6 * rewards.rank_reward(s_p, s_n, gamma=r.gamma, form=r.form, reduction=r.penalty_reduction)
+
+    mined = [torch.from_numpy(r.vectors) for r in asked]
+    for q in range(2):
+        for i in range(3):
+            if sides == "query":
+                wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
+            else:
+                wanted = by_definition(v[q, 0, i], v[q, 1, i], v[q, 2:, i])
+            torch.testing.assert_close(total[q, i], wanted, atol=1e-6, rtol=0)
+
+
+def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
+    for stored, fresh in zip(grpo.candidates_as_mined(tiny, ranked), grpo.candidates_once(tiny, ranked, 3), strict=True):
+        torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
+
+
+def test_the_margin_weighs_as_much_as_a_query_is_solved():
+    alpha, epsilon = rewards.adaptive_weights(torch.tensor([[1, 1, 1, 1], [1, 4, 2, 1], [3, 2, 2, 9]]), alpha=0.4, epsilon=0.6)
+    assert alpha.flatten().tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert (alpha + epsilon).flatten().tolist() == pytest.approx([1.0] * 3)
+
+
+def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
+    """Gains are given: dividing by the tiny spread of an untrained model's rewards would blow up rounding."""
+    monkeypatch.setattr(grpo.losses, "advantages", lambda r, *_: torch.arange(r.numel()).float().view_as(r) - 2)
+    for aggregation in ("sequence", "dr_grpo", "dapo"):
+        gradients = []
+        for chunk in (2, 6, 8):
+            model = encoder.load(model_folder, smoke.encoder)
+            settings = stage3(smoke, chunk=chunk, rollouts=2, aggregation=aggregation)
+            model.add_lora(settings.lora, seed=0)
+            grpo.step(model, ranked[:4], settings, noise(model, ranked[:4], settings))
+            gradients.append(torch.cat([p.grad.flatten() for p in model.trainable().values() if p.grad is not None]))
+        assert gradients[0].abs().max() > 0
+        for other in gradients[1:]:
+            assert (gradients[0] - other).abs().max() < 1e-5 * gradients[0].abs().max().clamp(min=1)
+
+
+def test_negatives_are_hard_first_below_the_threshold_and_never_positive():
+    scores = np.array([0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.1])
+    settings = NegativeSettings(hard=2, random=2, threshold=0.95)
+    for seed in range(20):
+        rows = hard_negatives.choose(scores, {1}, 0.9, settings, np.random.default_rng(seed))
+        assert rows[:2] == [2, 3] and not {1} & set(rows) and len(set(rows)) == 4
+    narrow = NegativeSettings(hard=2, random=0, threshold=0.95, margin=0.05)
+    assert hard_negatives.choose(scores, set(), 0.6, narrow, np.random.default_rng(0)) == [4, 5]
+
+
+def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_folder, smoke, ranked, monkeypatch):
+    """Two tokens, cap 2, no end of turn: four summaries, whose expected reward can be written out and differentiated by steps."""
+    model = encoder.load(model_folder, smoke.encoder.model_copy(update={"max_summary_tokens": 2}))
+    pair = model.processor.tokenizer("Katze Hund")["input_ids"][:2]
+    model.banned_ids = torch.tensor(sorted(set(range(model.vocabulary_rows)) - set(pair)))
+    settings = stage3(smoke, kl_weight=0.0, aggregation="dr_grpo", advantage="none", chunk=1)
+    model.add_lora(settings.lora, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.trainable().values():  # far enough from the start for summaries to matter
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    asked = ranked[:2]
+    items = [r.item for r in asked]
+    words = torch.cartesian_prod(torch.tensor(pair), torch.tensor(pair)).expand(len(asked), 4, 2)
+    drawn = generation.Rollouts(words, torch.ones_like(words, dtype=torch.bool), None, None, None)
+
+    with torch.no_grad():  # the first summary hits its positive, the others a negative: ranks differ, slopes are small
+        wanted = generation.score(model, items, drawn)[1]
+    found_ranks = rewards.ranks((wanted * wanted[:, :1]).sum(-1), wanted @ wanted[:, 1:].mT)
+    monkeypatch.setattr(rewards, "ranks", lambda *cosines: found_ranks)  # the gradient holds them fixed, so the steps do too
+
+    def expectation():
+        log_p, vectors = generation.score(model, items, drawn)
+        cosines = (vectors * wanted[:, :1]).sum(-1), vectors @ wanted[:, 1:].mT
+        return log_p, vectors, log_p.sum(-1).exp(), grpo.reward(*cosines, settings.reward).total
+
+    log_p, vectors, chance, earned = expectation()
+    assert torch.allclose(chance.sum(1), torch.ones(len(asked)), atol=1e-5)
+    # every summary stands once, so its chance goes into its advantage; "dr_grpo" divides by 4 rollouts times the cap of 2
+    gain = (chance * (earned - (chance * earned).sum(1, keepdim=True)) * 4 * 2).detach()
+    (slope,) = torch.autograd.grad((chance.detach() * earned).sum(1).mean(), vectors)
+    one_by_one = [generation.Rollouts(words[[i]], drawn.actions[[i]], log_p[[i]].detach(), None, None) for i in range(len(asked))]
+    ways, found = ("score", "pathwise", "full"), {}
+    for gradient in ways:
+        model.model.zero_grad()
+        grpo.learn(model, items, one_by_one, gain, slope, settings.model_copy(update={"gradient": gradient}))
+        found[gradient] = {n: -p.grad for n, p in model.trainable().items() if p.grad is not None}
+    parameters = model.trainable()
+    for way in ("score", "pathwise"):  # along the direction in which this part is largest
+        size = torch.stack([g.norm() for g in found[way].values()]).norm()
+        direction = {n: g / size for n, g in found[way].items()}
+        values = []
+        with torch.no_grad():
+            for signed in (STEP, -STEP):
+                for n, d in direction.items():
+                    parameters[n] += signed * d
+                _, _, chance, earned = expectation()
+                values.append((chance.double() * earned.double()).sum(1).mean().item())
+                for n, d in direction.items():
+                    parameters[n] -= signed * d
+        measured = (values[0] - values[1]) / (2 * STEP)
+        along = {w: sum((found[w][n] * d).sum().item() for n, d in direction.items()) for w in ways}
+        assert along["full"] == pytest.approx(measured, rel=0.02)
+        other = "pathwise" if way == "score" else "score"
+        assert abs(along[other] - measured) > 0.1 * abs(measured)
+
+
+def test_every_query_has_as_many_negatives_even_when_all_are_above_the_threshold():
+    scores = np.array([0.99, 0.98, 0.97, 0.96, 0.5])
+    settings = NegativeSettings(hard=2, random=2, threshold=0.9)
+    rows = hard_negatives.choose(scores, set(), 0.9, settings, np.random.default_rng(0))
+    assert rows[0] == 4 and len(set(rows)) == 4
+    with pytest.raises(files.ElvaDataError, match="3 candidates for 4 negatives"):
+        hard_negatives.choose(scores[:3], set(), 0.9, settings, np.random.default_rng(0))
+
+
+def test_mined_negatives_have_the_positives_modality_and_are_not_judged_positive(ranked):
+    for r in ranked:
+        assert r.positive not in r.negatives
+        assert {(bool(n.image), bool(n.text)) for n in r.negatives} == {(bool(r.positive.image), bool(r.positive.text))}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [({"kl": float("nan")}, "KL"), ({"kl": 9.0}, "above its bound"), ({"reward": float("nan")}, "not a number")],
+)
+def test_the_guard_names_its_reason(smoke, row, reason):
+    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2}
+    check = grpo.guard(smoke.stage3)
+    assert check(healthy) is None
+    assert reason in check(healthy | row)
+
+
+def test_constant_summaries_are_called_a_collapse(smoke):
+    check = grpo.guard(smoke.stage3)
+    row = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 1.0}
+    answers = [check(row) for _ in range(grpo.COLLAPSE_WINDOW)]
+    assert answers[:-1] == [None] * (grpo.COLLAPSE_WINDOW - 1) and "collapse" in answers[-1]
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(model_folder, smoke, ranked, tmp_path, interrupted):
+    settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
+    whole = encoder.load(model_folder, smoke.encoder)
+    grpo.train(whole, ranked, settings, seed=4, folder=tmp_path / "whole")
+
+    with interrupted(grpo, "step", 4):
+        grpo.train(encoder.load(model_folder, smoke.encoder), ranked, settings, seed=4, folder=tmp_path / "cut")
+    resumed = encoder.load(model_folder, smoke.encoder)
+    rows = grpo.train(resumed, ranked, settings, seed=4, folder=tmp_path / "cut")
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    for (name, a), b in zip(whole.backbone.named_parameters(), resumed.backbone.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, interrupted):
+    settings = stage3(
+        smoke,
+        queries_per_step=2,
+        candidates="mined",
+        negatives=smoke.stage3.negatives.model_copy(update={"again_every": 2}),
+        optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.05}),
+    )
+
+    def run(name, changed=settings):
+        model, times = encoder.load(model_folder, smoke.encoder), []
+
+        def mine():
+            times.append(1)
+            return mined(model, root, smoke, 8)
+
+        grpo.train(model, ranked, changed, seed=4, folder=tmp_path / name, mine=mine)
+        return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), len(times)
+
+    whole, times = run("whole")
+    assert times == 1  # of four steps, at the third
+    once, times = run("once", settings.model_copy(update={"negatives": smoke.stage3.negatives}))
+    assert times == 0 and not torch.equal(whole, once)
+    with interrupted(grpo, "step", 4):
+        run("cut")
+    assert torch.equal(run("cut")[0], whole)
+
+
+def test_mining_again_between_checkpoints_is_refused(smoke):
+    with pytest.raises(ValueError, match=r"must be a multiple of negatives\.again_every = 7"):
+        smoke.changed({"stage3": {"negatives": {"again_every": 7}}})
+
+
+@pytest.mark.parametrize(
+    ("cause", "reason", "done"),
+    [("not a number", "gradient is not finite", 0), ("runaway", "is above its bound", 1), ("constant", "collapse", 1)],
+)
+def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_there(
+    model_folder, smoke, ranked, tmp_path, monkeypatch, cause, reason, done
+):
+    def with_rate(lr):
+        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1, "lr": lr})
+        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser=optimiser)
+
+    wild, calm = with_rate(0.3 if cause == "runaway" else 1e-4), with_rate(1e-5)
+    healthy = rewards.rank_reward
+    with monkeypatch.context() as broken:
+        if cause == "not a number":
+            broken.setattr(rewards, "rank_reward", lambda *a, **k: healthy(*a, **k) * float("nan"))
+        if cause == "constant":  # the same summary, whatever the noise
+            broken.setattr(grpo, "COLLAPSE_WINDOW", 2)
+            broken.setattr(generation, "sample", lambda log_p, noise: log_p.argmax(-1))
+        with pytest.raises(loop.DivergedError, match=f"step {done}: .*{reason}.*resume from .*checkpoint"):
+            grpo.train(encoder.load(model_folder, smoke.encoder), ranked, wild, seed=4, folder=tmp_path)
+    if cause == "runaway":  # its one step was too large to go on from; that is what rollbacks are for
+        return
+    rows = grpo.train(encoder.load(model_folder, smoke.encoder), ranked, calm, seed=4, folder=tmp_path)
+    rates = [loop.learning_rate(step, 4, (wild if step < done else calm).optimiser) for step in range(4)]
+    assert [r["lr"] for r in rows] == pytest.approx(rates)
+
+
+def test_a_gradient_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, smoke):
+    weight = torch.nn.Parameter(torch.ones(2))
+    settings = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1})
+
+    def step_fn(step):
+        (weight * (float("nan") if step == 2 else 1.0)).sum().backward()
+        return {}
+
+    with pytest.raises(loop.DivergedError, match="step 2: gradient is not finite"):
+        loop.optimise({"w": weight}, step_fn, 5, settings, tmp_path)
+    assert (tmp_path / "checkpoint/state.safetensors").is_file() and not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(("rollbacks", "survives"), [(0, False), (1, True)])
+def test_a_rollback_goes_on_from_the_checkpoint_at_half_the_rate(tmp_path, smoke, rollbacks, survives):
+    """The guard refuses step 5 as long as the rate is the planned one."""
+    settings = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 3, "rollbacks": rollbacks})
+    weight = torch.nn.Parameter(torch.ones(2))
+
+    def step_fn(step):
+        weight.sum().backward()
+        return {}
+
+    def check(row):
+        planned = loop.learning_rate(row["step"], 8, settings)
+        return "too fast" if row["step"] == 5 and row["lr"] == planned else None
+
+    if not survives:
+        with pytest.raises(loop.DivergedError, match="step 5: too fast; resume from"):
+            loop.optimise({"w": weight}, step_fn, 8, settings, tmp_path, check)
+        return
+    rows = loop.optimise({"w": weight}, step_fn, 8, settings, tmp_path, check)
+    assert [r["step"] for r in rows] == list(range(8))
+    assert [r["rollbacks"] for r in rows] == [0] * 3 + [1] * 5
+    assert [r["lr"] for r in rows] == pytest.approx([loop.learning_rate(i, 8, settings) / (1 if i < 3 else 2) for i in range(8)])
+
+
+def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_step):
+    """Stage 3 in a process of its own, which kills itself without any warning before `fatal_step`."""
+    torch.set_num_threads(1)
+    step, taken = grpo.step, []
+
+    def mortal(*args):
+        if len(taken) == fatal_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        taken.append(1)
+        return step(*args)
+
+    grpo.step = mortal
+    model = encoder.load(model_folder, prompts)
+    grpo.train(model, ranked, settings, seed=4, folder=folder / "work")
+    model.save(folder / "model", stage="stage 3", parent="test")
+
+
+def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
+    settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
+    start = multiprocessing.get_context("spawn")
+
+    def run(name, fatal_step):
+        one = start.Process(target=train_in_a_process, args=(tmp_path / name, model_folder, smoke.encoder, ranked, settings, fatal_step))
+        one.start()
+        one.join()
+        return one.exitcode
+
+    assert run("whole", None) == 0
+    # killed before its first checkpoint, then between two, then not any more
+    assert [run("cut", 1), run("cut", 3), run("cut", None)] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    whole, cut = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, settings):
+    """What `accelerate launch --cpu --num_processes COUNT` starts: stage 3, or its InfoNCE control."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    model = encoder.load(model_folder, prompts)
+    if isinstance(settings, RlvrSettings):
+        rows = grpo.train(model, ranked, settings, seed=4, folder=folder)
+    else:
+        rows = contrastive.train(model, contrastive.ranked_pairs(ranked, seed=4), settings, seed=4, folder=folder)
+    assert distributed.processes().num_processes == count
+    if distributed.processes().is_main_process:
+        save_file({n: p.detach().clone() for n, p in model.backbone.named_parameters()}, folder / "weights.safetensors")
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+
+@pytest.mark.parametrize("what", ["score, sequence", "full, dapo, batch, all sides", "InfoNCE"])
+def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, what):
+    """Three queries a step, so that the shares are uneven; weights after two steps, and the log, are those of one process."""
+    few = {"queries": 6, "queries_per_step": 3}
+    settings = {
+        "score, sequence": stage3(smoke, **few),
+        "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", aggregation="dapo", advantage="batch", rollout_sides="all"),
+        "InfoNCE": smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}),
+    }[what]
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        given = (folder, model_folder, smoke.encoder, ranked, settings)
+        assert exit_codes(train_as_one_of, count, *given, timeout=300) == [0] * count
+        found[count] = load_file(folder / "weights.safetensors"), json.loads((folder / "rows.json").read_text())
+    before = dict(encoder.load(model_folder, smoke.encoder).backbone.named_parameters())
+    moved = max(float((found[1][0][n] - p).abs().max()) for n, p in before.items())
+    apart = max(float((found[1][0][n] - found[2][0][n]).abs().max()) for n in before)
+    assert moved > 1e-4 and apart < 1e-5
+    for one, two in zip(found[1][1], found[2][1], strict=True):
+        assert one.pop("step_time") and two.pop("step_time") and two == pytest.approx(one, rel=1e-5, abs=1e-5)
