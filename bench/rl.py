@@ -81,7 +81,7 @@ def rl_step(
     near, *bank = np.eye(PROFILE.backbone.tiny.hidden, dtype=np.float32)[:3]
     mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1))
     ranked = [hard_negatives.Ranked(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
-    asked = PROFILE.stage3.model_copy(update={"rollouts": rollouts, "chunk": chunk})
+    asked = PROFILE.stage3.model_copy(update={"num_generations": rollouts, "chunk": chunk})
     noise = torch.rand(len(paths), 1, rollouts, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(seed))
     optimiser.zero_grad()
     grpo.step(model, ranked, asked, noise)
@@ -135,7 +135,7 @@ def against_trl(tokens: int, folder: Path) -> dict[str, list[float]]:
             max_completion_length=PROFILE.encoder.max_summary_tokens,
             generation_kwargs={"suppress_tokens": banned},
             temperature=stage3.temperature,
-            beta=stage3.kl_weight,
+            beta=stage3.beta,
             loss_type="grpo",
             learning_rate=stage3.optimiser.lr,
             max_steps=ROUNDS + WARMUP,

@@ -63,7 +63,9 @@ def evaluate(
     loaded = _loaded(model, profile)
     kept = profile.evaluation.model_copy(update={"on_disk": True})
     candidates = _kept_pool(pool_model, loaded, profile) if pool_model else None
-    searcher = evaluation.searcher_of(loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates)
+    searcher = evaluation.searcher_of(
+        loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates
+    )
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
@@ -74,7 +76,16 @@ def evaluate(
     print((out / "table.md").read_text())
 
 
-def video(*, name: str, root: Path, model: Path, out: Path, frames: int | None, template: str | None, profile_name: str) -> None:
+def video(
+    *,
+    name: str,
+    root: Path,
+    model: Path,
+    out: Path,
+    frames: int | None,
+    template: str | None,
+    profile_name: str,
+) -> None:
     """Scores a trained model on text to video; embeddings are kept, so that a killed run goes on."""
     from elva_core import distributed
     from elva_core import files as artifact_files
@@ -122,8 +133,12 @@ def unseen(
 
     profile = config.load(profile_name)
     loaded = _loaded(model, profile)
-    kept = cache.Store(cache.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template or loaded.template)
-    results = unseen_scores.run(sets, names, kept, out, model=model.name, encoding=encoding, samples=profile.evaluation.bootstrap)
+    kept = cache.Store(
+        cache.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template or loaded.template
+    )
+    results = unseen_scores.run(
+        sets, names, kept, out, model=model.name, encoding=encoding, samples=profile.evaluation.bootstrap
+    )
     if results is not None:
         print(results.round(4).to_string(index=False))
         print((out / "table2.md").read_text())
@@ -147,7 +162,9 @@ def _pool_encoder(folder: Path, asking, profile: config.Settings):
     loaded = _loaded(folder, profile)
     sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher")
+        raise ValueError(
+            f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher"
+        )
     return loaded
 
 
@@ -182,11 +199,18 @@ def search(
     if built is not None:
         written = faiss_index.manifest(built)
         if unit not in (None, written["unit"]):
-            raise ValueError(f"{built} is an index of {written['unit']}, not of {unit}; leave --unit out, or export that unit's index")
+            raise ValueError(
+                f"{built} is an index of {written['unit']}, not of {unit}; leave --unit out, or export that unit's index"
+            )
         places = written["made_from"]
-        model, root = (given or faiss_index.place_of(built, places[name]) for given, name in ((model, "model"), (root, "root")))
+        model, root = (
+            given or faiss_index.place_of(built, places[name])
+            for given, name in ((model, "model"), (root, "root"))
+        )
         if model is None:
-            raise ValueError(f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR")
+            raise ValueError(
+                f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR"
+            )
     profile = config.load(profile_name)
     loaded = _loaded(model, profile)
     data = mbeir.Root(root) if root else None
@@ -195,7 +219,11 @@ def search(
     other = _pool_encoder(pool_model, loaded, profile) if pool_model else loaded
     read = other.template if pool_model else template or loaded.template
     batch = profile.evaluation.batch
-    pool = faiss_index.opened(built, loaded, data) if built else pools.of_unit(other, data, unit, batch=batch, template=read)
+    pool = (
+        faiss_index.opened(built, loaded, data)
+        if built
+        else pools.of_unit(other, data, unit, batch=batch, template=read)
+    )
     asked = template or (pool.template if built else loaded.template)
     found = answers.search(loaded, pool, text, image, k=k, template=asked)
     if asked == "summary":
@@ -203,11 +231,22 @@ def search(
     for rank, score, did, words, picture, caption in found.table().fillna("").itertuples(index=False):
         print(f"{rank:3} {score:.3f} {did:10} {words} {picture} {caption}")
     if pictures:
-        print(f"pictures: {found.save(Path.cwd())}" + ("" if data else " without images; say where they are with --root ROOT"))
+        print(
+            f"pictures: {found.save(Path.cwd())}"
+            + ("" if data else " without images; say where they are with --root ROOT")
+        )
 
 
 def export(
-    *, model: Path, to: Path, template: str | None, root: Path | None, unit: str | None, index_wanted: bool, pool: str, profile_name: str
+    *,
+    model: Path,
+    to: Path,
+    template: str | None,
+    root: Path | None,
+    unit: str | None,
+    index_wanted: bool,
+    pool: str,
+    profile_name: str,
 ) -> None:
     """Writes a model for sentence-transformers, or the embeddings of a unit's pool as parquet and for FAISS."""
     from elva_core.data import mbeir
@@ -216,7 +255,9 @@ def export(
     if not index_wanted:
         from elva_core.export import sentence_transformers as exporting
 
-        print(f"{model} is now {exporting.sentence_transformer(model, to, template=template, root=data, unit=unit)}; see its README.md")
+        print(
+            f"{model} is now {exporting.sentence_transformer(model, to, template=template, root=data, unit=unit)}; see its README.md"
+        )
         return
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
@@ -225,7 +266,9 @@ def export(
         raise ValueError("export --index needs --root and --unit, whose pool it embeds")
     profile = config.load(profile_name)
     loaded = _loaded(model, profile)
-    embedded = pools.of_unit(loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool)
+    embedded = pools.of_unit(
+        loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool
+    )
     files = faiss_index.write(loaded, embedded, to)
     print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(files)}")
     if faiss_index.FAISS not in files:
@@ -252,7 +295,10 @@ def readme(profile_name: str) -> None:
     from elva_core.experiments import report
 
     folder = stages.stage_folder(profile_name, "90_report")
-    blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in (("claims", "table.md"), ("stages", "stages.md"))}
+    blocks = {
+        name: (folder / file).read_text(encoding="utf-8")
+        for name, file in (("claims", "table.md"), ("stages", "stages.md"))
+    }
     report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
 
 
@@ -263,7 +309,9 @@ def _run(command: argparse.ArgumentParser) -> None:
 
 
 def _profile(command: argparse.ArgumentParser, said: str = "where device and batch come from") -> None:
-    command.add_argument("--profile", dest="profile_name", metavar="PROFILE", default="cpu", help=said + "; default: cpu")
+    command.add_argument(
+        "--profile", dest="profile_name", metavar="PROFILE", default="cpu", help=said + "; default: cpu"
+    )
 
 
 def _template(command: argparse.ArgumentParser) -> None:
@@ -272,7 +320,12 @@ def _template(command: argparse.ArgumentParser) -> None:
 
 
 def _pool_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--pool-model", type=Path, metavar="DIR", help="the model that embeds the candidates; default: --model")
+    command.add_argument(
+        "--pool-model",
+        type=Path,
+        metavar="DIR",
+        help="the model that embeds the candidates; default: --model",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -302,7 +355,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = command(plan, "what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
     p.add_argument("profile_name", metavar="PROFILE")
-    p.add_argument("--gpu", help="a name of params/plan.yaml, for instance H100, A100, H20, L40S; default by the profile's device")
+    p.add_argument(
+        "--gpu",
+        help="a name of params/plan.yaml, for instance H100, A100, H20, L40S; default by the profile's device",
+    )
     p.add_argument("--devices", type=int, default=1)
 
     p = command(lint, "check an M-BEIR folder")
@@ -321,7 +377,12 @@ def parser() -> argparse.ArgumentParser:
 
     p = command(video, "score a trained model on text to video: MSR-VTT or MSVD")
     p.add_argument("--set", dest="name", choices=("msrvtt", "msvd"), required=True)
-    p.add_argument("--root", type=Path, required=True, help="folder with the annotations and videos/; layouts: elva_core/video_sets.py")
+    p.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        help="folder with the annotations and videos/; layouts: elva_core/video_sets.py",
+    )
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--frames", type=int, help="looked at in each video; default as LamRA on MSVD")
@@ -329,11 +390,28 @@ def parser() -> argparse.ArgumentParser:
     _profile(p)
 
     p = command(unseen, "check the unseen sets of the paper's Table 2 and score a trained model on them")
-    p.add_argument("--sets", type=Path, required=True, help="the folder that holds sharegpt4v, Urban1k, flickr, CIRCO, ...")
-    p.add_argument("--set", nargs="*", default=[], dest="names", metavar="NAME", help="only these; default: all whose folder is there")
+    p.add_argument(
+        "--sets",
+        type=Path,
+        required=True,
+        help="the folder that holds sharegpt4v, Urban1k, flickr, CIRCO, ...",
+    )
+    p.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        dest="names",
+        metavar="NAME",
+        help="only these; default: all whose folder is there",
+    )
     p.add_argument("--lint", action="store_true", dest="lint_only", help="only check, and decode every image")
     p.add_argument("--model", type=Path)
-    p.add_argument("--encoding", choices=("by direction", "once"), default="by direction", help="once: LamRA's way of the captioned sets")
+    p.add_argument(
+        "--encoding",
+        choices=("by direction", "once"),
+        default="by direction",
+        help="once: LamRA's way of the captioned sets",
+    )
     p.add_argument("--out", type=Path)
     _template(p)
     _profile(p)
@@ -342,30 +420,60 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path)
     p.add_argument("--root", type=Path)
     p.add_argument("--unit")
-    p.add_argument("--index", type=Path, dest="built", help="what `export --index` wrote, instead of --model, --root and --unit")
+    p.add_argument(
+        "--index",
+        type=Path,
+        dest="built",
+        help="what `export --index` wrote, instead of --model, --root and --unit",
+    )
     p.add_argument("text", nargs="?", default="")
     p.add_argument("--image", type=Path)
     p.add_argument("--k", type=int, default=10)
     _template(p)
     _pool_model(p)
-    p.add_argument("--no-pictures", action="store_false", dest="pictures", help="write no contact sheet into this folder")
+    p.add_argument(
+        "--no-pictures", action="store_false", dest="pictures", help="write no contact sheet into this folder"
+    )
     _profile(p)
 
-    p = command(export, "write a model for sentence-transformers, or with --index a pool's embeddings for FAISS and as parquet")
+    p = command(
+        export,
+        "write a model for sentence-transformers, or with --index a pool's embeddings for FAISS and as parquet",
+    )
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    p.add_argument("--root", type=Path, help="an M-BEIR folder: its instructions become prompts; with --index, where the pool is")
-    p.add_argument("--unit", help="whose instruction encode_query takes; with --index, whose pool is embedded")
-    p.add_argument("--index", action="store_true", dest="index_wanted", help="the embeddings of a pool, instead of the model")
+    p.add_argument(
+        "--root",
+        type=Path,
+        help="an M-BEIR folder: its instructions become prompts; with --index, where the pool is",
+    )
+    p.add_argument(
+        "--unit", help="whose instruction encode_query takes; with --index, whose pool is embedded"
+    )
+    p.add_argument(
+        "--index",
+        action="store_true",
+        dest="index_wanted",
+        help="the embeddings of a pool, instead of the model",
+    )
     p.add_argument("--pool", choices=("local", "global"), default="local")
     _template(p)
     _profile(p)
 
     p = command(push, "put a trained model with its model card into a folder or on the hub")
     p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--to", required=True, metavar="REPO_OR_FOLDER", help="a folder (existing, or starting with . / ~), else a hub name")
-    p.add_argument("--profile", dest="profile_name", metavar="PROFILE", help="whose training values the card shows")
-    p.add_argument("--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card")
+    p.add_argument(
+        "--to",
+        required=True,
+        metavar="REPO_OR_FOLDER",
+        help="a folder (existing, or starting with . / ~), else a hub name",
+    )
+    p.add_argument(
+        "--profile", dest="profile_name", metavar="PROFILE", help="whose training values the card shows"
+    )
+    p.add_argument(
+        "--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card"
+    )
 
     p = command(readme, "refresh the tables of README.md")
     p.add_argument("profile_name", metavar="PROFILE", nargs="?", default="cpu")
@@ -378,6 +486,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     do = given.pop("do")
     try:
         return do(**given) or 0
-    except (chain.ChainError, config.ProfileError, stages.MissingStageError, FileNotFoundError, ValueError) as error:
+    except (
+        chain.ChainError,
+        config.ProfileError,
+        stages.MissingStageError,
+        FileNotFoundError,
+        ValueError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

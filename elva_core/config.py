@@ -18,9 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
 NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
-SUMMARIES_AT_ONCE = 256  # that training writes in one call: without a graph they take less memory than a chunk with one
+SUMMARIES_AT_ONCE = (
+    256  # that training writes in one call: without a graph they take less memory than a chunk with one
+)
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+
+
+# former keys of a profile and today's, which are those of TRL's GRPOConfig
+RENAMED = {
+    "stage3.rollouts": "num_generations",
+    "stage3.kl_weight": "beta",
+    "stage3.advantage": "scale_rewards",
+    "stage3.aggregation": "loss_type (sequence is grpo now)",
+}
 
 
 class ProfileError(ValueError):
@@ -57,7 +68,9 @@ class TinySettings(Section):
     """Sizes of the small model that is built here."""
 
     # left out of the dump where it is the first backbone's, whose folder is named by the hash of these values
-    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = Field("qwen2_vl", exclude_if=lambda name: name == "qwen2_vl")
+    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = Field(
+        "qwen2_vl", exclude_if=lambda name: name == "qwen2_vl"
+    )
     hidden: Positive
     layers: Positive
     heads: Positive
@@ -78,7 +91,9 @@ class OptimiserSettings(Section):
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: Positive
-    rollbacks: Annotated[int, Field(ge=0)] = 0  # how often the guard goes back to a checkpoint, at half the rate, before it stops
+    rollbacks: Annotated[int, Field(ge=0)] = (
+        0  # how often the guard goes back to a checkpoint, at half the rate, before it stops
+    )
 
 
 class LessonSettings(Section):
@@ -112,7 +127,9 @@ class EncoderSettings(Section):
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
-    min_pixels: int | None = None  # of an image of Qwen2-VL and Qwen2.5-VL; what other processors make of theirs is their own
+    min_pixels: int | None = (
+        None  # of an image of Qwen2-VL and Qwen2.5-VL; what other processors make of theirs is their own
+    )
     max_pixels: int | None = None
     max_summary_tokens: Positive
     cache_vision: bool
@@ -160,14 +177,20 @@ class RewardSettings(Section):
     gamma: float
     form: Literal["printed", "corrected"]
     penalty_reduction: Literal["sum", "mean"]
-    weights: Literal["fixed", "adaptive"] = "fixed"  # adaptive: by the share of rollouts that put the positive first
+    weights: Literal["fixed", "adaptive"] = (
+        "fixed"  # adaptive: by the share of rollouts that put the positive first
+    )
 
 
 class VllmSettings(Section):
     """Values of `sampler: vllm`; every process has an engine of its own on its own GPU."""
 
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35  # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
-    drift_bound: float = 0.2  # nats a token, the guard stops above it; ours: bf16 alone gives some 0.05 (TRL issue 6789)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = (
+        0.35  # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
+    )
+    drift_bound: float = (
+        0.2  # nats a token, the guard stops above it; ours: bf16 alone gives some 0.05 (TRL issue 6789)
+    )
 
 
 class RlvrSettings(Section):
@@ -175,18 +198,24 @@ class RlvrSettings(Section):
 
     queries: Positive  # seen in all; one epoch
     queries_per_step: Positive
-    rollouts: Annotated[int, Field(ge=2)]
+    num_generations: Annotated[int, Field(ge=2)]  # rollouts of one query
     rollout_sides: Literal["query", "all"]  # whose summaries are actions
     # left out of the dump where they are not asked for, so that results of before keep their fingerprint
-    sampler: Literal["transformers", "vllm"] = Field("transformers", exclude_if=lambda sampler: sampler == "transformers")
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", exclude_if=lambda sampler: sampler == "transformers"
+    )
     vllm: VllmSettings = Field(VllmSettings(), exclude_if=lambda values: values == VllmSettings())
-    candidates: Literal["step", "mined"]  # other sides are encoded once per step, or stay as mining encoded them
+    candidates: Literal[
+        "step", "mined"
+    ]  # other sides are encoded once per step, or stay as mining encoded them
     temperature: Annotated[float, Field(gt=0)]
     clip: float
-    kl_weight: float
-    advantage: Literal["group", "batch", "none"]
-    aggregation: Literal["sequence", "dr_grpo", "dapo"]
-    gradient: Literal["score", "pathwise", "full"]  # through the sampled tokens, through the embedding after them, both
+    beta: float  # weight of the KL divergence from the reference policy
+    scale_rewards: Literal["group", "batch", "none"]
+    loss_type: Literal["grpo", "dr_grpo", "dapo"]
+    gradient: Literal[
+        "score", "pathwise", "full"
+    ]  # through the sampled tokens, through the embedding after them, both
     chunk: Positive  # rollouts per forward; bounds the memory of a step
     kl_bound: float  # the guard stops above it
     negatives: NegativeSettings
@@ -263,7 +292,9 @@ class AnnotatorSettings(Section):
     @model_validator(mode="after")
     def _complete(self) -> AnnotatorSettings:
         wanted = {"exact": (), "transformers": ("model",), "openai": ("model", "base_url")}[self.kind]
-        given = tuple(name for name in ("model", "base_url", "key_variable") if getattr(self, name) is not None)
+        given = tuple(
+            name for name in ("model", "base_url", "key_variable") if getattr(self, name) is not None
+        )
         allowed = {*wanted, "key_variable"} if self.kind == "openai" else set(wanted)
         if not set(wanted) <= set(given) <= allowed:
             raise ValueError(f"kind {self.kind} needs {wanted or 'no model'} and was given {given}")
@@ -296,7 +327,9 @@ class StudySettings(Section):
 
     seeds: tuple[int, ...]
     arms: tuple[str, ...] = ()  # none means all
-    units: tuple[str, ...] = ()  # test units, or patterns of them, that every arm is measured on besides MRBench
+    units: tuple[
+        str, ...
+    ] = ()  # test units, or patterns of them, that every arm is measured on besides MRBench
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 
@@ -307,7 +340,9 @@ class VideoSettings(Section):
     drawings: Positive | None = None  # of the embedded collection, each in every motion
     length: Positive = 16  # frames of a clip
     rate: Positive = 8  # of them in a second
-    frames: Annotated[tuple[Positive, ...], Field(min_length=1)]  # that are looked at, the most last, which is reported
+    frames: Annotated[
+        tuple[Positive, ...], Field(min_length=1)
+    ]  # that are looked at, the most last, which is reported
     instruction: str  # of the queries
 
     @model_validator(mode="after")
@@ -382,8 +417,13 @@ def load(profile: str) -> Settings:
     try:
         return Settings(profile=profile, **values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ProfileError(f"{path}: " + "; ".join(lines)) from None
+        raise ProfileError(f"{path}: " + "; ".join(map(_said, error.errors()))) from None
+
+
+def _said(error: dict) -> str:
+    """One line of pydantic's, with the name of today where a key has been renamed."""
+    key = ".".join(map(str, error["loc"]))
+    return f"{key} is called {RENAMED[key]} now" if key in RENAMED else f"{key}: {error['msg']}"
 
 
 def _read(path: Path) -> dict:

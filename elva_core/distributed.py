@@ -106,5 +106,7 @@ def environment() -> pd.DataFrame:
     table = pd.DataFrame(rows)
     wrong = table[table["pinned"] != table["installed"].str.split("+").str[0]]
     if len(wrong):
-        raise RuntimeError(f"installed versions differ from the pins: {wrong.to_dict('records')}; run: make setup")
+        raise RuntimeError(
+            f"installed versions differ from the pins: {wrong.to_dict('records')}; run: make setup"
+        )
     return table

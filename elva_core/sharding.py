@@ -40,7 +40,9 @@ def shard(language_model: torch.nn.Module) -> None:
     """
     global _layers
     if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise ValueError("the launch file must set fsdp_cpu_ram_efficient_loading: false, as params/accelerate/fsdp2.yaml does")
+        raise ValueError(
+            "the launch file must set fsdp_cpu_ram_efficient_loading: false, as params/accelerate/fsdp2.yaml does"
+        )
     _layers = list(language_model.layers)
     mesh = init_device_mesh(PartialState().device.type, (dist.get_world_size(),))
     for layer in _layers:
@@ -48,7 +50,9 @@ def shard(language_model: torch.nn.Module) -> None:
     # the root owns nothing: the layers share its streams, and so the memory they are gathered into
     fully_shard(language_model, mesh=mesh, ignored_params=set(language_model.parameters()))
     for layer, below in zip(_layers, [_layers[0], *_layers], strict=False):
-        layer.set_modules_to_backward_prefetch([below])  # by default the first layer would fetch from an earlier pass
+        layer.set_modules_to_backward_prefetch(
+            [below]
+        )  # by default the first layer would fetch from an earlier pass
     language_model.register_forward_pre_hook(lambda *_: turn(FORWARD), prepend=True)
     language_model.register_forward_hook(_announce_backward)
 
@@ -80,4 +84,7 @@ def whole(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return None
-    return {name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    return {
+        name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in state.items()
+    }

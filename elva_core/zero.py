@@ -26,7 +26,11 @@ BUCKET = 2**24  # numbers that are summed at once; more where one parameter is l
 
 def asked() -> bool:
     """Whether `accelerate launch` was given DeepSpeed and has started more than one process."""
-    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and dist.is_initialized() and dist.get_world_size() > 1
+    return (
+        parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    )
 
 
 class Shared:
@@ -40,13 +44,22 @@ class Shared:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed  # an extra; without it a launch file cannot ask for this
 
-        stage, offload = (os.environ.get(f"ACCELERATE_DEEPSPEED_{key}") for key in ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE"))
+        stage, offload = (
+            os.environ.get(f"ACCELERATE_DEEPSPEED_{key}")
+            for key in ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE")
+        )
         if stage != "2" or offload not in (None, "none"):
-            raise ValueError("the launch file must set zero_stage: 2 without offloading, as params/accelerate/zero2.yaml does")
+            raise ValueError(
+                "the launch file must set zero_stage: 2 without offloading, as params/accelerate/zero2.yaml does"
+            )
         self._ours = list(parameters)
         theirs = torch.nn.ParameterList([torch.nn.Parameter(parameter.data) for parameter in self._ours])
         adam = torch.optim.AdamW(theirs, lr=settings.lr, weight_decay=settings.weight_decay)
-        sharing = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": max(BUCKET, *(p.numel() for p in theirs))}
+        sharing = {
+            "stage": 2,
+            "overlap_comm": False,
+            "reduce_bucket_size": max(BUCKET, *(p.numel() for p in theirs)),
+        }
         config = {
             "train_micro_batch_size_per_gpu": 1,  # has no effect: batches are made by our loops
             "gradient_clipping": settings.clip,
@@ -71,7 +84,9 @@ class Shared:
         count = dist.get_world_size()  # DeepSpeed takes the mean
         grads = (torch.zeros_like(our) if our.grad is None else our.grad for our in self._ours)
         # one sum of the same terms everywhere: DeepSpeed puts gradients together in the order in which they come
-        self._engine.backward(sum((their * grad).sum() for their, grad in zip(self._theirs, grads, strict=True)) * count)
+        self._engine.backward(
+            sum((their * grad).sum() for their, grad in zip(self._theirs, grads, strict=True)) * count
+        )
         for parameter in self._ours:
             parameter.grad = None
         norm = float(self._zero.scaled_global_norm())
@@ -83,7 +98,11 @@ class Shared:
     def bytes(self) -> dict[str, int]:
         """What this process holds between `reduce` and `step`: of moments, master weights and gradients."""
         moments = sum(value.nbytes for value in self._moments[self._share].values() if value.dim())
-        return {"moments": moments, "weights": self._share.nbytes, "gradients": sum(g.nbytes for g in self._zero.averaged_gradients[0])}
+        return {
+            "moments": moments,
+            "weights": self._share.nbytes,
+            "gradients": sum(g.nbytes for g in self._zero.averaged_gradients[0]),
+        }
 
     @property
     def state(self) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
@@ -96,7 +115,11 @@ class Shared:
             numbers = torch.cat(parts).cpu() if parts else value
             start = 0
             for parameter, moments in whole.items():
-                moments[key] = numbers[start : start + parameter.numel()].view_as(parameter) if parts else numbers.clone()
+                moments[key] = (
+                    numbers[start : start + parameter.numel()].view_as(parameter)
+                    if parts
+                    else numbers.clone()
+                )
                 start += parameter.numel()
         return whole
 

@@ -23,7 +23,7 @@ def test_every_committed_profile_loads(profile):
 
 def test_extending_changes_only_what_it_names():
     smoke, cpu = config.load("smoke"), config.load("cpu")
-    assert smoke.stage3.reward == cpu.stage3.reward and smoke.stage3.rollouts != cpu.stage3.rollouts
+    assert smoke.stage3.reward == cpu.stage3.reward and smoke.stage3.num_generations != cpu.stage3.num_generations
     assert smoke.digest() != cpu.digest() == config.load("cpu").digest()
 
 
@@ -38,7 +38,8 @@ def test_a_sampler_that_is_not_asked_for_leaves_the_dump_and_so_every_fingerprin
     ("change", "message"),
     [
         ("extends: cpu\nstage2: {temprature: 0.1}\n", r"x\.yaml: stage2\.temprature: Extra inputs"),
-        ("extends: cpu\nstage3: {rollouts: 1}\n", r"stage3\.rollouts: Input should be greater"),
+        ("extends: cpu\nstage3: {num_generations: 1}\n", r"stage3\.num_generations: Input should be greater"),
+        ("extends: cpu\nstage3: {kl_weight: 0.1}\n", r"x\.yaml: stage3\.kl_weight is called beta now"),
         ("extends: cpu\nstage2: {temperature: 0}\n", r"stage2\.temperature"),
         ("extends: smoke\n", "one level only"),
         ("extends: nowhere\n", r"nowhere\.yaml is missing; profiles are"),

@@ -36,7 +36,10 @@ class Answers:
 
     def table(self) -> pd.DataFrame:
         """rank, score (cosine), did, text, image (relative to the root) and caption, a row per answer."""
-        rows = [(n, s, c.did, c.text, c.image, mbeir.caption(c)) for n, (c, s) in enumerate(zip(self.found, self.scores, strict=True), 1)]
+        rows = [
+            (n, s, c.did, c.text, c.image, mbeir.caption(c))
+            for n, (c, s) in enumerate(zip(self.found, self.scores, strict=True), 1)
+        ]
         return pd.DataFrame(rows, columns=["rank", "score", "did", "text", "image", "caption"])
 
     def sheet(self) -> Figure:
@@ -70,7 +73,15 @@ class Answers:
         return out.getvalue()
 
 
-def search(loaded: Encoder, pool: Pool, text: str = "", image: Path | None = None, *, k: int = 10, template: str | None = None) -> Answers:
+def search(
+    loaded: Encoder,
+    pool: Pool,
+    text: str = "",
+    image: Path | None = None,
+    *,
+    k: int = 10,
+    template: str | None = None,
+) -> Answers:
     """The k best candidates for a text, an image, or both; the whole pool where it has fewer.
 
     Args:
@@ -86,4 +97,6 @@ def search(loaded: Encoder, pool: Pool, text: str = "", image: Path | None = Non
         raise ValueError(f"k = {k}; ask for at least one answer")
     vector, (summary,) = retriever.encode(loaded, [query], batch=1, template=template or pool.template)
     best = searching.exact(vector, pool.vectors, min(k, len(pool.candidates)))
-    return Answers(query, summary, [pool.candidates[int(row)] for row in best.rows[0]], best.scores[0].tolist(), pool)
+    return Answers(
+        query, summary, [pool.candidates[int(row)] for row in best.rows[0]], best.scores[0].tolist(), pool
+    )

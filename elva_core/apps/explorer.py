@@ -62,9 +62,20 @@ class Asker:
         vectors, summary = _embedded(searcher, item)
         positives = [row for row in map(candidates.row, query.positives) if row is not None]
         found = search.exact(vectors, self._pools[unit], min(depth, len(candidates)), [positives])
-        answers = [(candidates[row], float(score)) for row, score in zip(found.rows[0], found.scores[0], strict=True)]
+        answers = [
+            (candidates[row], float(score)) for row, score in zip(found.rows[0], found.scores[0], strict=True)
+        ]
         rank = found.ranks[0][0] if found.ranks[0] else None
-        return Answers(self._measured.model, item.text, item.image, summary, answers, query.positives, rank, len(candidates))
+        return Answers(
+            self._measured.model,
+            item.text,
+            item.image,
+            summary,
+            answers,
+            query.positives,
+            rank,
+            len(candidates),
+        )
 
 
 def _embedded(searcher: retriever.Searcher, item: Item):
@@ -84,7 +95,13 @@ def typed(text: str, like: mbeir.Query) -> mbeir.Query:
     parts = [part for part in (part.strip().rstrip(".!?") for part in re.split("[,;]", text)) if part]
     words = text.split() if len(parts) < 2 else []
     own = [["word", word] for word in words] or [["part", part] for part in parts]
-    return replace(like, text=mbeir.normalise(" ".join(words) or text), positives=(), negatives=(), source={"grains": own})
+    return replace(
+        like,
+        text=mbeir.normalise(" ".join(words) or text),
+        positives=(),
+        negatives=(),
+        source={"grains": own},
+    )
 
 
 def inline(measured: Sequence[Measured], unit: str, query: mbeir.Query, depth: int):
@@ -108,16 +125,34 @@ class Explorer(ipywidgets.VBox):
     def __init__(self, measured: Sequence[Measured], depth: int) -> None:
         super().__init__()
         wide = ipywidgets.Layout(width="auto")
-        self._bench, self._askers, self._roots = measured[0].bench, [Asker(m) for m in measured], [m.searcher.root for m in measured]
+        self._bench, self._askers, self._roots = (
+            measured[0].bench,
+            [Asker(m) for m in measured],
+            [m.searcher.root for m in measured],
+        )
         self._depth = depth
         self.unit = ipywidgets.Dropdown(options=list(self._bench), description="Unit")
         self.choice = ipywidgets.Dropdown(options=self._queries(), description="Query", layout=wide)
-        self.text = ipywidgets.Text(description="or", placeholder=PLACEHOLDER, continuous_update=False, layout=wide)
-        self.boxes, self.head = ipywidgets.HBox(layout=ipywidgets.Layout(flex_flow="row wrap")), ipywidgets.HTML(layout=wide)
-        self.panels = [ipywidgets.HTML(layout=ipywidgets.Layout(width=f"{100 // len(measured)}%")) for _ in measured]
+        self.text = ipywidgets.Text(
+            description="or", placeholder=PLACEHOLDER, continuous_update=False, layout=wide
+        )
+        self.boxes, self.head = (
+            ipywidgets.HBox(layout=ipywidgets.Layout(flex_flow="row wrap")),
+            ipywidgets.HTML(layout=wide),
+        )
+        self.panels = [
+            ipywidgets.HTML(layout=ipywidgets.Layout(width=f"{100 // len(measured)}%")) for _ in measured
+        ]
         for changed, act in ((self.unit, self._list), (self.choice, self._choose), (self.text, self._begin)):
             changed.observe(act, "value")
-        self.children = [self.unit, self.choice, self.text, self.boxes, self.head, ipywidgets.HBox(self.panels, layout=wide)]
+        self.children = [
+            self.unit,
+            self.choice,
+            self.text,
+            self.boxes,
+            self.head,
+            ipywidgets.HBox(self.panels, layout=wide),
+        ]
         self._begin()
 
     def _queries(self) -> list[tuple[str, tuple[str, int]]]:
@@ -150,7 +185,9 @@ class Explorer(ipywidgets.VBox):
         if query.image:
             names = [name if i in allowed else f"{name} (in the picture)" for i, name in enumerate(names)]
         self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED)] + [
-            ipywidgets.Checkbox(True, description=name, disabled=i not in allowed, indent=False, layout=SPACED)
+            ipywidgets.Checkbox(
+                True, description=name, disabled=i not in allowed, indent=False, layout=SPACED
+            )
             for i, name in enumerate(names)
         ]
         for box in self.boxes.children[1:]:
@@ -184,8 +221,14 @@ def heading(answers: Answers) -> str:
 
 def table(answers: Answers, root: mbeir.Root) -> str:
     """The answers of one model as an HTML table; a right one is framed. Raises ElvaDataError where an image leaves the root."""
-    known = f"first right answer at rank {answers.rank:,} of {answers.size:,}" if answers.rank else f"{answers.size:,} candidates"
-    rows = "".join(_row(i, c, score, c.did in answers.right, root) for i, (c, score) in enumerate(answers.found, start=1))
+    known = (
+        f"first right answer at rank {answers.rank:,} of {answers.size:,}"
+        if answers.rank
+        else f"{answers.size:,} candidates"
+    )
+    rows = "".join(
+        _row(i, c, score, c.did in answers.right, root) for i, (c, score) in enumerate(answers.found, start=1)
+    )
     return (
         f"<div><b>{html.escape(answers.model)}</b>, {known}<br>summary: <i>{html.escape(answers.summary) or 'none'}</i>"
         f'<table style="border-collapse:collapse;line-height:1.3">{_cells("th", ["rank", "", "answer", "cosine", ""])}{rows}</table></div>'
@@ -195,11 +238,19 @@ def table(answers: Answers, root: mbeir.Root) -> str:
 def _row(rank: int, candidate: mbeir.Candidate, score: float, right: bool, root: mbeir.Root) -> str:
     picture = _picture(root.image_path(candidate.image)) if candidate.image else ""
     words = html.escape(candidate.text or mbeir.caption(candidate) or candidate.did)
-    return _cells("td", [rank, picture, words, f"{score:.3f}", "right" if right else ""], "outline:2px solid #2e8b57" if right else "")
+    return _cells(
+        "td",
+        [rank, picture, words, f"{score:.3f}", "right" if right else ""],
+        "outline:2px solid #2e8b57" if right else "",
+    )
 
 
 def _cells(tag: str, cells: Iterable[object], style: str = "") -> str:
-    return f'<tr style="{style}">' + "".join(f'<{tag} style="padding:2px 8px;text-align:left">{cell}</{tag}>' for cell in cells) + "</tr>"
+    return (
+        f'<tr style="{style}">'
+        + "".join(f'<{tag} style="padding:2px 8px;text-align:left">{cell}</{tag}>' for cell in cells)
+        + "</tr>"
+    )
 
 
 @lru_cache(maxsize=1024)

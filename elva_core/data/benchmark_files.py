@@ -51,7 +51,9 @@ class Files:
                 elif not path.is_file():
                     raise ElvaDataError(f"image {path} is missing; unpack the images of the set there")
             except OSError as error:  # a name that no file can have
-                raise ElvaDataError(f"image {relative[:80]!r} cannot be opened ({error.strerror}); correct the name") from None
+                raise ElvaDataError(
+                    f"image {relative[:80]!r} cannot be opened ({error.strerror}); correct the name"
+                ) from None
             self._seen[relative] = path
         return self._seen[relative]
 
@@ -60,7 +62,11 @@ class Files:
         path = self.root.folder / relative
         if not path.is_file():
             return self.wrong(path, "is missing; unpack the set so that it is there")
-        return path if path.stat().st_size <= MAX_BYTES else self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
+        return (
+            path
+            if path.stat().st_size <= MAX_BYTES
+            else self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
+        )
 
     def json(self, relative: str, *keys: str, kind: type = list) -> tuple[Path, list | dict]:
         """The path, and what stands under some keys of a JSON file: a list or a dictionary with entries, empty where it is not."""
@@ -68,9 +74,13 @@ class Files:
 
     def tensors(self, relative: str, *keys: str) -> tuple[Path, list]:
         """The same of a list in a file of torch.save; nothing but lists, dictionaries, texts, numbers and tensors is loaded."""
-        return self._opened(relative, lambda path: torch.load(path, map_location="cpu", weights_only=True), keys, list)
+        return self._opened(
+            relative, lambda path: torch.load(path, map_location="cpu", weights_only=True), keys, list
+        )
 
-    def _opened(self, relative: str, read: Callable[[Path], Any], keys: tuple[str, ...], kind: type) -> tuple[Path, Any]:
+    def _opened(
+        self, relative: str, read: Callable[[Path], Any], keys: tuple[str, ...], kind: type
+    ) -> tuple[Path, Any]:
         where = self.root.folder / relative
         try:
             if relative not in self._read:
@@ -82,11 +92,17 @@ class Files:
                     found = found[key]
                 if isinstance(found, kind) and found:
                     return where, found
-                self.wrong(where, f"expected a {kind.__name__} with entries{f' under {keys}' if keys else ''}; is it the right file?")
+                self.wrong(
+                    where,
+                    f"expected a {kind.__name__} with entries{f' under {keys}' if keys else ''}; is it the right file?",
+                )
         except ElvaDataError:
             raise
         except Exception as error:  # an unpickler given random bytes raises whatever it stumbles over
-            self.wrong(where, f"cannot be read as expected ({type(error).__name__}: {str(error)[:200]}); download it again")
+            self.wrong(
+                where,
+                f"cannot be read as expected ({type(error).__name__}: {str(error)[:200]}); download it again",
+            )
         return where, kind()
 
     def rows(self, path: Path, rows: Iterable, parse: Callable[[int, object], R]) -> list[R]:
@@ -99,7 +115,9 @@ class Files:
             except KeyError as error:
                 self.wrong(where, f"key {error} is missing")
             except (TypeError, ValueError, IndexError, AttributeError) as error:
-                self.wrong(where, f"{error}; repair or remove it" if not isinstance(error, ElvaDataError) else error)
+                self.wrong(
+                    where, f"{error}; repair or remove it" if not isinstance(error, ElvaDataError) else error
+                )
         return out
 
     def repeated(self, path: Path, what: str, values: Iterable[object]) -> None:
@@ -107,7 +125,9 @@ class Files:
         first: dict[object, int] = {}
         for number, value in enumerate(values, start=1):
             if first.setdefault(value, number) != number:
-                self.notes.append(f"{path}, entry {number}: {what} {str(value)[:80]!r} is that of entry {first[value]}, too")
+                self.notes.append(
+                    f"{path}, entry {number}: {what} {str(value)[:80]!r} is that of entry {first[value]}, too"
+                )
 
 
 def text(value: object, name: str) -> str:

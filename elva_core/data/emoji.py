@@ -29,7 +29,10 @@ from elva_core.data import mbeir
 from elva_core.data.images import open_image
 
 DATASET_ID = 10
-LICENCES = {"Goog": "Noto Emoji, Apache-2.0", "Twtr": "Twemoji, CC BY 4.0"}  # the only drawings in committed figures
+LICENCES = {
+    "Goog": "Noto Emoji, Apache-2.0",
+    "Twtr": "Twemoji, CC BY 4.0",
+}  # the only drawings in committed figures
 _TONE = re.compile(r"(?:(?:medium-light|medium-dark|light|medium|dark) skin tone ?)+")
 _HAIR = re.compile(r"(?:red|curly|white|blond) hair|bald|beard")
 _WHO = re.compile(r"(?:(?:old |pregnant )?(?:man|woman|person)|men|women|people|boy|girl)(?=\s|$)")
@@ -37,9 +40,18 @@ TONES = tuple(f"{shade} skin tone" for shade in ("light", "medium-light", "mediu
 _ONE_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
 _TWO = re.compile(r"\b(woman)( and | )(man)\b")
 PARTNER = {"man": "woman", "woman": "man", "boy": "girl", "girl": "boy"}
-FALSE = {"add": ("att", "obj"), "replace": ("att", "obj", "rel"), "swap": ("att", "obj")}  # SugarCrepe's files
+FALSE = {
+    "add": ("att", "obj"),
+    "replace": ("att", "obj", "rel"),
+    "swap": ("att", "obj"),
+}  # SugarCrepe's files
 COMPOSITIONS = ("seen composition", "unseen composition")
-QUESTIONS = {"who": "Who is it?", "what": "What is it or what does it do?", "tone": "Which skin tone?", "hair": "Which hair?"}
+QUESTIONS = {
+    "who": "Who is it?",
+    "what": "What is it or what does it do?",
+    "tone": "Which skin tone?",
+    "hair": "Which hair?",
+}
 INSTRUCTIONS = {
     ("text", "image"): ("Find the image.", "Show it.", "Which picture is it?", "Get the drawing."),
     ("image", "text"): ("Find the name.", "Name it.", "What is it called?", "Get the caption."),
@@ -122,8 +134,12 @@ def load(language: str) -> list[Emoji]:
         language: language of the translation, one of emoji.LANGUAGES.
     """
     if language not in unicode_names.LANGUAGES:
-        raise artifact_files.ElvaDataError(f"language {language!r} is none of {unicode_names.LANGUAGES}; correct data.language")
-    drawn = set.intersection(*({p.stem for p in vendor.glob("*.png")} for vendor in image_folder().iterdir() if vendor.is_dir()))
+        raise artifact_files.ElvaDataError(
+            f"language {language!r} is none of {unicode_names.LANGUAGES}; correct data.language"
+        )
+    drawn = set.intersection(
+        *({p.stem for p in vendor.glob("*.png")} for vendor in image_folder().iterdir() if vendor.is_dir())
+    )
     unicode_names.config.load_language(language)
     out = []
     for characters, entry in unicode_names.EMOJI_DATA.items():
@@ -136,7 +152,9 @@ def load(language: str) -> list[Emoji]:
 
 def held_out(emojis: Sequence[Emoji], share: float) -> set[str]:
     """Code points of the multi-grain compositions kept out of every training row; the share is exact."""
-    ranked = sorted((e for e in emojis if e.multi_grain), key=lambda e: mbeir.stable_hash("held-out", e.codes))
+    ranked = sorted(
+        (e for e in emojis if e.multi_grain), key=lambda e: mbeir.stable_hash("held-out", e.codes)
+    )
     return {e.codes for e in ranked[: round(share * len(ranked))]}
 
 
@@ -217,21 +235,31 @@ def _source(e: Emoji) -> dict:
     return {"codes": e.codes, "grains": [list(s) for s in e.segments]}
 
 
-def _candidates(ids: _Ids, vendors: Sequence[str], emojis: Sequence[Emoji]) -> dict[int, list[mbeir.Candidate]]:
+def _candidates(
+    ids: _Ids, vendors: Sequence[str], emojis: Sequence[Emoji]
+) -> dict[int, list[mbeir.Candidate]]:
     """task -> the candidates of a split."""
 
     def image(v, e):
         return mbeir.Candidate(ids.image(v, e), None, _relative(v, e), "image", _source(e))
 
     def captioned(v, e):
-        return mbeir.Candidate(ids.captioned(v, e), mbeir.normalise(e.translation), _relative(v, e), "image,text", _source(e))
+        return mbeir.Candidate(
+            ids.captioned(v, e), mbeir.normalise(e.translation), _relative(v, e), "image,text", _source(e)
+        )
 
     images = [image(v, e) for v in vendors for e in emojis]
     both = [captioned(v, e) for v in vendors for e in emojis]
     names = [mbeir.Candidate(ids.name(e), mbeir.normalise(e.name), None, "text", _source(e)) for e in emojis]
-    translations = [mbeir.Candidate(ids.translation(e), mbeir.normalise(e.translation), None, "text", _source(e)) for e in emojis]
+    translations = [
+        mbeir.Candidate(ids.translation(e), mbeir.normalise(e.translation), None, "text", _source(e))
+        for e in emojis
+    ]
     present = sorted({text for e in emojis if e.multi_grain for _, text in e.segments}, key=ids.answers.index)
-    answers = [mbeir.Candidate(ids.answer(t), mbeir.normalise(t), None, "text", {"grains": [["answer", t]]}) for t in present]
+    answers = [
+        mbeir.Candidate(ids.answer(t), mbeir.normalise(t), None, "text", {"grains": [["answer", t]]})
+        for t in present
+    ]
     return {0: images, 1: translations, 2: both, 3: names, 4: images, 6: answers, 7: images, 8: both}
 
 
@@ -262,7 +290,9 @@ def _queries(
         1: [(e, e.name, None, [ids.translation(e)]) for (e,) in draw(singles)],
         2: [(e, e.name, None, [ids.captioned(v, e) for v in vendors]) for (e,) in draw(singles)],
         3: [(e, None, _relative(v, e), [ids.name(e)]) for e, v in draw(drawn)],
-        4: [(e, None, _relative(q, e), [ids.image(v, e) for v in vendors if v != q]) for e, q in draw(others)],
+        4: [
+            (e, None, _relative(q, e), [ids.image(v, e) for v in vendors if v != q]) for e, q in draw(others)
+        ],
         6: [(e, QUESTIONS[k], _relative(v, e), [ids.answer(e.grains[k])], k) for e, v, k in draw(asked)],
         7: [(e, changes(e, t), _relative(v, e), [ids.image(v, t)], t) for e, v, t in draw(changed)],
         8: [(e, "What is the German name?", _relative(v, e), [ids.captioned(v, e)]) for e, v in draw(drawn)],
@@ -279,7 +309,18 @@ def _queries(
             elif task == 7:
                 source = _source(detail[0]) | {"reference": e.codes}
             normal = mbeir.normalise(text) if text else None
-            out[task].append(mbeir.Query(f"{DATASET_ID}:{number}", normal, image, modality[task], tuple(positives), (), task, source))
+            out[task].append(
+                mbeir.Query(
+                    f"{DATASET_ID}:{number}",
+                    normal,
+                    image,
+                    modality[task],
+                    tuple(positives),
+                    (),
+                    task,
+                    source,
+                )
+            )
     return out
 
 
@@ -317,11 +358,23 @@ def write_root(
         visible = [e for e in emojis if split != "train" or e.codes not in unseen]
         rng = random.Random(mbeir.stable_hash(seed, "emoji", split))
         pools = _candidates(ids, vendors[split], visible)
-        queries = _queries(ids, vendors[split], asks_with[split], visible, limits[split], rng, multi_grain_only=split != "train")
+        queries = _queries(
+            ids,
+            vendors[split],
+            asks_with[split],
+            visible,
+            limits[split],
+            rng,
+            multi_grain_only=split != "train",
+        )
         if split == "train":
             everything = [q for task in queries.values() for q in task]
             _write_queries(root, "emoji", split, everything)
-            union = everything + [q for rows in queries.values() for q in rng.choices(rows, k=max(0, limits["up_sample"] - len(rows)))]
+            union = everything + [
+                q
+                for rows in queries.values()
+                for q in rng.choices(rows, k=max(0, limits["up_sample"] - len(rows)))
+            ]
             rng.shuffle(union)
             mbeir.write_jsonl(root.union_train_path(), map(mbeir.query_record, union))
         else:
@@ -334,7 +387,16 @@ def write_root(
         mbeir.write_jsonl(root.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
     table = folder / "instructions/query_instructions.tsv"
     table.parent.mkdir(parents=True, exist_ok=True)
-    header = ["query_modality", "cand_modality", "dataset_name", "dataset_id", "prompt_1", "prompt_2", "prompt_3", "prompt_4"]
+    header = [
+        "query_modality",
+        "cand_modality",
+        "dataset_name",
+        "dataset_id",
+        "prompt_1",
+        "prompt_2",
+        "prompt_3",
+        "prompt_4",
+    ]
     lines = [header, *([*pair, "emoji", str(DATASET_ID), *prompts] for pair, prompts in INSTRUCTIONS.items())]
     table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
     return root
@@ -366,7 +428,9 @@ def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float
     return len(table)
 
 
-def write_clips(emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings: int, length: int, rate: int, seed: int) -> None:
+def write_clips(
+    emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings: int, length: int, rate: int, seed: int
+) -> None:
     """Short clips of multi-grain emoji, one folder in MSR-VTT's layout for each motion; all folders show the same emoji.
 
     Args:
@@ -379,7 +443,9 @@ def write_clips(emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings:
     for word, motion in MOTIONS.items():
         rows = [(f"ret{i}", f"msr{i}", f"video{i}", e.name) for i, e in enumerate(chosen)]
         for (_, _, video, _), e, sign in zip(rows, chosen, signs, strict=True):
-            drawing = open_image(image_folder() / vendor / f"{e.codes}.png").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            drawing = open_image(image_folder() / vendor / f"{e.codes}.png").resize(
+                (SIDE, SIDE), Image.Resampling.BICUBIC
+            )
             frames = [_moved(drawing, sign, *motion((i + 0.5) / length)) for i in range(length)]
             clips.write(folder / word / "videos" / f"{video}.mp4", frames, rate=rate)
         table = pd.DataFrame(rows, columns=["key", "vid_key", "video_id", "sentence"])
@@ -397,7 +463,14 @@ def _moved(drawing: Image.Image, sign: int, turn: float, size: float, shift: flo
 
 
 def write_unseen(
-    emojis: Sequence[Emoji], folder: Path, *, trained: str, new: str, held_out_share: float, languages: Sequence[str], queries: int
+    emojis: Sequence[Emoji],
+    folder: Path,
+    *,
+    trained: str,
+    new: str,
+    held_out_share: float,
+    languages: Sequence[str],
+    queries: int,
 ) -> dict[str, tuple[str, str]]:
     """What no stage saw, as files in the layouts of ShareGPT4V, CC-Neg and SugarCrepe.
 
@@ -412,22 +485,43 @@ def write_unseen(
     """
     spoken = {language: {e.codes: e.translation for e in load(language)} for language in languages}
     names = {"en": {e.codes: e.name for e in emojis}} | spoken
-    once = {language: {n for n, count in Counter(own.values()).items() if count == 1} for language, own in names.items()}
-    clear = [e for e in emojis if e.multi_grain and all(own[e.codes] in once[language] for language, own in names.items())]
+    once = {
+        language: {n for n, count in Counter(own.values()).items() if count == 1}
+        for language, own in names.items()
+    }
+    clear = [
+        e
+        for e in emojis
+        if e.multi_grain and all(own[e.codes] in once[language] for language, own in names.items())
+    ]
     unseen = held_out(emojis, held_out_share)
-    drawn = {g: _drawn([e for e in clear if (e.codes in unseen) == (g == "unseen composition")], queries) for g in COMPOSITIONS}
+    drawn = {
+        g: _drawn([e for e in clear if (e.codes in unseen) == (g == "unseen composition")], queries)
+        for g in COMPOSITIONS
+    }
     sets = {"trained vendor": ("vendor", trained, "en"), "unseen vendor": ("vendor", new, "en")}
     sets |= {f"names in {language}": ("language", new, language) for language in languages}
     for name, (question, vendor, language) in sets.items():
         groups = question == "vendor"
-        rows = [(e, names[language][e.codes], {"group": g} if groups else {}) for g, own in drawn.items() for e in own]
+        rows = [
+            (e, names[language][e.codes], {"group": g} if groups else {})
+            for g, own in drawn.items()
+            for e in own
+        ]
         records = [{"image_name": f"{e.codes}.png", "caption": caption} | group for e, caption, group in rows]
-        _write_set(folder / name, "val_data", vendor, [e for e, _, _ in rows], {"datas_for_validation.json": records})
+        _write_set(
+            folder / name, "val_data", vendor, [e for e, _, _ in rows], {"datas_for_validation.json": records}
+        )
     _write_negations(folder / "negation", new, _drawn(clear, queries))
     everything = load(languages[0])
     wrong = {kind: _drawn(rows, queries) for kind, rows in replaced_captions(everything).items()}
-    tables = {f"data/{kind}.json": {f"{i}": _pair(e, false) for i, (e, false) in enumerate(rows)} for kind, rows in wrong.items()}
-    _write_set(folder / "composition", "val2017", new, [e for rows in wrong.values() for e, _ in rows], tables)
+    tables = {
+        f"data/{kind}.json": {f"{i}": _pair(e, false) for i, (e, false) in enumerate(rows)}
+        for kind, rows in wrong.items()
+    }
+    _write_set(
+        folder / "composition", "val2017", new, [e for rows in wrong.values() for e, _ in rows], tables
+    )
     questions = {name: (question, "sharegpt4v") for name, (question, _, _) in sets.items()}
     return questions | {"negation": ("captions", "ccneg"), "composition": ("captions", "sugarcrepe")}
 
@@ -439,13 +533,21 @@ def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, st
     tones swap tones, or swap places. A false caption is the name of another emoji wherever one exists.
     """
     near, taken = twins(emojis), {e.name: e for e in emojis}
-    out: dict[str, list[tuple[Emoji, str]]] = {f"{how}_{what}": [] for how, whats in FALSE.items() for what in whats}
+    out: dict[str, list[tuple[Emoji, str]]] = {
+        f"{how}_{what}": [] for how, whats in FALSE.items() for what in whats
+    }
     for e in emojis:
         for kind, _ in e.segments:
             others = [t for t in near[e.codes] if t.grains[kind] != e.grains[kind]]
             if others:
                 other = others[mbeir.stable_hash("replace", e.codes, kind) % len(others)]
-                what = "att" if kind in ("tone", "hair") else "rel" if kind == "what" and "who" in e.grains else "obj"
+                what = (
+                    "att"
+                    if kind in ("tone", "hair")
+                    else "rel"
+                    if kind == "what" and "who" in e.grains
+                    else "obj"
+                )
                 out[f"replace_{what}"].append((e, other.name))
         toned = [name for tone in TONES if (name := f"{e.name} {tone}") in taken]
         if toned and "tone" not in e.grains:
@@ -463,14 +565,18 @@ def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, st
 
 def _drawn(rows: Sequence, count: int) -> list:
     """`count` of them; the same emoji in every set that can have them, so that sets compare the same drawings."""
-    return sorted(rows, key=lambda row: mbeir.stable_hash("unseen", (row[0] if isinstance(row, tuple) else row).codes))[:count]
+    return sorted(
+        rows, key=lambda row: mbeir.stable_hash("unseen", (row[0] if isinstance(row, tuple) else row).codes)
+    )[:count]
 
 
 def _pair(e: Emoji, false: str) -> dict:
     return {"filename": f"{e.codes}.png", "caption": e.name, "negative_caption": false}
 
 
-def _write_set(folder: Path, images: str, vendor: str, emojis: Sequence[Emoji], tables: Mapping[str, object]) -> None:
+def _write_set(
+    folder: Path, images: str, vendor: str, emojis: Sequence[Emoji], tables: Mapping[str, object]
+) -> None:
     (folder / images).mkdir(parents=True, exist_ok=True)
     for e in emojis:
         shutil.copyfile(image_folder() / vendor / f"{e.codes}.png", folder / images / f"{e.codes}.png")

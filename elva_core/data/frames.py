@@ -69,7 +69,9 @@ def read(clip: Clip) -> Frames:
         total, rate = _measured(clip.path)
         indices = sampled(total, clip.frames)
         wanted = set(indices)
-        found = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(_decoded(clip.path)) if i in wanted}
+        found = {
+            i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(_decoded(clip.path)) if i in wanted
+        }
     except ElvaDataError:
         raise
     except FileNotFoundError:
@@ -98,7 +100,9 @@ def _measured(path: Path) -> tuple[int, float]:
         declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
     total = sum(1 for _ in _decoded(path))
     if not total or not rate or total < TRUNCATED * declared:
-        raise ElvaDataError(f"video {path} is truncated: {total} frames decode, its header declares {declared}; replace the file")
+        raise ElvaDataError(
+            f"video {path} is truncated: {total} frames decode, its header declares {declared}; replace the file"
+        )
     return total, float(rate)
 
 

@@ -16,7 +16,9 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder
 def guard_size(what: str, width: int, height: int) -> None:
     """Raises ElvaDataError where an image or a frame is too large, or too elongated. what: names the file."""
     if max(width, height) > MAX_ASPECT * min(width, height) or width * height > MAX_PIXELS:
-        raise ElvaDataError(f"{what} is {width}x{height}; crop it below {MAX_PIXELS:,} pixels and aspect {MAX_ASPECT}")
+        raise ElvaDataError(
+            f"{what} is {width}x{height}; crop it below {MAX_PIXELS:,} pixels and aspect {MAX_ASPECT}"
+        )
 
 
 def open_image(path: Path) -> Image.Image:

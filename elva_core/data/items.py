@@ -58,4 +58,6 @@ def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
 
 def candidate_item(root: mbeir.Root, candidate: mbeir.Candidate) -> Item:
     """A candidate; candidates never carry an instruction."""
-    return Item(mbeir.normalise(candidate.text), root.image_path(candidate.image) if candidate.image else None)
+    return Item(
+        mbeir.normalise(candidate.text), root.image_path(candidate.image) if candidate.image else None
+    )

@@ -53,11 +53,15 @@ class Report:
             return None
 
 
-def check(root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decode_images: bool = True) -> list[str]:
+def check(
+    root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decode_images: bool = True
+) -> list[str]:
     """Every violation, as "file:line: what is wrong". An empty list is a clean root."""
     report = Report(root, decode_images)
     if not any(root.units(split) for split in splits):
-        report.problems.append(f"{root.folder}/query has no file of {', '.join(splits)}; is this the root of an M-BEIR folder?")
+        report.problems.append(
+            f"{root.folder}/query has no file of {', '.join(splits)}; is this the root of an M-BEIR folder?"
+        )
         return report.problems
     report.prompts = report.attempt(lambda: root.instructions) or {}
     for split in splits:
@@ -72,7 +76,9 @@ def check(root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decod
                 path = root.pool_path(unit, split)
                 local = _pool(report, path)
                 if len(local.ids) < OFFICIAL_UNITS.get(unit, 5):
-                    report.problems.append(f"{path}: {len(local.ids)} candidates are fewer than the reported cut-off k")
+                    report.problems.append(
+                        f"{path}: {len(local.ids)} candidates are fewer than the reported cut-off k"
+                    )
             judged = _queries(report, root.query_path(unit, split), local, everything)
             _qrels(report, unit, split, judged)
         if union:
@@ -125,7 +131,9 @@ def _content(report: Report, where: str, text: str | None, image: str | None, mo
             report.problems.append(f"{where}: {error}")
 
 
-def _queries(report: Report, path: Path, local: Known | None, everything: Known) -> dict[tuple[str, str], int]:
+def _queries(
+    report: Report, path: Path, local: Known | None, everything: Known
+) -> dict[tuple[str, str], int]:
     """Checks a query file; returns the task of every (qid, positive).
 
     Args:
@@ -143,7 +151,10 @@ def _queries(report: Report, path: Path, local: Known | None, everything: Known)
         except ElvaDataError as error:
             report.problems.append(f"{where}: {error}")
         _content(report, where, query.text, query.image, query.modality)
-        report.problems.extend(f"{where}: {message}" for message in _judge(query, local or everything, everything, report.prompts))
+        report.problems.extend(
+            f"{where}: {message}"
+            for message in _judge(query, local or everything, everything, report.prompts)
+        )
         if local is not None:
             judged |= {(query.qid, did): query.task for did in query.positives}
     return judged
@@ -180,9 +191,13 @@ def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], 
         if relevance > 0:
             judged.add((qid, did))
             if (qid, did) not in listed:
-                report.problems.append(f"{path}:{number}: {qid} {did} is only in the qrels, not in pos_cand_list")
+                report.problems.append(
+                    f"{path}:{number}: {qid} {did} is only in the qrels, not in pos_cand_list"
+                )
             elif task is not None and task != listed[qid, did]:
-                report.problems.append(f"{path}:{number}: task {task}, but the query has task_id {listed[qid, did]}")
+                report.problems.append(
+                    f"{path}:{number}: task {task}, but the query has task_id {listed[qid, did]}"
+                )
     for qid, did in listed:
         if (qid, did) not in judged:
             report.problems.append(f"{path}: {qid} {did} is only in pos_cand_list")

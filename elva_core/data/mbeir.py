@@ -100,7 +100,9 @@ def unhashed_candidate_id(value: int) -> str:
 def _hashed(identifier: str, base: int) -> int:
     dataset, number = split_id(identifier)
     if number >= base:
-        raise ElvaDataError(f"id {identifier!r}: n must stay below {base:,}, else it spills into dataset {dataset + 1}")
+        raise ElvaDataError(
+            f"id {identifier!r}: n must stay below {base:,}, else it spills into dataset {dataset + 1}"
+        )
     return dataset * base + number
 
 
@@ -252,7 +254,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         offset = 0
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             if len(line) > MAX_LINE:
-                raise ElvaDataError(f"{path}:{number}: the line has more than {MAX_LINE:,} bytes; repair or remove it")
+                raise ElvaDataError(
+                    f"{path}:{number}: the line has more than {MAX_LINE:,} bytes; repair or remove it"
+                )
             yield number, offset, line
             offset += len(line)
 
@@ -325,7 +329,9 @@ class Records(Sequence[R], Generic[R]):
         row = range(len(self))[place]
         with self.path.open("rb") as file:
             file.seek(self._offsets[row])
-            return parsed(self.path, row + 1, file.read(self._offsets[row + 1] - self._offsets[row]), self._parse)
+            return parsed(
+                self.path, row + 1, file.read(self._offsets[row + 1] - self._offsets[row]), self._parse
+            )
 
     def __iter__(self) -> Iterator[R]:
         return (parsed(self.path, number, line, self._parse) for number, _, line in read_lines(self.path))
@@ -377,7 +383,10 @@ class Root:
 
     def units(self, split: str) -> list[str]:
         """Unit names that have a query file in this split; official ones first, in official order."""
-        names = [p.name[len("mbeir_") : -len(f"_{split}.jsonl")] for p in self.query_path("*", split).parent.glob(f"mbeir_*_{split}.jsonl")]
+        names = [
+            p.name[len("mbeir_") : -len(f"_{split}.jsonl")]
+            for p in self.query_path("*", split).parent.glob(f"mbeir_*_{split}.jsonl")
+        ]
         order = list(OFFICIAL_UNITS)
         return sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n))
 
@@ -395,7 +404,11 @@ class Root:
         if pool == "global":
             return self.folder / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"
         per_split = self.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
-        return per_split if per_split.is_file() else self.folder / f"cand_pool/local/mbeir_{unit}_cand_pool.jsonl"
+        return (
+            per_split
+            if per_split.is_file()
+            else self.folder / f"cand_pool/local/mbeir_{unit}_cand_pool.jsonl"
+        )
 
     def queries(self, unit: str, split: str) -> Records[Query]:
         """Queries of one unit in file order."""
@@ -422,7 +435,9 @@ class Root:
         kept = np.ones(len(queries), bool)
         for unit in self.matching(excluded, "test"):
             first = self.queries(unit, "test")[0]
-            kept &= (queries.ids // QUERY_ID_BASE != int(first.qid.split(":")[0])) | (queries.kinds != first.task)
+            kept &= (queries.ids // QUERY_ID_BASE != int(first.qid.split(":")[0])) | (
+                queries.kinds != first.task
+            )
         return np.flatnonzero(kept)
 
     def pool(self, unit: str, split: str, pool: str = "local") -> Pool:
@@ -451,14 +466,18 @@ class Root:
             if number == 1:
                 continue  # the header's names are never read
             if len(cells) < 5 or not re.fullmatch("[0-9]{1,6}", cells[3]) or not prompts:
-                raise ElvaDataError(f"{path}:{number}: expected 3 names, a dataset id and 1 to 4 prompts, tab-separated")
+                raise ElvaDataError(
+                    f"{path}:{number}: expected 3 names, a dataset id and 1 to 4 prompts, tab-separated"
+                )
             try:
                 table[int(cells[3]), _modality(cells[0]), _modality(cells[1])] = prompts
             except ElvaDataError as error:
                 raise ElvaDataError(f"{path}:{number}: {error}") from None
         return table
 
-    def query_text(self, query: Query, *, seed: int = 0, scope: str = "", prompt_index: int | None = None) -> str:
+    def query_text(
+        self, query: Query, *, seed: int = 0, scope: str = "", prompt_index: int | None = None
+    ) -> str:
         """Instruction plus query text, normalised as UniIR and LamRA do (4.2).
 
         Args:
@@ -468,7 +487,9 @@ class Root:
         """
         key = (split_id(query.qid)[0], query.modality, CANDIDATE_MODALITY.get(query.task, "?"))
         if key not in self.instructions:
-            raise ElvaDataError(f"no instruction for (dataset, query, candidate) = {key} in {self.folder}/instructions")
+            raise ElvaDataError(
+                f"no instruction for (dataset, query, candidate) = {key} in {self.folder}/instructions"
+            )
         prompts = self.instructions[key]
         index = stable_hash(seed, scope, query.qid) if prompt_index is None else prompt_index
         return normalise(normalise(prompts[index % len(prompts)]) + " " + (query.text or ""))
@@ -477,7 +498,9 @@ class Root:
         """Absolute path of an image named in a record. Raises ElvaDataError if it leaves the root."""
         path = (self.folder / relative).resolve() if "\0" not in relative else None
         if path is None or not path.is_relative_to(self.folder.resolve()):
-            raise ElvaDataError(f"image path {relative!r} leaves the root {self.folder}; paths are relative to the root")
+            raise ElvaDataError(
+                f"image path {relative!r} leaves the root {self.folder}; paths are relative to the root"
+            )
         return path
 
 

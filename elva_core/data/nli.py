@@ -18,7 +18,9 @@ def read(path: Path) -> pd.DataFrame:
         ElvaDataError: missing file, missing column, or an empty cell; names the line.
     """
     if not path.is_file():
-        raise ElvaDataError(f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection")
+        raise ElvaDataError(
+            f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection"
+        )
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, pd.errors.ParserError) as error:

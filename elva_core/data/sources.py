@@ -25,18 +25,29 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
     folder.mkdir(parents=True, exist_ok=True)
     root, triplets = folder / "root", folder / "nli.csv"
     if (data.emoji is None) == (data.root is None or data.nli is None):
-        raise files.ElvaDataError("data: give either emoji, or both root (an M-BEIR folder) and nli (SimCSE's CSV)")
+        raise files.ElvaDataError(
+            "data: give either emoji, or both root (an M-BEIR folder) and nli (SimCSE's CSV)"
+        )
     if data.emoji is None:
         for link, target in ((root, Path(data.root)), (triplets, Path(data.nli))):
             if not target.exists():
-                raise files.ElvaDataError(f"{target} does not exist; correct data.root and data.nli in the profile")
+                raise files.ElvaDataError(
+                    f"{target} does not exist; correct data.root and data.nli in the profile"
+                )
             link.unlink(missing_ok=True)
             link.symlink_to(target.resolve())
         return mbeir.Root(root), triplets
     settings = data.emoji
     emojis = emoji.sample(emoji.load(settings.language), settings.size)
     limits = {**settings.queries_per_unit, "up_sample": settings.up_sample}
-    emoji.write_root(emojis, root, vendors=settings.vendors, held_out_share=settings.held_out_share, limits=limits, seed=seed)
+    emoji.write_root(
+        emojis,
+        root,
+        vendors=settings.vendors,
+        held_out_share=settings.held_out_share,
+        limits=limits,
+        seed=seed,
+    )
     emoji.write_triplets(emojis, triplets, held_out_share=settings.held_out_share)
     return mbeir.Root(root), triplets
 
@@ -49,7 +60,9 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     """
     data, asked = settings.data.emoji, settings.unseen
     if data is None:
-        raise files.ElvaDataError("unseen.language is for the embedded data; give unseen.sets, a folder of the paper's unseen sets")
+        raise files.ElvaDataError(
+            "unseen.language is for the embedded data; give unseen.sets, a folder of the paper's unseen sets"
+        )
     emojis = emoji.sample(emoji.load(data.language), data.size)
     if asked.language in ("en", data.language):
         raise files.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
@@ -82,10 +95,20 @@ def write_clips(settings: Settings, folder: Path, seed: int) -> None:
     if video is None or video.drawings is None:
         return
     if data is None:
-        raise files.ElvaDataError("video.drawings needs the embedded collection; give video.sets, a folder with msrvtt/ and msvd/")
+        raise files.ElvaDataError(
+            "video.drawings needs the embedded collection; give video.sets, a folder with msrvtt/ and msvd/"
+        )
     emojis = emoji.sample(emoji.load(data.language), data.size)
     (vendor,) = data.vendors["test"]
-    emoji.write_clips(emojis, folder, vendor=vendor, drawings=video.drawings, length=video.length, rate=video.rate, seed=seed)
+    emoji.write_clips(
+        emojis,
+        folder,
+        vendor=vendor,
+        drawings=video.drawings,
+        length=video.length,
+        rate=video.rate,
+        seed=seed,
+    )
 
 
 def counts(root: mbeir.Root) -> pd.DataFrame:
@@ -119,7 +142,9 @@ def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[
     for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
         positive = pool[next(row for did in query.positives if (row := pool.row(did)) is not None)]
         cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
-        cells.append((f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None))
+        cells.append(
+            (f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None)
+        )
     return cells
 
 
@@ -132,7 +157,10 @@ def twins_in_pool(root: mbeir.Root, unit: str, split: str) -> pd.Series:
     out = []
     for query in root.queries(unit, split):
         own = mbeir.grains(query)
-        near = [keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text} for hidden, (kind, text) in enumerate(own)]
+        near = [
+            keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text}
+            for hidden, (kind, text) in enumerate(own)
+        ]
         out.append(sum(map(len, near)))
     return pd.Series(out, name="twins")
 

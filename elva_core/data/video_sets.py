@@ -38,12 +38,17 @@ def msrvtt(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
         path, columns, first = table, ("video_id", "sentence"), 2
     else:
         if not records.is_file():
-            raise ElvaDataError(f"{root}: neither {table.name} nor {records.name} is there; unpack the annotations of MSR-VTT 1k-A there")
+            raise ElvaDataError(
+                f"{root}: neither {table.name} nor {records.name} is there; unpack the annotations of MSR-VTT 1k-A there"
+            )
         found = pd.DataFrame(_opened(records, lambda path: json.loads(path.read_bytes())))
         path, columns, first = records, ("video_id", "caption"), 1
     if lost := [c for c in columns if c not in found]:
         raise ElvaDataError(f"{path}: {lost} is missing; expected {list(columns)}")
-    rows = [(f"{path}:{n}", *row) for n, row in enumerate(found[list(columns)].itertuples(index=False), start=first)]
+    rows = [
+        (f"{path}:{n}", *row)
+        for n, row in enumerate(found[list(columns)].itertuples(index=False), start=first)
+    ]
     return _task("MSR-VTT", root, rows, frames, instruction)
 
 
@@ -63,7 +68,9 @@ def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
     for number, name in enumerate(ids, start=1):
         own = captions.get(name) if isinstance(captions, dict) else None
         if not own or not all(isinstance(c, list) and all(isinstance(w, str) for w in c) for c in own):
-            raise ElvaDataError(f"{path}: no captions of video {name!r} ({listed}:{number}) as lists of words; is it the right file?")
+            raise ElvaDataError(
+                f"{path}: no captions of video {name!r} ({listed}:{number}) as lists of words; is it the right file?"
+            )
         rows += [(f"{listed}:{number}", name, " ".join(words)) for words in own]
     return _task("MSVD", root, rows, frames, instruction)
 
@@ -87,15 +94,25 @@ def _opened(path: Path, read: Callable):
         raise ElvaDataError(f"{path} cannot be read as expected ({error}); download it again") from None
 
 
-def _task(name: str, root: Path, rows: Sequence[tuple[str, object, object]], frames: int, instruction: str) -> Task:
+def _task(
+    name: str, root: Path, rows: Sequence[tuple[str, object, object]], frames: int, instruction: str
+) -> Task:
     """Rows (where it stands, video id, caption) as a task; each distinct video is one candidate."""
-    files = {path.stem: path for path in sorted((root / "videos").rglob("*"), reverse=True) if path.suffix.lower() in SUFFIXES}
+    files = {
+        path.stem: path
+        for path in sorted((root / "videos").rglob("*"), reverse=True)
+        if path.suffix.lower() in SUFFIXES
+    }
     place: dict[str, int] = {}
     for where, video, caption in rows:
         if not isinstance(caption, str) or not caption.strip():
-            raise ElvaDataError(f"{where}: the caption of video {video!r} is {caption!r}; repair or remove it")
+            raise ElvaDataError(
+                f"{where}: the caption of video {video!r} is {caption!r}; repair or remove it"
+            )
         if video not in files:
-            raise ElvaDataError(f"{where}: video {video!r} is not below {root / 'videos'}; unpack the videos there")
+            raise ElvaDataError(
+                f"{where}: video {video!r} is not below {root / 'videos'}; unpack the videos there"
+            )
         place.setdefault(video, len(place))
     if not rows:
         raise ElvaDataError(f"{root}: no rows; is it the right folder?")

@@ -67,22 +67,47 @@ def measure(
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
         scores["rank"] = [ranks[0] for ranks in result.ranks]  # of the first positive
         new = sources.unseen(root, result.queries)
-        hits.append(pd.DataFrame({"model": model, "unit": unit, "qid": [q.qid for q in result.queries], "unseen": new, **scores}))
+        hits.append(
+            pd.DataFrame(
+                {
+                    "model": model,
+                    "unit": unit,
+                    "qid": [q.qid for q in result.queries],
+                    "unseen": new,
+                    **scores,
+                }
+            )
+        )
     table = pd.DataFrame(rows)
     table.insert(0, "model", model)
     return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
 
 
 def searcher_of(
-    encoder: Encoder, root: mbeir.Root, split: str, settings: EvaluationSettings, template: str, embed_pool: Vectors | None = None
+    encoder: Encoder,
+    root: mbeir.Root,
+    split: str,
+    settings: EvaluationSettings,
+    template: str,
+    embed_pool: Vectors | None = None,
 ) -> Searcher:
     """A searcher that keeps its embeddings where the profile says."""
-    kept = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template) if settings.on_disk else None
+    kept = (
+        Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+        if settings.on_disk
+        else None
+    )
     return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
 
 
 def score(
-    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str, spread: bool = False
+    searcher: Searcher,
+    units: Sequence[str],
+    pools: Sequence[str],
+    out: Path,
+    *,
+    model: str,
+    spread: bool = False,
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
@@ -115,7 +140,9 @@ def score(
                 retriever.write_run(result, out / "runs", model, split)
                 retriever.write_qrels(searcher.root, unit, split, out / "runs")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                files.write_whole(path, retriever.tabulate([row | {"model": model} for row in rows]).to_csv(index=False))
+                files.write_whole(
+                    path, retriever.tabulate([row | {"model": model} for row in rows]).to_csv(index=False)
+                )
             parts.append(pd.read_csv(path))
     results = pd.concat(parts, ignore_index=True)
     files.write_whole(out / "results.csv", results.to_csv(index=False))
@@ -127,7 +154,13 @@ def score(
 
 def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
     """What the scores of a unit depend on."""
-    values = [asked.query_vectors.content, asked.pool_vectors.content, asked.relevant, settings.model_dump_json(), spread]
+    values = [
+        asked.query_vectors.content,
+        asked.pool_vectors.content,
+        asked.relevant,
+        settings.model_dump_json(),
+        spread,
+    ]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
@@ -135,7 +168,10 @@ def _spread_rows(searcher: Searcher, unit: str, pool: str, n: int) -> list[dict]
     k = mbeir.OFFICIAL_UNITS.get(unit, 5)
     (found,) = prompt_spread(searcher, [unit], k, pool).to_dict("records")
     row = {"unit": unit, "pool": pool, "ci_low": np.nan, "ci_high": np.nan, "n": n}
-    return [row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]} for name in ("mean", "lowest", "highest")]
+    return [
+        row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]}
+        for name in ("mean", "lowest", "highest")
+    ]
 
 
 def official_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -154,15 +190,27 @@ def official_table(results: pd.DataFrame) -> pd.DataFrame:
             found = own[(own["unit"] == unit) & (own["metric"] == f"hit@{k}")]["value"]
             row[f"{unit} @{k}"] = 100 * found.iloc[0] if len(found) else np.nan
         complete = len(units) == len(mbeir.OFFICIAL_UNITS)
-        row["Avg"] = float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()])) if complete else "partial"
+        row["Avg"] = (
+            float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()]))
+            if complete
+            else "partial"
+        )
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def markdown(table: pd.DataFrame) -> str:
     """One decimal, as papers print; nothing where nothing was measured."""
-    cells = [["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row] for row in table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]) + "\n"
+    cells = [
+        ["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row]
+        for row in table.itertuples(index=False)
+    ]
+    return (
+        "\n".join(
+            f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]
+        )
+        + "\n"
+    )
 
 
 def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
@@ -172,7 +220,9 @@ def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed
         for k in cutoffs:
             groups = {unit: part[f"hit@{k}"].to_numpy() for unit, part in own.groupby("unit")}
             for unit, values in groups.items():
-                low, high = metrics.bootstrap_interval(values, samples, distributed.rng_for(seed, "mrbench", unit, k))
+                low, high = metrics.bootstrap_interval(
+                    values, samples, distributed.rng_for(seed, "mrbench", unit, k)
+                )
                 rows.append(
                     {
                         "model": model,
@@ -184,10 +234,20 @@ def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed
                         "n": len(values),
                     }
                 )
-            low, high = metrics.stratified_interval(list(groups.values()), samples, distributed.rng_for(seed, "mrbench average", k))
+            low, high = metrics.stratified_interval(
+                list(groups.values()), samples, distributed.rng_for(seed, "mrbench average", k)
+            )
             mean = float(np.mean([v.mean() for v in groups.values()]))
             rows.append(
-                {"model": model, "unit": "average", "metric": f"hit@{k}", "value": mean, "ci_low": low, "ci_high": high, "n": len(own)}
+                {
+                    "model": model,
+                    "unit": "average",
+                    "metric": f"hit@{k}",
+                    "value": mean,
+                    "ci_low": low,
+                    "ci_high": high,
+                    "n": len(own),
+                }
             )
     return pd.DataFrame(rows)
 
@@ -196,19 +256,26 @@ def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
     """MRBench hit rates for compositions of grains that were and were not in training rows."""
     groups = hits.groupby(["model", "unseen"], sort=False)[f"hit@{k}"].agg(["mean", "count"]).reset_index()
     groups["composition"] = groups["unseen"].map({True: "unseen", False: "seen"})
-    return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[["model", "composition", f"hit@{k}", "n"]]
+    return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[
+        ["model", "composition", f"hit@{k}", "n"]
+    ]
 
 
 def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
     for unit in units:
-        values = [metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean() for i in range(4)]
+        values = [
+            metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean()
+            for i in range(4)
+        ]
         rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
     return pd.DataFrame(rows)
 
 
-def side_by_side(measured: Sequence[Measured], unit: str, index: int, depth: int) -> tuple[str, Path | None, list]:
+def side_by_side(
+    measured: Sequence[Measured], unit: str, index: int, depth: int
+) -> tuple[str, Path | None, list]:
     """One query with the top answers of several models, for figures.retrieved."""
     first = measured[0].bench[unit]
     query, root = first.queries[index], measured[0].searcher.root
@@ -216,7 +283,17 @@ def side_by_side(measured: Sequence[Measured], unit: str, index: int, depth: int
     for m in measured:
         found = [m.bench[unit].candidates[row] for row in m.bench[unit].top[index][:depth]]
         answers.append(
-            (m.model, [(mbeir.caption(c), root.image_path(c.image) if c.image else None, c.did in query.positives) for c in found])
+            (
+                m.model,
+                [
+                    (
+                        mbeir.caption(c),
+                        root.image_path(c.image) if c.image else None,
+                        c.did in query.positives,
+                    )
+                    for c in found
+                ],
+            )
         )
     text = f"{query.text or ''} [{mbeir.caption(query)}]" if query.image else query.text or ""
     return text, root.image_path(query.image) if query.image else None, answers

@@ -27,7 +27,10 @@ from elva_core.files import ElvaDataError
 from elva_core.retrieval import metrics, search
 
 SUBMITTED = 50  # images per query of CIRCO's server
-ALIKE = ("Table 2", "captions")  # questions of the paper; the others share no more with its sets than the layout of the files
+ALIKE = (
+    "Table 2",
+    "captions",
+)  # questions of the paper; the others share no more with its sets than the layout of the files
 GROUPED = "vendor"  # the question whose groups, kinds of compositions, are a question of their own
 
 
@@ -54,15 +57,25 @@ def sources(settings: Settings, folder: Path) -> list[Source]:
     """
     asked = settings.unseen
     if asked is None:
-        raise ElvaDataError("the profile has no unseen sets; give unseen.sets, a folder of them, or unseen.language for the embedded data")
+        raise ElvaDataError(
+            "the profile has no unseen sets; give unseen.sets, a folder of them, or unseen.language for the embedded data"
+        )
     if asked.sets and not Path(asked.sets).is_dir():
-        distributed.log.warning("%s is missing: no unseen set is scored; put them there and run the stage again", asked.sets)
+        distributed.log.warning(
+            "%s is missing: no unseen set is scored; put them there and run the stage again", asked.sets
+        )
         return []
     if asked.sets:
-        return [Source(name, ALIKE[0], name, Path(asked.sets) / SETS[name].folder) for name in caption_sets.present(Path(asked.sets))]
+        return [
+            Source(name, ALIKE[0], name, Path(asked.sets) / SETS[name].folder)
+            for name in caption_sets.present(Path(asked.sets))
+        ]
     written = prepare.write_unseen(settings, folder)
     own = ((5, 1), ("t2i", "pairs"))
-    return [Source(name, question, kind, folder / name, prompts, *own) for name, (question, kind, prompts) in written.items()]
+    return [
+        Source(name, question, kind, folder / name, prompts, *own)
+        for name, (question, kind, prompts) in written.items()
+    ]
 
 
 def load(source: Source, encoding: str = "by direction") -> list[Task]:
@@ -75,7 +88,9 @@ def ranked(task: Task, vectors: Vectors) -> list[list[int]]:
     """Per query the ranks of its positives, ascending, each behind everything wrong that scores the same."""
     queries, candidates = vectors(task.queries), vectors(task.candidates)
     if task.galleries is None:
-        return [adverse(ranks) for ranks in search.exact(queries[:], candidates, 1, task.positives).pessimistic]
+        return [
+            adverse(ranks) for ranks in search.exact(queries[:], candidates, 1, task.positives).pessimistic
+        ]
     return [
         [gallery_rank(queries[i : i + 1][0], candidates[np.array(rows)], rows.index(target))]
         for i, (rows, (target,)) in enumerate(zip(task.galleries, task.positives, strict=True))
@@ -111,7 +126,9 @@ def average_precision(ranks: Sequence[int], k: int) -> float:
     >>> average_precision([1, 4, 9], 5)
     0.5
     """
-    return sum((place / rank for place, rank in enumerate(ranks, start=1) if rank <= k), 0.0) / min(len(ranks), k)
+    return sum((place / rank for place, rank in enumerate(ranks, start=1) if rank <= k), 0.0) / min(
+        len(ranks), k
+    )
 
 
 def chance(task: Task, query: int, k: int) -> float:
@@ -121,7 +138,9 @@ def chance(task: Task, query: int, k: int) -> float:
     return 1 - math.prod((size - right - i) / (size - i) for i in range(min(k, size - right + 1)))
 
 
-def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[int] | None = None) -> pd.DataFrame:
+def score(
+    name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[int] | None = None
+) -> pd.DataFrame:
     """One row per query, task and metric: set, task, group, query, metric, reported, value, chance. reported: at the first cut-off.
 
     Two captions are reported as accuracy, which is hit@1 of a gallery of two. Tasks without labels have no rows.
@@ -132,14 +151,25 @@ def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[
             continue
         pairs = task.name == "pairs"
         for query, ranks in enumerate(ranked(task, vectors)):
-            row = {"set": name, "task": task.name, "group": task.groups[query] if task.groups else "", "query": query}
+            row = {
+                "set": name,
+                "task": task.name,
+                "group": task.groups[query] if task.groups else "",
+                "query": query,
+            }
             ks = (1,) if pairs else cutoffs or task.cutoffs
             for k in ks:
                 metric = "accuracy" if pairs else f"{task.metric}@{k}"
                 hit = task.metric == "hit"
                 value = float(ranks[0] <= k) if hit else average_precision(ranks, k)
                 rows.append(
-                    row | {"metric": metric, "reported": k == ks[0], "value": value, "chance": chance(task, query, k) if hit else np.nan}
+                    row
+                    | {
+                        "metric": metric,
+                        "reported": k == ks[0],
+                        "value": value,
+                        "chance": chance(task, query, k) if hit else np.nan,
+                    }
                 )
     return pd.DataFrame(rows)
 
@@ -147,10 +177,24 @@ def score(name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[
 def measure(loaded: Sequence[tuple[Source, Sequence[Task]]], vectors: Vectors, model: str) -> pd.DataFrame:
     """`score` of several sources under one model, with columns model, question and kind."""
     parts = [
-        score(source.name, tasks, vectors, source.cutoffs).assign(model=model, question=source.question, kind=source.kind)
+        score(source.name, tasks, vectors, source.cutoffs).assign(
+            model=model, question=source.question, kind=source.kind
+        )
         for source, tasks in loaded
     ]
-    columns = ["set", "task", "group", "query", "metric", "reported", "value", "chance", "model", "question", "kind"]
+    columns = [
+        "set",
+        "task",
+        "group",
+        "query",
+        "metric",
+        "reported",
+        "value",
+        "chance",
+        "model",
+        "question",
+        "kind",
+    ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
@@ -159,10 +203,23 @@ def described(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
     rows = []
     for source, tasks in loaded:
         for task in tasks:
-            example = {"query": shown(task.queries[0]), "right": shown(task.candidates[task.positives[0][0]]) if task.positives[0] else ""}
-            ranked = len(task.candidates) if task.galleries is None else float(np.mean([len(g) for g in task.galleries]))
-            numbers = {"queries": len(task.queries), "ranked": round(ranked, 1), "groups": len(set(task.groups or ()))}
-            rows.append({"question": source.question, "set": source.name, "task": task.name, **numbers, **example})
+            example = {
+                "query": shown(task.queries[0]),
+                "right": shown(task.candidates[task.positives[0][0]]) if task.positives[0] else "",
+            }
+            ranked = (
+                len(task.candidates)
+                if task.galleries is None
+                else float(np.mean([len(g) for g in task.galleries]))
+            )
+            numbers = {
+                "queries": len(task.queries),
+                "ranked": round(ranked, 1),
+                "groups": len(set(task.groups or ())),
+            }
+            rows.append(
+                {"question": source.question, "set": source.name, "task": task.name, **numbers, **example}
+            )
     return pd.DataFrame(rows)
 
 
@@ -179,7 +236,15 @@ def false_captions(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFr
             groups = list(task.groups or [""] * len(task.queries))
             for group in dict.fromkeys(groups):
                 true, false = (task.candidates[row].text for row in task.galleries[groups.index(group)])
-                rows.append({"set": source.name, "group": group, "true": true, "false": false, "queries": groups.count(group)})
+                rows.append(
+                    {
+                        "set": source.name,
+                        "group": group,
+                        "true": true,
+                        "false": false,
+                        "queries": groups.count(group),
+                    }
+                )
     return pd.DataFrame(rows, columns=["set", "group", "true", "false", "queries"])
 
 
@@ -189,15 +254,26 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     Args:
         hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
     """
-    keys, rows = [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits], []
+    keys, rows = (
+        [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits],
+        [],
+    )
     for names, own in hits.groupby(keys, sort=False):
         parts = dict(list(own.groupby("group", sort=False)))
         for group in ["", *(parts if len(parts) > 1 else ())]:
             groups = list(parts.values()) if group == "" else [parts[group]]
             rng = distributed.rng_for(seed, "unseen", *names, group)
             low, high = metrics.stratified_interval([g["value"].to_numpy() for g in groups], samples, rng)
-            value, expected = (float(np.mean([g[column].mean() for g in groups])) for column in ("value", "chance"))
-            row = {"value": value, "ci_low": low, "ci_high": high, "n": sum(map(len, groups)), "chance": expected}
+            value, expected = (
+                float(np.mean([g[column].mean() for g in groups])) for column in ("value", "chance")
+            )
+            row = {
+                "value": value,
+                "ci_low": low,
+                "ci_high": high,
+                "n": sum(map(len, groups)),
+                "chance": expected,
+            }
             rows.append(dict(zip(keys, names, strict=True)) | {"group": group} | row)
     out = pd.DataFrame(rows, columns=[*keys, "group", "value", "ci_low", "ci_high", "n", "chance"])
     return out.astype({"reported": bool} if "reported" in keys else {})
@@ -205,7 +281,9 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
     """What a summary needs of `table` or `differences`: the reported metrics; of vendors each group, of others their mean."""
-    return results[results["reported"].astype(bool) & ((results["question"] == GROUPED) == (results["group"] != ""))]
+    return results[
+        results["reported"].astype(bool) & ((results["question"] == GROUPED) == (results["group"] != ""))
+    ]
 
 
 def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
@@ -214,10 +292,14 @@ def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
     cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in own.itertuples()]
     own = own.assign(cell=cells, chance=(100 * own["chance"]).round(1))
     rows, models = ["metric", "set", "group", "n", "chance"], list(dict.fromkeys(own["model"]))
-    return own.pivot(index=rows, columns="model", values="cell")[models].sort_index(sort_remaining=False, level="metric")
+    return own.pivot(index=rows, columns="model", values="cell")[models].sort_index(
+        sort_remaining=False, level="metric"
+    )
 
 
-def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int, reported: dict) -> pd.DataFrame:
+def differences(
+    hits: pd.DataFrame, new: str, old: str, samples: int, seed: int, reported: dict
+) -> pd.DataFrame:
     """`table` of the paired differences of two models; columns new and old name them.
 
     Args:
@@ -228,7 +310,9 @@ def differences(hits: pd.DataFrame, new: str, old: str, samples: int, seed: int,
     paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
     out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)
     baseline, model = reported["table2"]["rows"].values()
-    gains = dict(zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True))
+    gains = dict(
+        zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True)
+    )
     alike = [
         gains.get(SETS[r.kind].columns.get(r.task, ""), np.nan)
         if r.group == "" and r.question in ALIKE and r.metric == _metric(r.kind, r.task)
@@ -250,7 +334,11 @@ def table2(results: pd.DataFrame) -> pd.DataFrame:
     Args:
         results: `table` of sets under their names in SETS.
     """
-    columns = {column: (name, task, _metric(name, task)) for name, kind in SETS.items() for task, column in kind.columns.items()}
+    columns = {
+        column: (name, task, _metric(name, task))
+        for name, kind in SETS.items()
+        for task, column in kind.columns.items()
+    }
     order = sorted(columns, key=lambda c: 0 if " t2i " in c else 1 if " i2t " in c else 2)
     rows = []
     for model, own in results[results["group"] == ""].groupby("model", sort=False):
@@ -268,11 +356,23 @@ def submission(task: Task, vectors: Vectors) -> dict[str, list[int]]:
 
 def check(folder: Path, names: Sequence[str], *, decode: bool) -> tuple[list[str], list[str]]:
     """Problems and notes of all sets of a folder."""
-    found = [caption_sets.lint(name, folder / SETS[name].folder, decode=decode) for name in caption_sets.present(folder, names)]
+    found = [
+        caption_sets.lint(name, folder / SETS[name].folder, decode=decode)
+        for name in caption_sets.present(folder, names)
+    ]
     return [p for problems, _ in found for p in problems], [n for _, notes in found for n in notes]
 
 
-def run(folder: Path, names: Sequence[str], vectors: Vectors, out: Path, *, model: str, encoding: str, samples: int) -> pd.DataFrame | None:
+def run(
+    folder: Path,
+    names: Sequence[str],
+    vectors: Vectors,
+    out: Path,
+    *,
+    model: str,
+    encoding: str,
+    samples: int,
+) -> pd.DataFrame | None:
     """Scores the sets of a folder. Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json.
 
     Returns:

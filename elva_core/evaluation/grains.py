@@ -27,12 +27,16 @@ def without(query: mbeir.Query, *dropped: int) -> mbeir.Query:
     if not dropped:
         return query
     if query.text == mbeir.caption(query):
-        return replace(query, text=mbeir.normalise(" ".join(text for i, (_, text) in enumerate(own) if i not in dropped)))
+        return replace(
+            query, text=mbeir.normalise(" ".join(text for i, (_, text) in enumerate(own) if i not in dropped))
+        )
     rest = query.text or ""
     for start, end in sorted((_spans(rest, own[i][1])[0] for i in dropped), reverse=True):
         rest = f"{rest[:start]} {rest[end:]}"
     rest = re.sub(r"\s+([,;:.!?])", r"\1", " ".join(rest.split()))
-    rest = re.sub(r"[,;:]+(?=[,;:.!?])", "", rest).lstrip(",;:.!? ")  # of two marks side by side the later one stays
+    rest = re.sub(r"[,;:]+(?=[,;:.!?])", "", rest).lstrip(
+        ",;:.!? "
+    )  # of two marks side by side the later one stays
     return replace(query, text=mbeir.normalise(rest))
 
 
@@ -72,7 +76,13 @@ def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> 
     rows = [(q, i, kind) for q in queries for i, (kind, _) in enumerate(mbeir.grains(q))]
     full = _embedded(searcher, [searcher.query(q, unit) for q, _, _ in rows])
     less = _embedded(searcher, [searcher.query(without(q, i), unit) for q, i, _ in rows])
-    return pd.DataFrame({"qid": [q.qid for q, _, _ in rows], "kind": [k for *_, k in rows], "distance": 1 - (full * less).sum(1)})
+    return pd.DataFrame(
+        {
+            "qid": [q.qid for q, _, _ in rows],
+            "kind": [k for *_, k in rows],
+            "distance": 1 - (full * less).sum(1),
+        }
+    )
 
 
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:
@@ -93,11 +103,19 @@ def errors(result: UnitResult) -> pd.DataFrame:
         hit = bool(ranks) and ranks[0] == 1
         lacking = {kind for kind, text in wanted if (kind, text) not in found}
         rows += [
-            {"unit": result.unit, "qid": query.qid, "kind": k, "missed": not hit, "wrong": not hit and k in lacking}
+            {
+                "unit": result.unit,
+                "qid": query.qid,
+                "kind": k,
+                "missed": not hit,
+                "wrong": not hit and k in lacking,
+            }
             for k in dict(wanted)
             if found
         ]
-    return pd.DataFrame(rows, columns=["unit", "qid", "kind", "missed", "wrong"]).astype({"missed": bool, "wrong": bool})
+    return pd.DataFrame(rows, columns=["unit", "qid", "kind", "missed", "wrong"]).astype(
+        {"missed": bool, "wrong": bool}
+    )
 
 
 def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int, seed: int) -> pd.DataFrame:
@@ -117,14 +135,22 @@ def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int,
     chosen = sorted(positives | set(order[:size]))
     wanted = set(mbeir.grains(query))
     points = TSNE(
-        n_components=2, perplexity=min(15, len(chosen) // 3), random_state=seed % 2**32, metric="cosine", init="random"
+        n_components=2,
+        perplexity=min(15, len(chosen) // 3),
+        random_state=seed % 2**32,
+        metric="cosine",
+        init="random",
     ).fit_transform(np.concatenate([vector, pool[chosen]]))
     roles = ["query"]
     for i in chosen:
         grains = set(mbeir.grains(result.candidates[i]))
         shared = len(wanted & grains)
         roles.append(
-            "positive" if i in positives else "one grain differs" if shared == len(wanted) - 1 and len(grains) == len(wanted) else "other"
+            "positive"
+            if i in positives
+            else "one grain differs"
+            if shared == len(wanted) - 1 and len(grains) == len(wanted)
+            else "other"
         )
     labels = [query.text or "query"] + [mbeir.caption(result.candidates[i]) for i in chosen]
     return pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "role": roles, "label": labels})

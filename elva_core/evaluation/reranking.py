@@ -55,7 +55,9 @@ def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[As
     """
     depth = min(depth, len(result.candidates))
     if result.top.shape[1] < depth:
-        raise ValueError(f"rerank.depth = {depth}, but ranked lists have {result.top.shape[1]} candidates; raise evaluation.cutoffs")
+        raise ValueError(
+            f"rerank.depth = {depth}, but ranked lists have {result.top.shape[1]} candidates; raise evaluation.cutoffs"
+        )
     out = []
     for query, rows in zip(result.queries, result.top[:, :depth], strict=True):
         found = [result.candidates[row] for row in rows]
@@ -67,7 +69,10 @@ def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[As
 def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:
     """Scores the first answers of a unit, pointwise and listwise."""
     asked = first_answers(searcher, result, settings.depth)
-    scores = {kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts)) for kind in rerank.KINDS}
+    scores = {
+        kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts))
+        for kind in rerank.KINDS
+    }
     return Seen(result, asked, scores)
 
 
@@ -102,7 +107,9 @@ def reorder(ranks: Sequence[Sequence[int]], scores: np.ndarray) -> list[list[int
 
 def after(seen: Seen, kind: Kind, weight: float, temperature: float) -> list[list[int]]:
     """Ranks of a unit's positives after the second look."""
-    return reorder(seen.result.ranks, fuse(seen.result.scores[:, : seen.depth], seen.scores[kind], weight, temperature))
+    return reorder(
+        seen.result.ranks, fuse(seen.result.scores[:, : seen.depth], seen.scores[kind], weight, temperature)
+    )
 
 
 def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
@@ -110,7 +117,10 @@ def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
     rows = []
     for kind in rerank.KINDS:
         for weight in WEIGHTS:
-            units = [metrics.reciprocal_rank(after(seen, kind, weight, temperature), seen.depth).mean() for seen in validation]
+            units = [
+                metrics.reciprocal_rank(after(seen, kind, weight, temperature), seen.depth).mean()
+                for seen in validation
+            ]
             rows.append({"kind": kind, "weight": weight, "mrr": float(np.mean(units))})
     return pd.DataFrame(rows)
 
@@ -121,7 +131,14 @@ def choose(table: pd.DataFrame) -> dict[Kind, float]:
     return {kind: float(best.loc[kind, "weight"]) for kind in rerank.KINDS}
 
 
-def hits(seen: Sequence[Seen], weights: Mapping[Kind, float], temperature: float, *, first: str, cutoffs: Sequence[int]) -> pd.DataFrame:
+def hits(
+    seen: Sequence[Seen],
+    weights: Mapping[Kind, float],
+    temperature: float,
+    *,
+    first: str,
+    cutoffs: Sequence[int],
+) -> pd.DataFrame:
     """Hits of each query before and after, as evaluate.mrbench_table and statistics.comparison take them: model, unit, qid, hit@k.
 
     Models: the retriever (`first`), each kind alone and fused, and the best order there is of the candidates looked at.
@@ -132,21 +149,36 @@ def hits(seen: Sequence[Seen], weights: Mapping[Kind, float], temperature: float
         for kind, weight in weights.items():
             ways[kind] = after(unit, kind, 0.0, temperature)
             ways[kind + FUSED] = after(unit, kind, weight, temperature)
-        ways[f"{BEST} {unit.depth}"] = [[1 if r <= unit.depth else r for r in own] for own in unit.result.ranks]
+        ways[f"{BEST} {unit.depth}"] = [
+            [1 if r <= unit.depth else r for r in own] for own in unit.result.ranks
+        ]
         for model, ranks in ways.items():
             scores = {f"hit@{k}": metrics.hit_rate_at_k(ranks, k) for k in cutoffs}
-            parts.append(pd.DataFrame({"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked], **scores}))
+            parts.append(
+                pd.DataFrame(
+                    {"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked], **scores}
+                )
+            )
     return pd.concat(parts, ignore_index=True)
 
 
-def compared(table: pd.DataFrame, first: str, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
+def compared(
+    table: pd.DataFrame, first: str, cutoffs: Sequence[int], samples: int, seed: int
+) -> pd.DataFrame:
     """Each way over the retriever alone, paired over queries, but for the best order there is; `statistics.comparison` rows."""
     ways = [m for m in dict.fromkeys(table["model"]) if m != first and not m.startswith(BEST)]
-    return pd.DataFrame([statistics.comparison(table, way, first, k, samples, seed) for way in ways for k in cutoffs])
+    return pd.DataFrame(
+        [statistics.comparison(table, way, first, k, samples, seed) for way in ways for k in cutoffs]
+    )
 
 
 def seconds(
-    reranker: Encoder, searcher: Searcher, seen: Sequence[tuple[Seen, Embedded]], settings: RerankSettings, *, first: str
+    reranker: Encoder,
+    searcher: Searcher,
+    seen: Sequence[tuple[Seen, Embedded]],
+    settings: RerankSettings,
+    *,
+    first: str,
 ) -> pd.DataFrame:
     """Median seconds of one query, one after the other: retrieval, and retrieval with each second look; the ways take turns.
 
@@ -157,7 +189,12 @@ def seconds(
     """
     writer, reader = searcher.encoder.forgetful(), reranker.forgetful()
     taken: dict[str, list[float]] = {way: [] for way in (first, *rerank.KINDS)}
-    turns = [(unit, pool, i) for i in range(-(-settings.timed // len(seen))) for unit, pool in seen if i < len(unit.asked)]
+    turns = [
+        (unit, pool, i)
+        for i in range(-(-settings.timed // len(seen)))
+        for unit, pool in seen
+        if i < len(unit.asked)
+    ]
     for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up
         asked = unit.asked[i]
         began = time.perf_counter()
@@ -171,7 +208,15 @@ def seconds(
     rows = []
     for way, values in taken.items():
         low, middle, high = np.percentile(values[1:], [25, 50, 75])
-        rows.append({"model": way, "seconds": middle, "lower quartile": low, "upper quartile": high, "n": len(values) - 1})
+        rows.append(
+            {
+                "model": way,
+                "seconds": middle,
+                "lower quartile": low,
+                "upper quartile": high,
+                "n": len(values) - 1,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -186,7 +231,14 @@ def table(averages: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
     out = pd.DataFrame({"model": models}).set_index("model")
     for metric, rows in own.groupby("metric"):
         rows = rows.set_index("model")
-        out[metric], out[f"{metric} low"], out[f"{metric} high"] = (100 * rows[c] for c in ("value", "ci_low", "ci_high"))
+        out[metric], out[f"{metric} low"], out[f"{metric} high"] = (
+            100 * rows[c] for c in ("value", "ci_low", "ci_high")
+        )
         out["n"] = rows["n"]
-    spent = taken.set_index("model").drop(columns="n").reindex(out.index.str.removesuffix(FUSED)).set_axis(out.index)
+    spent = (
+        taken.set_index("model")
+        .drop(columns="n")
+        .reindex(out.index.str.removesuffix(FUSED))
+        .set_axis(out.index)
+    )
     return out.join(spent).reset_index()

@@ -25,8 +25,17 @@ def audit(tables: dict) -> pd.DataFrame:
             rows.append({"what": what, "printed": printed, "recomputed": round(float(np.mean(columns)), 2)})
     for gain in tables["relative_gains"]:
         new, old = (tables[gain["table"]]["rows"][gain[side]] for side in ("new", "old"))
-        for basis, ratio in (("printed averages", new[-1] / old[-1]), ("columns", np.mean(new[:-1]) / np.mean(old[:-1]))):
-            rows.append({"what": f"{gain['what']} ({basis})", "printed": gain["printed"], "recomputed": round(100 * (ratio - 1), 2)})
+        for basis, ratio in (
+            ("printed averages", new[-1] / old[-1]),
+            ("columns", np.mean(new[:-1]) / np.mean(old[:-1])),
+        ):
+            rows.append(
+                {
+                    "what": f"{gain['what']} ({basis})",
+                    "printed": gain["printed"],
+                    "recomputed": round(100 * (ratio - 1), 2),
+                }
+            )
     out = pd.DataFrame(rows)
     return out.assign(agrees=(out["printed"] - out["recomputed"]).abs() < 0.1)
 

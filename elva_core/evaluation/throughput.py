@@ -29,7 +29,12 @@ class Way(NamedTuple):
 
 
 def measure(
-    ways: Mapping[str, Way], sides: Mapping[str, Sequence[Item]], *, batches: Sequence[int], rounds: int = ROUNDS, least: int = LEAST
+    ways: Mapping[str, Way],
+    sides: Mapping[str, Sequence[Item]],
+    *,
+    batches: Sequence[int],
+    rounds: int = ROUNDS,
+    least: int = LEAST,
 ) -> pd.DataFrame:
     """Items per second from item to embedding, images opened and seen anew by the vision tower each time.
 
@@ -63,7 +68,14 @@ def measure(
                 rates = [len(chosen) / s for s in taken]
                 row = {"way": name, "side": side, "batch": batch, "per second": statistics.median(rates)}
                 rows.append(
-                    row | {"lowest": min(rates), "highest": max(rates), "forwards": passes[name], "n": len(chosen), "rounds": rounds}
+                    row
+                    | {
+                        "lowest": min(rates),
+                        "highest": max(rates),
+                        "forwards": passes[name],
+                        "n": len(chosen),
+                        "rounds": rounds,
+                    }
                 )
     return pd.DataFrame(rows)
 
@@ -79,7 +91,9 @@ def _timed(way: Way, items: Sequence[Item], batch: int) -> float:
 def counted(encoder: Encoder):
     """`with counted(encoder) as rows`: the rows of every pass through the language model meanwhile."""
     rows: list[int] = []
-    hook = encoder.backbone.get_decoder().register_forward_hook(lambda model, inputs, output: rows.append(len(output.last_hidden_state)))
+    hook = encoder.backbone.get_decoder().register_forward_hook(
+        lambda model, inputs, output: rows.append(len(output.last_hidden_state))
+    )
     try:
         yield rows
     finally:

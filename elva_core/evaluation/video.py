@@ -35,8 +35,13 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     keys = [c for c in hits if c not in ("query", "value")]
     rows = []
     for names, own in hits.groupby(keys, sort=False):
-        low, high = metrics.bootstrap_interval(own["value"].to_numpy(), samples, distributed.rng_for(seed, "video", *names))
-        rows.append(dict(zip(keys, names, strict=True)) | {"value": own["value"].mean(), "ci_low": low, "ci_high": high, "n": len(own)})
+        low, high = metrics.bootstrap_interval(
+            own["value"].to_numpy(), samples, distributed.rng_for(seed, "video", *names)
+        )
+        rows.append(
+            dict(zip(keys, names, strict=True))
+            | {"value": own["value"].mean(), "ci_low": low, "ci_high": high, "n": len(own)}
+        )
     return pd.DataFrame(rows, columns=[*keys, "value", "ci_low", "ci_high", "n"])
 
 
@@ -52,11 +57,15 @@ def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> p
         return moving(folder, settings, vectors)
     there = [name for name in SETS if (Path(settings.sets) / name).is_dir()]
     if not there:
-        raise ElvaDataError(f"{settings.sets}: none of {list(SETS)} is there; unpack one, or leave video out of the profile")
+        raise ElvaDataError(
+            f"{settings.sets}: none of {list(SETS)} is there; unpack one, or leave video out of the profile"
+        )
     parts = []
     for name, frames in itertools.product(there, settings.frames):
         task = SETS[name](Path(settings.sets) / name, frames, settings.instruction)
-        parts.append(captions.score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name"))
+        parts.append(
+            captions.score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name")
+        )
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
@@ -76,36 +85,56 @@ def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFr
     for motion in names:
         for frames in settings.frames:
             task = seen[motion] = msrvtt(folder / motion, frames, settings.instruction)
-            parts.append(captions.score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name"))
+            parts.append(
+                captions.score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name")
+            )
     most, words = settings.frames[-1], [n for n in names if n != STILL]
     told = {m: [Item(mbeir.normalise(f"{q.text.rstrip('.')} {m}")) for q in seen[m].queries] for m in words}
     for motion in words:
         task = replace(seen[motion], queries=told[motion])
-        parts.append(captions.score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion"))
+        parts.append(
+            captions.score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion")
+        )
     parts.append(
-        _named_first(told, {m: seen[m].candidates for m in words}, vectors).assign(motion="all", frames=most, words="name, motion")
+        _named_first(told, {m: seen[m].candidates for m in words}, vectors).assign(
+            motion="all", frames=most, words="name, motion"
+        )
     )
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
-def _named_first(told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item]], vectors: Vectors) -> pd.DataFrame:
+def _named_first(
+    told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item]], vectors: Vectors
+) -> pd.DataFrame:
     """Each query of `told` ranks what is shown of its thing in all motions. Per thing: the share of motions that are found by name."""
     per_thing = len(told)
-    queries, candidates = ([item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown))
+    queries, candidates = (
+        [item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown)
+    )
     rows = range(len(queries))
     galleries = [list(range(r - r % per_thing, r - r % per_thing + per_thing)) for r in rows]
-    chosen = captions.score("clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors)
+    chosen = captions.score(
+        "clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors
+    )
     share = chosen["value"].to_numpy().reshape(-1, per_thing).mean(1)
-    return pd.DataFrame({"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share})
+    return pd.DataFrame(
+        {"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share}
+    )
 
 
 def shown(results: pd.DataFrame) -> pd.DataFrame:
     """The rows of the most frames as people read them: percent and interval, a column for each metric and model."""
     most = results[results["frames"] == results["frames"].max()]
     cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in most.itertuples()]
-    wide = most.assign(cell=cells).pivot(index=["words", "motion", "n"], columns=["metric", "model"], values="cell")
-    columns = [pair for pair in itertools.product(most["metric"].unique(), most["model"].unique()) if pair in wide]
-    return wide.reindex(columns=columns, index=most.set_index(["words", "motion", "n"]).index.unique()).fillna("")
+    wide = most.assign(cell=cells).pivot(
+        index=["words", "motion", "n"], columns=["metric", "model"], values="cell"
+    )
+    columns = [
+        pair for pair in itertools.product(most["metric"].unique(), most["model"].unique()) if pair in wide
+    ]
+    return wide.reindex(
+        columns=columns, index=most.set_index(["words", "motion", "n"]).index.unique()
+    ).fillna("")
 
 
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
@@ -120,10 +149,22 @@ def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, see
     wide = 100 * own.groupby(["set", "query", "model"])["value"].mean().unstack("model")
     groups = [(part[new] - part[old]).to_numpy() for _, part in wide.groupby(level="set")]
     if not groups:
-        return pd.DataFrame(columns=["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"])
+        return pd.DataFrame(
+            columns=["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]
+        )
     low, high = metrics.stratified_interval(groups, samples, distributed.rng_for(seed, "video", new, old))
     column, rows = tables["table7"]["columns"].index("MSR-VTT R@5"), tables["table7"]["rows"]
-    paper, value = round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1), float(np.mean([g.mean() for g in groups]))
-    row = {"arm": f"{new} over {old}, what moves", "old": old, "value": value, "ci_low": low, "ci_high": high, "paper": paper}
+    paper, value = (
+        round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1),
+        float(np.mean([g.mean() for g in groups])),
+    )
+    row = {
+        "arm": f"{new} over {old}, what moves",
+        "old": old,
+        "value": value,
+        "ci_low": low,
+        "ci_high": high,
+        "paper": paper,
+    }
     source = SOURCES.get(own["set"].iloc[0], "Table 7")
     return pd.DataFrame([row | {"source": source, "n": len(wide), "seeds": (seed,)}])

@@ -77,7 +77,9 @@ def known() -> Known:
     try:
         return Known.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise ProfileError(f"{path}: " + "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+        raise ProfileError(
+            f"{path}: " + "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        ) from None
 
 
 def architecture(name: str, table: Known) -> Sizes:
@@ -102,7 +104,9 @@ def dataset(settings: Settings, table: Known) -> Dataset:
     """The entry of the profile's data in params/plan.yaml, with the counts of the files where they are on this machine."""
     name, emoji = settings.data.name, settings.data.emoji
     if name not in table.datasets:
-        raise ProfileError(f"no data set {name!r} in {PARAMS / 'plan.yaml'}; it has {', '.join(table.datasets)}; add an entry")
+        raise ProfileError(
+            f"no data set {name!r} in {PARAMS / 'plan.yaml'}; it has {', '.join(table.datasets)}; add an entry"
+        )
     data = table.datasets[name]
     if emoji:
         data = _asked_for(data, settings)
@@ -112,12 +116,22 @@ def dataset(settings: Settings, table: Known) -> Dataset:
         return data
     nli = Path(settings.data.nli or folder / "nli.csv")
     known_units = data.units.values()
-    mean = Unit(train=1, **{side: sum(getattr(u, side) for u in known_units) / len(known_units) for side in ("query", "candidate")})
+    mean = Unit(
+        train=1,
+        **{
+            side: sum(getattr(u, side) for u in known_units) / len(known_units)
+            for side in ("query", "candidate")
+        },
+    )
     units = {}
     for unit in root.units("test"):
         counts = {"test": lines(root.query_path(unit, "test")), "pool": lines(root.pool_path(unit, "test"))}
         units[unit] = data.units.get(unit, mean).model_copy(update=counts)
-    changes = {"units": units, "union_rows": lines(root.union_train_path()), "train_pool": lines(root.pool_path("", "train", "global"))}
+    changes = {
+        "units": units,
+        "union_rows": lines(root.union_train_path()),
+        "train_pool": lines(root.pool_path("", "train", "global")),
+    }
     return data.model_copy(update=changes | ({"nli_rows": lines(nli) - 1} if nli.is_file() else {}))
 
 
@@ -129,7 +143,11 @@ def _asked_for(data: Dataset, settings: Settings) -> Dataset:
     update = {"train": max(limits["train"], emoji.up_sample), "test": limits["test"], "pool": drawn["test"]}
     units = {name: unit.model_copy(update=update) for name, unit in data.units.items()}
     texts = 2 * size  # names and translations; the drawings stand alone and captioned
-    changes = {"units": units, "union_rows": update["train"] * len(units), "train_pool": 2 * drawn["train"] + texts}
+    changes = {
+        "units": units,
+        "union_rows": update["train"] * len(units),
+        "train_pool": 2 * drawn["train"] + texts,
+    }
     return data.model_copy(update=changes)
 
 

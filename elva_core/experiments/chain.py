@@ -32,9 +32,20 @@ STAGES = {
     "40_finetune_rlvr": ("10_prepare_data", "30_pretrain_contrastive"),
     "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
-    "70_analyse_grains": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
+    "70_analyse_grains": (
+        "10_prepare_data",
+        "20_build_mrbench",
+        "30_pretrain_contrastive",
+        "40_finetune_rlvr",
+    ),
     "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "82_transfer": ("10_prepare_data", "30_pretrain_contrastive", "40_finetune_rlvr", "50_evaluate", "60_ablate"),
+    "82_transfer": (
+        "10_prepare_data",
+        "30_pretrain_contrastive",
+        "40_finetune_rlvr",
+        "50_evaluate",
+        "60_ablate",
+    ),
     "85_trade_cost": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
     "90_report": (),
 }
@@ -57,7 +68,9 @@ def code_hash(notebook: Path) -> str:
     """Hash of a notebook's code cells and of every module of the package they reach through imports."""
     import nbformat
 
-    source = "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code")
+    source = "\n".join(
+        cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"
+    )
     digest, queue, seen = hashlib.sha256(source.encode()), _imports(source), set()
     while queue:
         path = queue.pop()
@@ -124,7 +137,11 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fi
             f"{source.name}, cell {error.cell_index} ({_heading(executed, error.cell_index)}): {error.ename}: {last}\n"
             f"executed copy: {executed}"
         ) from None
-    skipped = [i for i, c in enumerate(notebook.cells) if c.cell_type == "code" and c.source.strip() and c.execution_count is None]
+    skipped = [
+        i
+        for i, c in enumerate(notebook.cells)
+        if c.cell_type == "code" and c.source.strip() and c.execution_count is None
+    ]
     if skipped:
         raise ChainError(f"{source.name}: cells {skipped} never ran (sys.exit?); executed copy: {executed}")
 
@@ -133,7 +150,13 @@ def _heading(executed: Path, index: int) -> str:
     import nbformat
 
     cells = nbformat.read(executed, as_version=4).cells[: index + 1]
-    lines = [line for c in cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("#")]
+    lines = [
+        line
+        for c in cells
+        if c.cell_type == "markdown"
+        for line in c.source.splitlines()
+        if line.startswith("#")
+    ]
     return lines[-1].lstrip("# ") if lines else "no heading"
 
 
@@ -153,7 +176,13 @@ def expected_seconds(profile: str) -> dict[str, float]:
 
 
 def run(
-    profile_name: str, *, seed: int, only: str | None = None, start: str | None = None, force: bool = False, console: Console | None = None
+    profile_name: str,
+    *,
+    seed: int,
+    only: str | None = None,
+    start: str | None = None,
+    force: bool = False,
+    console: Console | None = None,
 ) -> None:
     """Runs the chain, or a part of it; stages whose inputs, profile, seed and code have not changed are skipped.
 
@@ -171,13 +200,20 @@ def run(
             console.print(f"[green]up to date[/]  {stage}")
             continue
         left = [s for s in stages[place:] if s in expected]
-        hint = f"about {sum(expected[s] for s in left) / 60:.0f} min left" if len(left) == len(stages[place:]) else "no estimate yet"
+        hint = (
+            f"about {sum(expected[s] for s in left) / 60:.0f} min left"
+            if len(left) == len(stages[place:])
+            else "no estimate yet"
+        )
         console.print(f"[cyan]running[/]     {stage}  ({hint})")
         stage_began = time.monotonic()
         executed = files.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
         try:
             run_notebook(
-                NOTEBOOKS / f"{stage}.ipynb", executed, {"profile": profile_name, "seed": seed}, wanted_fingerprint(profile, seed, stage)
+                NOTEBOOKS / f"{stage}.ipynb",
+                executed,
+                {"profile": profile_name, "seed": seed},
+                wanted_fingerprint(profile, seed, stage),
             )
             if manifest(profile_name, stage) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
@@ -202,10 +238,22 @@ def _print_claims(report: Path, console: Console) -> None:
             average = row["claim"].endswith("average") and row["metric"] == "hit@5"
             if row["ours"] and (average or "gain of hit@5" in row["metric"] or "distance" in row["metric"]):
                 numbers = [row[c] for c in ("paper", "ours", "ci_low", "ci_high")]
-                paper, ours, low, high = (n and f"{round(float(n), 6) + 0.0:.3g}" for n in numbers)  # + 0.0: no -0
+                paper, ours, low, high = (
+                    n and f"{round(float(n), 6) + 0.0:.3g}" for n in numbers
+                )  # + 0.0: no -0
                 interval = f"[{low}, {high}]" if low else ""
-                table.add_row(row["claim"], row["metric"], paper, ours, interval, row["n"].removesuffix(".0"), row["verdict"])
-    Console(file=console.file, width=max(console.width, 150)).print(table)  # print(width=) never exceeds the console's own
+                table.add_row(
+                    row["claim"],
+                    row["metric"],
+                    paper,
+                    ours,
+                    interval,
+                    row["n"].removesuffix(".0"),
+                    row["verdict"],
+                )
+    Console(file=console.file, width=max(console.width, 150)).print(
+        table
+    )  # print(width=) never exceeds the console's own
     console.print(f"report: {report / 'report.md'}")
 
 
@@ -214,7 +262,13 @@ def status(profile_name: str, seed: int) -> None:
     profile, console = config.load(profile_name), Console(soft_wrap=True)
     for stage in STAGES:
         found = manifest(profile_name, stage)
-        word = "not done" if found is None else "up to date" if up_to_date(profile, seed, stage) else "out of date"
+        word = (
+            "not done"
+            if found is None
+            else "up to date"
+            if up_to_date(profile, seed, stage)
+            else "out of date"
+        )
         console.print(f"{word:12}{stage}" + (f"  seed {found['seed']}, {found['wall_s']} s" if found else ""))
 
 
@@ -234,10 +288,19 @@ def study(profile_name: str, seed: int) -> None:
     distributed.start(profile.threads)
     data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES["60_ablate"])
     root, triplets = sources.locate(data)
-    arms.run(profile, root, triplets, mbeir.Root(bench / "bench"), arms.backbone_of(trained), *arms.folders(profile_name))
+    arms.run(
+        profile,
+        root,
+        triplets,
+        mbeir.Root(bench / "bench"),
+        arms.backbone_of(trained),
+        *arms.folders(profile_name),
+    )
     for stage in ("60_ablate", "82_transfer", "90_report"):
         if lacking := [name for name in STAGES[stage] if manifest(profile_name, name) is None]:
-            print(f"left out  {stage}, which needs {', '.join(lacking)}; run: python -m elva_core run {profile_name} --seed {seed}")
+            print(
+                f"left out  {stage}, which needs {', '.join(lacking)}; run: python -m elva_core run {profile_name} --seed {seed}"
+            )
         else:
             run(profile_name, seed=seed, only=stage)
 
@@ -254,4 +317,6 @@ def train(stage: str, profile_name: str, seed: int) -> None:
         job = jobs.following(stage, opened)
     jobs.run(job)
     if distributed.processes().is_main_process:
-        print(f"{job.model}; goes on with: python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}")
+        print(
+            f"{job.model}; goes on with: python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}"
+        )

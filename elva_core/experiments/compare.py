@@ -29,7 +29,9 @@ def averaged(found: study.Study, names: Sequence[str], cutoffs: Sequence[int]) -
 
 def shared_seeds(found: study.Study, names: Sequence[str]) -> list[int]:
     """The seeds under which all of these arms were trained."""
-    return sorted(set.intersection(*(set(found.runs.loc[found.runs["arm"] == name, "seed"]) for name in names)))
+    return sorted(
+        set.intersection(*(set(found.runs.loc[found.runs["arm"] == name, "seed"]) for name in names))
+    )
 
 
 def scores(found: study.Study, names: Sequence[str], k: int, samples: int) -> pd.DataFrame:
@@ -46,7 +48,9 @@ def scores(found: study.Study, names: Sequence[str], k: int, samples: int) -> pd
             continue
         table = benchmark.mrbench_table(averaged(found, [name], [k]), [k], samples, 0)
         single = [
-            benchmark.mrbench_table(averaged(replace(found, runs=found.runs[found.runs["seed"] == seed]), [name], [k]), [k], 1, 0)
+            benchmark.mrbench_table(
+                averaged(replace(found, runs=found.runs[found.runs["seed"] == seed]), [name], [k]), [k], 1, 0
+            )
             for seed in seeds
         ]
         for r in table.itertuples():
@@ -54,7 +58,9 @@ def scores(found: study.Study, names: Sequence[str], k: int, samples: int) -> pd
             spread = float(np.std(by_seed, ddof=1)) if len(seeds) > 1 else np.nan
             value, low, high = (100 * x for x in (r.value, r.ci_low, r.ci_high))
             rows.append([name, r.unit, value, low, high, by_seed, spread, r.n, tuple(seeds)])
-    return pd.DataFrame(rows, columns=["arm", "unit", "value", "ci_low", "ci_high", "by seed", "spread", "n", "seeds"])
+    return pd.DataFrame(
+        rows, columns=["arm", "unit", "value", "ci_low", "ci_high", "by seed", "spread", "n", "seeds"]
+    )
 
 
 def differences(found: study.Study, pairs: Sequence[tuple[str, str]], k: int, samples: int) -> pd.DataFrame:
@@ -73,25 +79,67 @@ def differences(found: study.Study, pairs: Sequence[tuple[str, str]], k: int, sa
         by_seed = []
         for seed in seeds:
             one = replace(found, runs=found.runs[found.runs["seed"] == seed])
-            by_seed.append(100 * statistics.comparison(averaged(one, [new, old], [k]), new, old, k, 1, 0)["difference"])
+            by_seed.append(
+                100 * statistics.comparison(averaged(one, [new, old], [k]), new, old, k, 1, 0)["difference"]
+            )
         value, low, high = (100 * pair[x] for x in ("difference", "ci_low", "ci_high"))
-        relative = [x / (pair["old value"] or np.nan) for x in (value, low, high)]  # of nothing there is no percentage
-        rows.append([f"{new} over {old}", new, old, value, low, high, *relative, tuple(by_seed), pair["n"], tuple(seeds)])
-    columns = ["arm", "new", "old", "value", "ci_low", "ci_high", "relative", "relative low", "relative high", "by seed", "n", "seeds"]
+        relative = [
+            x / (pair["old value"] or np.nan) for x in (value, low, high)
+        ]  # of nothing there is no percentage
+        rows.append(
+            [
+                f"{new} over {old}",
+                new,
+                old,
+                value,
+                low,
+                high,
+                *relative,
+                tuple(by_seed),
+                pair["n"],
+                tuple(seeds),
+            ]
+        )
+    columns = [
+        "arm",
+        "new",
+        "old",
+        "value",
+        "ci_low",
+        "ci_high",
+        "relative",
+        "relative low",
+        "relative high",
+        "by seed",
+        "n",
+        "seeds",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
 def pairs(chosen: dict[str, study.Arm], group: str) -> list[tuple[str, str]]:
     """(new, old) of every comparison that the arms of a group ask for, among the arms there are."""
-    return [(name, old) for name, arm in chosen.items() if arm.group == group for old in arm.against if old in chosen]
+    return [
+        (name, old)
+        for name, arm in chosen.items()
+        if arm.group == group
+        for old in arm.against
+        if old in chosen
+    ]
 
 
 def beside_paper(table: pd.DataFrame, chosen: dict[str, study.Arm]) -> pd.DataFrame:
     """`differences` with what the paper prints for the same change, in points of the average that it compares, and where ("source")."""
     reported = statistics.reported()
-    printed = {name: reported[arm.paper[0]]["rows"][arm.paper[1]][-1] if arm.paper else np.nan for name, arm in chosen.items()}
+    printed = {
+        name: reported[arm.paper[0]]["rows"][arm.paper[1]][-1] if arm.paper else np.nan
+        for name, arm in chosen.items()
+    }
     paper = [printed[new] - printed[old] for new, old in zip(table["new"], table["old"], strict=True)]
-    sources = [reported[chosen[new].paper[0]]["source"] if p == p else OTHER for new, p in zip(table["new"], paper, strict=True)]
+    sources = [
+        reported[chosen[new].paper[0]]["source"] if p == p else OTHER
+        for new, p in zip(table["new"], paper, strict=True)
+    ]
     return table.assign(paper=paper, source=sources)
 
 
@@ -108,9 +156,16 @@ def efficiency(found: study.Study, settings: Settings, k: int, samples: int) -> 
         if not arm.curves or own.empty:
             continue
         changed = arm.applied(settings)
-        seen = {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.steps * changed.control.batch}[arm.trains]
+        seen = {
+            "nothing": 0,
+            "stage3": changed.stage3.queries,
+            "control": changed.control.steps * changed.control.batch,
+        }[arm.trains]
         last = scores(replace(found, runs=own), [name], k, samples).query("unit == 'average'").iloc[0]
-        rows += [[curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]] for curve in arm.curves]
+        rows += [
+            [curve, seen, own["train_s"].iloc[0], *last[["value", "ci_low", "ci_high", "n"]]]
+            for curve in arm.curves
+        ]
     return pd.DataFrame(rows, columns=["run", "queries", "seconds", "value", "ci_low", "ci_high", "n"])
 
 
@@ -134,4 +189,8 @@ def said(curves: pd.DataFrame, new: str, old: str) -> str:
     if absent := [name for name in (new, old) if name not in set(curves["run"])]:
         return f"Not trained in this study: {' and '.join(absent)}"
     passed = overtakes(curves, new, old)
-    return f"Mean of {new} above that of {old} from {passed:,} queries on" if passed is not None else f"{new} does not pass {old}"
+    return (
+        f"Mean of {new} above that of {old} from {passed:,} queries on"
+        if passed is not None
+        else f"{new} does not pass {old}"
+    )

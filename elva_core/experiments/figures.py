@@ -17,10 +17,22 @@ from elva_core.config import RewardSettings
 from elva_core.data import images
 from elva_core.training import rewards
 
-MODEL_COLOURS = {"zero-shot": "#9aa0a6", "stage 2": "#4c78a8", "InfoNCE control": "#e4a23a", "stage 3": "#c43d4b"}
+MODEL_COLOURS = {
+    "zero-shot": "#9aa0a6",
+    "stage 2": "#4c78a8",
+    "InfoNCE control": "#e4a23a",
+    "stage 3": "#c43d4b",
+}
 WAY_COLOURS = ("#9aa0a6", "#2e8b57", "#4c78a8", "#e4a23a", "#7b5ea7")
 PRINTED, CORRECTED = "#c43d4b", "#4c78a8"
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "axes.titlesize": 11, "font.size": 9}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.titlesize": 11,
+    "font.size": 9,
+}
 
 
 def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4)):
@@ -45,20 +57,35 @@ def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], ti
                     axis.imshow(images.open_image(path))
                     axis.set_title(_wrapped(caption), fontsize=6)
                 else:
-                    axis.text(0.5, 0.5, _wrapped(caption), ha="center", va="center", fontsize=7, transform=axis.transAxes)
+                    axis.text(
+                        0.5,
+                        0.5,
+                        _wrapped(caption),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        transform=axis.transAxes,
+                    )
         line[0].set_ylabel(label, fontsize=7)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def retrieved(rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequence[tuple[str, Path | None, bool]]]]]], title: str) -> Figure:
+def retrieved(
+    rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequence[tuple[str, Path | None, bool]]]]]],
+    title: str,
+) -> Figure:
     """Queries with the top answers of each model; a right answer has a green frame.
 
     Args:
         rows: (query text, query image, [(model, [(caption, image, right), ...]), ...]) per query.
     """
     depth = max(len(answers) for _, _, models in rows for _, answers in models)
-    lines = [(query, image, model, answers, i == 0) for query, image, models in rows for i, (model, answers) in enumerate(models)]
+    lines = [
+        (query, image, model, answers, i == 0)
+        for query, image, models in rows
+        for i, (model, answers) in enumerate(models)
+    ]
     figure, axes = _axes(len(lines), depth + 1, (1.3 * (depth + 1), 1.4 * len(lines) + 0.4))
     for line, (query, image, model, answers, first) in zip(axes, lines, strict=True):
         for axis in line:
@@ -75,7 +102,15 @@ def retrieved(rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequenc
                 axis.imshow(images.open_image(path))
                 axis.set_title(_wrapped(caption), fontsize=5)
             else:
-                axis.text(0.5, 0.5, _wrapped(caption), ha="center", va="center", fontsize=6, transform=axis.transAxes)
+                axis.text(
+                    0.5,
+                    0.5,
+                    _wrapped(caption),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    transform=axis.transAxes,
+                )
             if right:
                 axis.spines[:].set(visible=True, color="#2e8b57", linewidth=2.5)
     figure.suptitle(title, fontsize=10)
@@ -132,7 +167,12 @@ def histogram(values: pd.Series, title: str, unit: str) -> Figure:
     """Distribution of a count, with n and the median."""
     figure, ((axis,),) = _axes()
     sns.histplot(values, discrete=True, ax=axis, color="#4c78a8")
-    axis.axvline(values.median(), color="#c43d4b", linestyle="--", label=f"median {values.median():.0f}, n = {len(values):,}")
+    axis.axvline(
+        values.median(),
+        color="#c43d4b",
+        linestyle="--",
+        label=f"median {values.median():.0f}, n = {len(values):,}",
+    )
     axis.set(title=title, xlabel=unit, ylabel="queries")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center")
@@ -150,7 +190,12 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
     figure, axes = _axes(height, width, (3.3 * width, 2.2 * height + 0.4))
     for axis, (column, label) in zip(axes.flat, columns, strict=False):
         for name, part in history.groupby("run", sort=False) if "run" in history else [("", history)]:
-            (line,) = axis.plot(part["step"], part[column].rolling(window, min_periods=1).mean(), label=name or None, linewidth=1.6)
+            (line,) = axis.plot(
+                part["step"],
+                part[column].rolling(window, min_periods=1).mean(),
+                label=name or None,
+                linewidth=1.6,
+            )
             axis.plot(part["step"], part[column], color=line.get_color(), alpha=0.25, linewidth=0.7)
         axis.set(xlabel="step", ylabel=textwrap.fill(label, 26))  # a panel is not higher
     if "run" in history:
@@ -177,7 +222,13 @@ def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     figure, axes = _axes(1, 2, (8, 3))
     axes[0, 0].axhline(0, color="black", linewidth=0.8)
     axes[0, 0].plot(table["rank"], table["printed"], label="printed: ln k - 1", color=PRINTED)
-    axes[0, 0].plot(table["rank"], table["corrected"], label="corrected: max(0, ln k - 1)", color=CORRECTED, linestyle="--")
+    axes[0, 0].plot(
+        table["rank"],
+        table["corrected"],
+        label="corrected: max(0, ln k - 1)",
+        color=CORRECTED,
+        linestyle="--",
+    )
     axes[0, 0].set(
         xlabel="rank k of the negative",
         ylabel="weight of the penalty",
@@ -186,11 +237,19 @@ def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     )
     axes[0, 0].legend(frameon=False)
     axes[0, 1].plot(table["rank"], table["positive"], color=CORRECTED)
-    axes[0, 1].set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", title="Discount of the positive", xscale="log", ylim=(0, 1.05))
+    axes[0, 1].set(
+        xlabel="rank r of the positive",
+        ylabel="1 / (1 + ln r)",
+        title="Discount of the positive",
+        xscale="log",
+        ylim=(0, 1.05),
+    )
     return figure, table
 
 
-def hardest_negative(settings: RewardSettings, positive: float, others: Sequence[float]) -> tuple[Figure, pd.DataFrame]:
+def hardest_negative(
+    settings: RewardSettings, positive: float, others: Sequence[float]
+) -> tuple[Figure, pd.DataFrame]:
     """Both rewards and their sum while one negative comes closer and passes the positive, as printed and corrected.
 
     Args:
@@ -199,23 +258,36 @@ def hardest_negative(settings: RewardSettings, positive: float, others: Sequence
     import torch
 
     hardest = torch.linspace(0, 1, 201)
-    s_p, s_n = torch.full_like(hardest, positive), torch.cat([hardest[:, None], torch.tensor(others).expand(201, -1)], dim=1)
+    s_p, s_n = (
+        torch.full_like(hardest, positive),
+        torch.cat([hardest[:, None], torch.tensor(others).expand(201, -1)], dim=1),
+    )
     margin = rewards.margin_reward(s_p, s_n, delta=settings.delta)
     table = pd.DataFrame({"hardest": hardest, "R_margin": margin})
     for form in ("printed", "corrected"):
-        rank = rewards.rank_reward(s_p, s_n, gamma=settings.gamma, form=form, reduction=settings.penalty_reduction)
+        rank = rewards.rank_reward(
+            s_p, s_n, gamma=settings.gamma, form=form, reduction=settings.penalty_reduction
+        )
         total = rewards.total_reward(margin, rank, alpha=settings.alpha, epsilon=settings.epsilon)
         table[f"R_rank {form}"], table[f"R_total {form}"] = rank, total
     figure, axes = _axes(1, 3, (10, 3))
     for axis, name in zip(axes.flat, ("R_margin", "R_rank", "R_total"), strict=True):
         forms = [c for c in table.columns if c.startswith(name)]
         for column, colour, dash in zip(forms, (PRINTED, CORRECTED), ("-", "--"), strict=False):
-            axis.plot(table["hardest"], table[column], color=colour, linestyle=dash, label=column.removeprefix(name).strip() or None)
+            axis.plot(
+                table["hardest"],
+                table[column],
+                color=colour,
+                linestyle=dash,
+                label=column.removeprefix(name).strip() or None,
+            )
         axis.axvline(positive, color="black", linewidth=0.8, linestyle=":")
         axis.set(xlabel="cosine of the hardest negative", title=name)
     axes[0, 0].set_ylabel("reward")
     axes[0, 2].legend(frameon=False, title=f"{len(others)} others fixed", fontsize=7, title_fontsize=7)
-    figure.suptitle(f"Reward while one negative passes the positive (dotted: cosine {positive:.2f})", fontsize=10)
+    figure.suptitle(
+        f"Reward while one negative passes the positive (dotted: cosine {positive:.2f})", fontsize=10
+    )
     return figure, table
 
 
@@ -231,8 +303,18 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
     for place, model in enumerate(models):
         part = table[table["model"] == model].set_index("unit").reindex(units)
         x = np.arange(len(units)) + (place - (len(models) - 1) / 2) * width
-        spread = 100 * np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(min=0)
-        axis.bar(x, 100 * part["value"], width, yerr=spread, label=model, color=MODEL_COLOURS.get(model), error_kw={"elinewidth": 0.9})
+        spread = 100 * np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(
+            min=0
+        )
+        axis.bar(
+            x,
+            100 * part["value"],
+            width,
+            yerr=spread,
+            label=model,
+            color=MODEL_COLOURS.get(model),
+            error_kw={"elinewidth": 0.9},
+        )
     axis.set(
         xticks=np.arange(len(units)),
         ylabel=f"{metric}, % (higher is better)",
@@ -247,12 +329,23 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
 def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) -> Figure:
     """Cosine distance by grain kind and model; the paper's means as dashed lines."""
     figure, ((axis,),) = _axes(size=(7, 3.6))
-    sns.boxplot(table, x="kind", y="distance", hue="model", palette=MODEL_COLOURS, ax=axis, fliersize=1.5, linewidth=0.8)
+    sns.boxplot(
+        table,
+        x="kind",
+        y="distance",
+        hue="model",
+        palette=MODEL_COLOURS,
+        ax=axis,
+        fliersize=1.5,
+        linewidth=0.8,
+    )
     for name, value in paper.items():
         axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
         axis.text(axis.get_xlim()[1], value, f" paper, Figure 4\n {name}: {value}", va="center", fontsize=7)
     axis.set(
-        title=f"{title} (n = {table['qid'].nunique()} queries)", xlabel="grain taken away", ylabel="1 - cosine (0 = grain is not there)"
+        title=f"{title} (n = {table['qid'].nunique()} queries)",
+        xlabel="grain taken away",
+        ylabel="1 - cosine (0 = grain is not there)",
     )
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -274,7 +367,13 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
                 label=role,
             )
         axis.set(title=f"{name} ({len(table)} points)", xticks=[], yticks=[])
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=4,
+        loc="outside lower center",
+    )
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -283,7 +382,17 @@ def error_bars(table: pd.DataFrame, title: str) -> Figure:
     """Share of queries whose top-1 answer lacks a grain, by kind and model, with 95 % intervals over the queries."""
     figure, ((axis,),) = _axes(size=(7, 3.3))
     shares, lines = table.assign(share=100 * table["wrong"]), {"linewidth": 0.9}
-    sns.barplot(shares, x="kind", y="share", hue="model", palette=MODEL_COLOURS, ax=axis, errorbar=("ci", 95), seed=0, err_kws=lines)
+    sns.barplot(
+        shares,
+        x="kind",
+        y="share",
+        hue="model",
+        palette=MODEL_COLOURS,
+        ax=axis,
+        errorbar=("ci", 95),
+        seed=0,
+        err_kws=lines,
+    )
     axis.set(
         title=f"{title} (n = {table['qid'].nunique():,} queries, 95 % intervals)",
         xlabel="grain of the wanted answer",
@@ -297,11 +406,14 @@ def speed_ratios(table: pd.DataFrame) -> Figure:
     """How many times as fast as the alternative, with the range of the rounds and the target of each comparison."""
     figure, ((axis,),) = _axes(size=(6.4, 0.6 + 0.6 * len(table)))
     spread = [table["ratio"] - table["lowest ratio"], table["highest ratio"] - table["ratio"]]
-    axis.barh(table["comparison"], table["ratio"], xerr=np.array(spread), height=0.5, color=MODEL_COLOURS["stage 2"])
+    axis.barh(
+        table["comparison"], table["ratio"], xerr=np.array(spread), height=0.5, color=MODEL_COLOURS["stage 2"]
+    )
     axis.plot(table["target"], table["comparison"], "k|", markersize=22, label="target")
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set(
-        xlabel="times as fast (median, range of rounds)", title=f"Stage 3 against the alternatives (n = {table['rounds'].min()} rounds)"
+        xlabel="times as fast (median, range of rounds)",
+        title=f"Stage 3 against the alternatives (n = {table['rounds'].min()} rounds)",
     )
     axis.invert_yaxis()
     axis.legend(frameon=False, fontsize=7)
@@ -317,7 +429,9 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     figure, ((left, middle, right),) = _axes(columns=3, size=(10.5, 3.2))
     place = np.arange(len(speed))
     left.barh(place - 0.2, speed["ours per s"], height=0.4, color=CORRECTED, label="ours")
-    left.barh(place + 0.2, speed["theirs per s"], height=0.4, color=MODEL_COLOURS["zero-shot"], label="FAISS, top k")
+    left.barh(
+        place + 0.2, speed["theirs per s"], height=0.4, color=MODEL_COLOURS["zero-shot"], label="FAISS, top k"
+    )
     left.set(yticks=place, yticklabels=speed["comparison"], xlabel="queries per second", title="Throughput")
     left.invert_yaxis()
     left.margins(x=0.3)
@@ -330,7 +444,13 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
     place = np.arange(len(memory))
     right.bar(place - 0.2, memory["pool"], width=0.4, color=MODEL_COLOURS["zero-shot"], label="pool on disk")
     right.bar(place + 0.2, memory["peak"], width=0.4, color=CORRECTED, label="peak of the process")
-    right.set(xticks=place, xticklabels=[f"{int(n):,}" for n in memory.index], xlabel="vectors on disk", ylabel="MB", title="Memory")
+    right.set(
+        xticks=place,
+        xticklabels=[f"{int(n):,}" for n in memory.index],
+        xlabel="vectors on disk",
+        ylabel="MB",
+        title="Memory",
+    )
     right.margins(y=0.25)
     right.legend(frameon=False, fontsize=7, loc="upper left")
     return figure
@@ -347,7 +467,16 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
         low, high = max(0, r["value"] - r["ci_low"]), max(0, r["ci_high"] - r["value"])
         slow, fast = r["per second"] - r["lowest"], r["highest"] - r["per second"]
         colour, mark = MODEL_COLOURS.get(r["way"], WAY_COLOURS[place % len(WAY_COLOURS)]), "osD^vP"[place % 6]
-        axis.errorbar(r["per second"], r["value"], [[low], [high]], [[slow], [fast]], fmt=mark, color=colour, capsize=2, label=r["way"])
+        axis.errorbar(
+            r["per second"],
+            r["value"],
+            [[low], [high]],
+            [[slow], [fast]],
+            fmt=mark,
+            color=colour,
+            capsize=2,
+            label=r["way"],
+        )
     axis.set_xscale("log")
     for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         which("{x:,.0f}")
@@ -356,7 +485,9 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
         ylabel="hit@5, % (higher is better)",
         title=f"{title} (n = {table['n'].min():,} queries, 95 % intervals)",
     )
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    figure.legend(
+        *axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center"
+    )
     return figure
 
 
@@ -375,17 +506,32 @@ def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
         for place, r in enumerate(timed.to_dict("records")):
             colour = MODEL_COLOURS.get(r["model"], f"C{place}")
             if r["model"] != first:
-                axis.plot([before["seconds"], r["seconds"]], [before[metric], r[metric]], color=colour, linewidth=0.8, alpha=0.5)
+                axis.plot(
+                    [before["seconds"], r["seconds"]],
+                    [before[metric], r[metric]],
+                    color=colour,
+                    linewidth=0.8,
+                    alpha=0.5,
+                )
             across = [[r["seconds"] - r["lower quartile"]], [r["upper quartile"] - r["seconds"]]]
             along = [[max(0, r[metric] - r[f"{metric} low"])], [max(0, r[f"{metric} high"] - r[metric])]]
-            axis.errorbar(r["seconds"], r[metric], along, across, fmt="o", color=colour, capsize=2, label=r["model"])
+            axis.errorbar(
+                r["seconds"], r[metric], along, across, fmt="o", color=colour, capsize=2, label=r["model"]
+            )
         for r in ceiling.to_dict("records"):
             axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
         axis.set(
-            xlabel="milliseconds per query (median and quartiles)", ylabel=f"{metric}, % (95 % interval)", xlim=(0, None), ylim=(0, None)
+            xlabel="milliseconds per query (median and quartiles)",
+            ylabel=f"{metric}, % (95 % interval)",
+            xlim=(0, None),
+            ylim=(0, None),
         )
-    figure.suptitle(f"{title} (n = {table['n'].min():,} queries; higher and further left is better)", fontsize=11)
-    figure.legend(*pair[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center")
+    figure.suptitle(
+        f"{title} (n = {table['n'].min():,} queries; higher and further left is better)", fontsize=11
+    )
+    figure.legend(
+        *pair[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="outside lower center"
+    )
     return figure
 
 
@@ -400,7 +546,14 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     place = np.arange(len(table))
     spread = np.vstack([table["value"] - table["ci_low"], table["ci_high"] - table["value"]]).clip(min=0)
     axis.errorbar(
-        table["value"], place, xerr=spread, fmt="o", color=CORRECTED, markersize=5, elinewidth=1.4, label="mean, 95 % over queries"
+        table["value"],
+        place,
+        xerr=spread,
+        fmt="o",
+        color=CORRECTED,
+        markersize=5,
+        elinewidth=1.4,
+        label="mean, 95 % over queries",
     )
     several = [(y, seeds) for y, seeds in zip(place, table["by seed"], strict=True) if len(seeds) > 1]
     if several:
@@ -415,7 +568,9 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     axis.set_yticklabels(labels)
     axis.invert_yaxis()
     figure.suptitle(f"{title} ({_queries(table)})", fontsize=10)
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center")
+    figure.legend(
+        *axis.get_legend_handles_labels(), frameon=False, fontsize=7, ncols=3, loc="outside lower center"
+    )
     return figure
 
 
@@ -430,15 +585,32 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
     for axis, model in zip(axes.flat, models, strict=False):
         motions = table[table["model"] == model].groupby("motion", sort=False)
         for place, (motion, own) in enumerate(motions):
-            spread = 100 * np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
-            beside = own["frames"] * 1.06 ** (place - (len(motions) - 1) / 2)  # else intervals hide one another
+            spread = 100 * np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(
+                min=0
+            )
+            beside = own["frames"] * 1.06 ** (
+                place - (len(motions) - 1) / 2
+            )  # else intervals hide one another
             axis.errorbar(beside, 100 * own["value"], yerr=spread, marker="o", label=motion, capsize=2)
         axis.set_xscale("log", base=2)
-        axis.set(xticks=sorted(set(table["frames"])), xlabel="frames looked at", ylabel="hit@5, % (higher is better)", title=model)
+        axis.set(
+            xticks=sorted(set(table["frames"])),
+            xlabel="frames looked at",
+            ylabel="hit@5, % (higher is better)",
+            title=model,
+        )
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(0, 100 * table["ci_high"].max() * 1.05)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
-    figure.suptitle(f"{title} (n = {table['n'].min() if models else 0:,} queries a point, 95 % intervals)", fontsize=10)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=4,
+        loc="outside lower center",
+    )
+    figure.suptitle(
+        f"{title} (n = {table['n'].min() if models else 0:,} queries a point, 95 % intervals)", fontsize=10
+    )
     return figure
 
 
@@ -449,13 +621,29 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
         table: columns run, queries, seconds, value, ci_low, ci_high (percent), n.
     """
     figure, axes = _axes(1, 2, (9, 3.2))
-    for axis, (column, label) in zip(axes.flat, (("queries", "training queries seen"), ("seconds", "seconds of training")), strict=True):
+    for axis, (column, label) in zip(
+        axes.flat, (("queries", "training queries seen"), ("seconds", "seconds of training")), strict=True
+    ):
         for name, part in table.groupby("run", sort=False):
             own = part.sort_values(column)
             spread = np.vstack([own["value"] - own["ci_low"], own["ci_high"] - own["value"]]).clip(min=0)
-            axis.errorbar(own[column], own["value"], yerr=spread, marker="o", label=name, color=MODEL_COLOURS.get(name), capsize=2)
+            axis.errorbar(
+                own[column],
+                own["value"],
+                yerr=spread,
+                marker="o",
+                label=name,
+                color=MODEL_COLOURS.get(name),
+                capsize=2,
+            )
         axis.set(xlabel=label, ylabel="hit@5, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="outside lower center")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=2,
+        loc="outside lower center",
+    )
     figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
     return figure
 
@@ -473,16 +661,35 @@ def generalisation(table: pd.DataFrame, title: str) -> Figure:
     rows, models = list(dict.fromkeys(table["row"])), list(dict.fromkeys(table["model"]))
     figure, ((axis,),) = _axes(size=(8.4, 0.42 * len(rows) + 1.4))
     for place, model in enumerate(models):
-        part = 100 * table[table["model"] == model].set_index("row").reindex(rows)[["value", "ci_low", "ci_high"]]
+        part = (
+            100
+            * table[table["model"] == model].set_index("row").reindex(rows)[["value", "ci_low", "ci_high"]]
+        )
         y = np.arange(len(rows)) + 0.7 * ((place + 0.5) / len(models) - 0.5)
         spread = np.vstack([part["value"] - part["ci_low"], part["ci_high"] - part["value"]]).clip(min=0)
         style = {"fmt": "o", "markersize": 3.5, "elinewidth": 1.1, "color": MODEL_COLOURS.get(model)}
         axis.errorbar(part["value"], y, xerr=spread, label=model, **style)
-    axis.plot(100 * table.groupby("row", sort=False)["chance"].first(), np.arange(len(rows)), "k|", markersize=18, label="chance")
+    axis.plot(
+        100 * table.groupby("row", sort=False)["chance"].first(),
+        np.arange(len(rows)),
+        "k|",
+        markersize=18,
+        label="chance",
+    )
     counts = table.groupby("row", sort=False)["n"].first()
-    axis.set(yticks=np.arange(len(rows)), xlabel="% of queries, macro mean where a row has groups (higher is better)", xlim=(-1, 101))
+    axis.set(
+        yticks=np.arange(len(rows)),
+        xlabel="% of queries, macro mean where a row has groups (higher is better)",
+        xlim=(-1, 101),
+    )
     axis.set_yticklabels([f"{row}, n = {counts[row]:,}" for row in rows])
     axis.invert_yaxis()
     figure.suptitle(f"{title} (95 % intervals over queries, ties against the target)", fontsize=10)
-    figure.legend(*axis.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=len(models) + 1, loc="outside lower center")
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=8,
+        ncols=len(models) + 1,
+        loc="outside lower center",
+    )
     return figure

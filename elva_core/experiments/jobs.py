@@ -63,7 +63,16 @@ def job(name: Name, stage: stages.Stage, start: str | Path) -> Job:
     """The job of one of the chain's notebooks."""
     root, triplets = sources.locate(stage.require("10_prepare_data"))
     work = stage.folder / "work"
-    return Job(name, stage.settings, stage.seed, root, triplets, str(start), work / name, work / "negatives.safetensors")
+    return Job(
+        name,
+        stage.settings,
+        stage.seed,
+        root,
+        triplets,
+        str(start),
+        work / name,
+        work / "negatives.safetensors",
+    )
 
 
 def following(name: Name, stage: stages.Stage) -> Job:
@@ -77,14 +86,22 @@ def following(name: Name, stage: stages.Stage) -> Job:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
         root, _ = sources.locate(stage.require("10_prepare_data"))
-        return job(name, stage, teach.ensure(stage.settings.backbone, stage.settings.encoder, root, files.OUTPUTS / "cache"))
+        return job(
+            name,
+            stage,
+            teach.ensure(stage.settings.backbone, stage.settings.encoder, root, files.OUTPUTS / "cache"),
+        )
     if name in ("distil", "rerank"):
         if (own := getattr(stage.settings, name)) is None:
-            raise ProfileError(f"params/{stage.settings.profile}.yaml has no section {name}; copy the one of params/cpu.yaml")
+            raise ProfileError(
+                f"params/{stage.settings.profile}.yaml has no section {name}; copy the one of params/cpu.yaml"
+            )
         begun = job(name, stage, stage.require("40_finetune_rlvr") / "model")
         if name == "distil":
             return begun
-        mining = {"stage3": {"queries": own.queries, "negatives": {"pool": own.pool}}}  # of its own, with stage 3's rules
+        mining = {
+            "stage3": {"queries": own.queries, "negatives": {"pool": own.pool}}
+        }  # of its own, with stage 3's rules
         return replace(begun, settings=stage.settings.changed(mining))
     if name != "stage2":
         return job(name, stage, stage.require("30_pretrain_contrastive") / "model")
@@ -136,21 +153,38 @@ def run(wanted: Job) -> None:
         mine(wanted)
     model = _loaded(wanted)
     if wanted.name == "stage1":
-        contrastive.train(model, contrastive.triplet_pairs(nli.read(wanted.triplets), seed), settings.stage1, seed=seed, folder=folder)
+        contrastive.train(
+            model,
+            contrastive.triplet_pairs(nli.read(wanted.triplets), seed),
+            settings.stage1,
+            seed=seed,
+            folder=folder,
+        )
     elif wanted.name == "stage2":
         contrastive.train(model, _stage2_pairs(wanted), settings.stage2, seed=seed, folder=folder)
     elif wanted.name == "distil":
         drawn = distillation.sample(_stage2_pairs(wanted), settings.distil.pairs, settings.stage2.batch)
-        targets = distillation.taught(model, drawn, batch=settings.evaluation.batch, path=folder / "teacher.safetensors")
+        targets = distillation.taught(
+            model, drawn, batch=settings.evaluation.batch, path=folder / "teacher.safetensors"
+        )
         distillation.train(model, drawn, targets, settings.distil, seed=seed, folder=folder)
     else:
         ranked = hard_negatives.read(wanted.mined, wanted.root, seed)
         if wanted.name == "control":
-            contrastive.train(model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder)
+            contrastive.train(
+                model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder
+            )
         elif wanted.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
         else:
-            grpo.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=lambda: _mined_by(model, wanted))
+            grpo.train(
+                model,
+                ranked,
+                settings.stage3,
+                seed=seed,
+                folder=folder,
+                mine=lambda: _mined_by(model, wanted),
+            )
     weights = sharding.whole(model.model)
     if distributed.processes().is_main_process:
         partial = folder / "model.partial"
@@ -161,7 +195,9 @@ def run(wanted: Job) -> None:
 
 
 def _stage2_pairs(wanted: Job) -> contrastive.Draw:
-    return contrastive.union_pairs(wanted.root, wanted.settings.stage2, wanted.seed, wanted.settings.data.exclude_units)
+    return contrastive.union_pairs(
+        wanted.root, wanted.settings.stage2, wanted.seed, wanted.settings.data.exclude_units
+    )
 
 
 def mine(wanted: Job) -> None:
@@ -182,7 +218,9 @@ def _mined_by(model: encoder.Encoder, wanted: Job) -> list[hard_negatives.Ranked
 def _select(model: encoder.Encoder, wanted: Job) -> hard_negatives.Mined:
     settings = wanted.settings
     size, excluded = settings.evaluation.batch, settings.data.exclude_units
-    return hard_negatives.select(model, wanted.root, settings.stage3, batch=size, seed=wanted.seed, excluded=excluded)
+    return hard_negatives.select(
+        model, wanted.root, settings.stage3, batch=size, seed=wanted.seed, excluded=excluded
+    )
 
 
 def _loaded(wanted: Job) -> encoder.Encoder:

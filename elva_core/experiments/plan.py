@@ -63,12 +63,21 @@ def stages(load: Workload) -> list[Stage]:
         rows.append(Stage("MRBench, annotation", load.annotation(), 1, peak))
     sentence = Side(data.nli_tokens, 0.0)
     rows += _contrastive(load, "stage 1", s.stage1, sentence, sentence)
-    rows += _contrastive(load, "stage 2", s.stage2, load.side("query", "train"), load.side("candidate", "train"), distinct=data.train_pool)
+    rows += _contrastive(
+        load,
+        "stage 2",
+        s.stage2,
+        load.side("query", "train"),
+        load.side("candidate", "train"),
+        distinct=data.train_pool,
+    )
     batch, mining = _writing(load, s.evaluation.batch, "evaluation.batch"), load.mining()
     rows.append(Stage("mining", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
     for sides in ("query", "all"):
         dealt = load.dealt(s.stage3.queries_per_step)
-        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, _rlvr_peak(load, sides)))
+        rows.append(
+            Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, _rlvr_peak(load, sides))
+        )
     negatives = s.stage3.negatives
     rows += _contrastive(
         load,
@@ -81,22 +90,54 @@ def stages(load: Workload) -> list[Stage]:
     )
     if s.distil:
         train, made = load.distillation()
-        rows.append(Stage("single pass", train, load.dealt(math.ceil(s.distil.batch / s.distil.chunk)), _distillation_peak(load)))
-        rows.append(Stage("single pass, its summaries", made, load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)), batch))
+        rows.append(
+            Stage(
+                "single pass",
+                train,
+                load.dealt(math.ceil(s.distil.batch / s.distil.chunk)),
+                _distillation_peak(load),
+            )
+        )
+        rows.append(
+            Stage(
+                "single pass, its summaries",
+                made,
+                load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)),
+                batch,
+            )
+        )
     if s.rerank:
         train, mining, val, looks = load.reranking()
         prompts = s.rerank.batch * (2 + s.rerank.negatives) / 2  # the mean of the two kinds of step
-        rows.append(Stage("reranker", train, load.dealt(math.ceil(prompts / s.rerank.chunk)), _reranking_peak(load)))
-        rows.append(Stage("reranker, its negatives", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
+        rows.append(
+            Stage("reranker", train, load.dealt(math.ceil(prompts / s.rerank.chunk)), _reranking_peak(load))
+        )
+        rows.append(
+            Stage(
+                "reranker, its negatives",
+                mining,
+                load.dealt(math.ceil(mining.prompts / s.evaluation.batch)),
+                batch,
+            )
+        )
         rows.append(Stage("reranker, val embedded", val, 1, batch))
         rows.append(Stage("reranker, second looks", looks, 1, _looking_peak(load)))
     models = load.known.evaluated_models
     rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
-    return rows + [Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")]
+    return rows + [
+        Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")
+    ]
 
 
 def _contrastive(
-    load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives: int = 0, distinct: float = math.inf
+    load: Workload,
+    name: str,
+    s: ContrastiveSettings,
+    query: Side,
+    candidate: Side,
+    *,
+    negatives: int = 0,
+    distinct: float = math.inf,
 ) -> list[Stage]:
     """Training, and the summaries that it trains on; both are divided by chunks, which never mix queries and candidates."""
     train, made = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
@@ -118,7 +159,9 @@ def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int,
     ending = load.cap + 1 if s.ret_share else 0
     rows = s.chunk if s.gradient_cache or load.devices > 1 else items
     request = load.settings.encoder.summary_request if ending else load.settings.encoder.eol_request
-    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    kept = load.sizes.activation_bytes(
+        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
+    )
     parts = _weights(load, s.lora.rank) | {
         "activations": rows * (load.longest(candidate, request) + ending) * kept / 1e9,
         "logits": _logits(load, rows * ending),
@@ -129,7 +172,9 @@ def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int,
 def _distillation_peak(load: Workload) -> Peak:
     """One chunk with its graph, and the teacher's embeddings that it is compared with."""
     s, sizes = load.settings.distil, load.sizes
-    kept = sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    kept = sizes.activation_bytes(
+        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
+    )
     length = load.longest(load.side("candidate", "train"), load.settings.encoder.eol_request)
     parts = _weights(load, s.lora.rank) | {
         "activations": s.chunk * length * kept / 1e9,
@@ -141,9 +186,14 @@ def _distillation_peak(load: Workload) -> Peak:
 def _reranking_peak(load: Workload) -> Peak:
     """One chunk of the longest prompts, a query with a whole window, with its graph."""
     s, sizes = load.settings.rerank, load.sizes
-    kept = sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing)
+    kept = sizes.activation_bytes(
+        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
+    )
     length = load.longest(load.together(s.window), s.listwise_request)
-    parts = _weights(load, s.lora.rank) | {"activations": s.chunk * length * kept / 1e9, "logits": _logits(load, s.chunk)}
+    parts = _weights(load, s.lora.rank) | {
+        "activations": s.chunk * length * kept / 1e9,
+        "logits": _logits(load, s.chunk),
+    }
     return Peak(parts, "rerank.chunk")
 
 
@@ -151,16 +201,26 @@ def _looking_peak(load: Workload) -> Peak:
     """One call of the longest prompts without a graph: the inside of one layer, and the logits of one position."""
     s = load.settings.rerank
     inside = s.prompts * load.longest(load.together(s.window), s.listwise_request) * _inside(load)
-    return Peak(_weights(load) | {"activations": inside / 1e9, "logits": _logits(load, s.prompts)}, "rerank.prompts")
+    return Peak(
+        _weights(load) | {"activations": inside / 1e9, "logits": _logits(load, s.prompts)}, "rerank.prompts"
+    )
 
 
 def _rlvr_peak(load: Workload, sides: str) -> Peak:
     """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
     s, sizes = load.settings.stage3, load.sizes
     inputs, side = load.inputs(sides), load.side("candidate" if sides == "all" else "query")
-    rollouts, prompt, ending = inputs * s.rollouts, load.longest(side, load.settings.encoder.summary_request), load.cap + 1
-    activations = (inputs * prompt + rollouts * ending) * sizes.activation_bytes(load.width, s.lora.rank, dropout=s.lora.dropout > 0)
-    cache = (prompt + ending) * sizes.kv_bytes(load.width) + prompt * sizes.kv_bytes(load.width, repeated=True)
+    rollouts, prompt, ending = (
+        inputs * s.num_generations,
+        load.longest(side, load.settings.encoder.summary_request),
+        load.cap + 1,
+    )
+    activations = (inputs * prompt + rollouts * ending) * sizes.activation_bytes(
+        load.width, s.lora.rank, dropout=s.lora.dropout > 0
+    )
+    cache = (prompt + ending) * sizes.kv_bytes(load.width) + prompt * sizes.kv_bytes(
+        load.width, repeated=True
+    )
     parts = _weights(load, s.lora.rank) | {
         "activations": activations / 1e9,
         "key/value cache": rollouts * cache / 1e9,
@@ -193,12 +253,17 @@ def _logits(load: Workload, positions: float) -> float:
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    rank = max(stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank) if stage)
+    rank = max(
+        stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank) if stage
+    )
     return {
         "images": load.data.images_gb,
         f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,
         "largest checkpoint": CHECKPOINT_BYTES * sizes.adapter(rank) / 1e9,
-        "embeddings of all pools in float16, a model": 2 * sum(u.pool for u in load.data.units.values()) * sizes.hidden / 1e9,
+        "embeddings of all pools in float16, a model": 2
+        * sum(u.pool for u in load.data.units.values())
+        * sizes.hidden
+        / 1e9,
     }
 
 
@@ -211,7 +276,10 @@ def show(settings: Settings, *, gpu: str | None, devices: int, console: Console)
         ("stage", "prompts", "summaries", "tokens", "FLOP", "devices", "time", "waiting", "GB a device"),
     )
     for s in planned:
-        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)] + [_scaled(s.cost.tokens), _scaled(s.cost.flops)]
+        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)] + [
+            _scaled(s.cost.tokens),
+            _scaled(s.cost.flops),
+        ]
         where, full = (f"{s.devices:.3g}", f"{s.peak.total:,.3g}") if s.peak else ("host", "")
         work.add_row(s.name, *counts, where, _time(s.hours), f"{s.waiting:.0%}" if s.peak else "", full)
     parts = list(dict.fromkeys(part for s in planned if s.peak for part in s.peak.parts))
@@ -248,7 +316,9 @@ def _time(hours: float) -> str:
     >>> _time(0.5), _time(12.34), _time(0.001)
     ('30 min', '12.3 h', '3.6 s')
     """
-    amount, unit = (hours, "h") if hours >= 1 else (60 * hours, "min") if hours >= 1 / 60 else (3600 * hours, "s")
+    amount, unit = (
+        (hours, "h") if hours >= 1 else (60 * hours, "min") if hours >= 1 / 60 else (3600 * hours, "s")
+    )
     return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
 
 
@@ -275,16 +345,22 @@ def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
     """What cannot run and which key to change; what leaves the device idle although there is room, and which key to raise."""
     room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
     if s3.queries_per_step < load.devices:
-        out.append(f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step")
+        out.append(
+            f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step"
+        )
     vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, _weights(load)["weights"]
     if s3.sampler == "vllm" and vllm < weights:
-        out.append(f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization")
+        out.append(
+            f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization"
+        )
     other = f"stage 3, rollout_sides: {'query' if s3.rollout_sides == 'all' else 'all'}"
     asked = [s for s in planned if s.peak and s.name != other]
     for s in asked:
         fullest = max(x.peak.total for x in asked if x.peak.lower == s.peak.lower)
         if s.peak.total > room:
-            out.append(f"does not fit: {s.name} needs {s.peak.total:.0f} GB, {name} has {room:.0f} GB free; lower {s.peak.lower}")
+            out.append(
+                f"does not fit: {s.name} needs {s.peak.total:.0f} GB, {name} has {room:.0f} GB free; lower {s.peak.lower}"
+            )
         elif s.waiting > 1 / 2 and fullest < room / 2 and load.kind != "cpu":
             used = f"waits {s.waiting:.0%} of its time and uses {s.peak.total:.0f} GB"
             out.append(f"mostly idle: {s.name} {used}; raise {s.peak.lower}")

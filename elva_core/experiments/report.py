@@ -31,20 +31,33 @@ GATHERED = (
     "82_transfer",
     "85_trade_cost",
 )
-BASELINES = ("zero-shot,", "stage 2,", "InfoNCE control,")  # whose rows stand in claims.csv, not in the report
+BASELINES = (
+    "zero-shot,",
+    "stage 2,",
+    "InfoNCE control,",
+)  # whose rows stand in claims.csv, not in the report
 STYLE = (
     "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}table{border-collapse:collapse;margin:1rem 0}"
     "td,th{border-bottom:1px solid #ccc;padding:.2rem .6rem;text-align:left}img{max-width:100%}summary{cursor:pointer;margin:.3rem 0}"
 )
 DEVIATIONS = (
-    ("Half of stage 2 trains the state at [RET]", "the paper leaves open how that state becomes an embedding before stage 3"),
-    ("A small Qwen2-VL taught here instead of Qwen2-VL-2B/7B", "no GPU and no download; the class and the code path are the same"),
+    (
+        "Half of stage 2 trains the state at [RET]",
+        "the paper leaves open how that state becomes an embedding before stage 3",
+    ),
+    (
+        "A small Qwen2-VL taught here instead of Qwen2-VL-2B/7B",
+        "no GPU and no download; the class and the code path are the same",
+    ),
     ("Emoji instead of M-BEIR", "real images with exact grains that come with a package"),
     (
         "Only the query's summaries are actions, candidates stay as mining encoded them (`rollout_sides: query`, `candidates: mined`)",
         "the literal reading samples 8 summaries of every candidate of every query; it is an arm of the study",
     ),
-    ("KL weight and learning rate", "the paper's 1e-6 with LoRA hardly moves a model this small; an arm of the study"),
+    (
+        "KL weight and learning rate",
+        "the paper's 1e-6 with LoRA hardly moves a model this small; an arm of the study",
+    ),
     (
         "The gain is given over two baselines",
         "the paper compares with LamRA-Ret, stage 2 read at the EOL token; stage 2 at [RET] is the harder one",
@@ -66,9 +79,15 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     pairs = pd.read_csv(evaluated / "comparisons.csv").to_dict("records")
     distances = pd.read_csv(analysed / "distances.csv", dtype={"qid": str})
     dataset, evidence = run.settings.data.name, run.settings.evidence
-    rows = _costs(run, dataset)  # first, for of the models that both measure, the rows of the main result stand
-    rows += claims.measured(mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap)
-    rows += claims.studied(study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence)
+    rows = _costs(
+        run, dataset
+    )  # first, for of the models that both measure, the rows of the main result stand
+    rows += claims.measured(
+        mrbench, pairs, distances, reported, dataset, evidence, run.settings.evaluation.bootstrap
+    )
+    rows += claims.studied(
+        study_table(run, "scores"), study_table(run, "differences"), reported, dataset, evidence
+    )
     rows += claims.in_points(study_table(run, "ablations"), f"MRBench-{dataset}", evidence)
     rows += _transfers(run, dataset, evidence)
     own = claims.official(reported, run.settings.profile, _official(run, reported), evidence)
@@ -81,19 +100,45 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
     """What this run measured of the paper's Tables 1, 2, 6 and 7, by their columns; empty where the data is another."""
     shares = ["value", "ci_low", "ci_high", "n"]
     results = (
-        pd.read_csv(run.require("50_evaluate") / "results.csv").query("model == @model and pool == 'local'").set_index(["unit", "metric"])
+        pd.read_csv(run.require("50_evaluate") / "results.csv")
+        .query("model == @model and pool == 'local'")
+        .set_index(["unit", "metric"])
     )
-    hits = pd.read_csv(run.require("50_evaluate") / "mrbench.csv").query("model == @model and metric == 'hit@5'").set_index("unit")
+    hits = (
+        pd.read_csv(run.require("50_evaluate") / "mrbench.csv")
+        .query("model == @model and metric == 'hit@5'")
+        .set_index("unit")
+    )
     clips = study_table(run, "clips", "82_transfer").query("model == @model and words == 'name'")
     clips = clips[clips["frames"] == clips["frames"].max()]
     clips = clips.set_index(clips["set"] + clips["metric"].str.replace("hit@", " R@"))
     wanted = dict(zip(reported["table1"]["columns"], mbeir.OFFICIAL_UNITS.items(), strict=True))
-    units = {column: results.loc[unit, f"hit@{k}"] for column, (unit, k) in wanted.items() if (unit, f"hit@{k}") in results.index}
+    units = {
+        column: results.loc[unit, f"hit@{k}"]
+        for column, (unit, k) in wanted.items()
+        if (unit, f"hit@{k}") in results.index
+    }
     if len(units) == len(wanted):
-        units["Avg"] = pd.Series({"value": sum(u["value"] for u in units.values()) / len(units), "n": sum(u["n"] for u in units.values())})
-    bench = [*zip(reported["table6"]["columns"], run.settings.mrbench.units, strict=False), ("Avg", "average")]
-    table2 = captions.table2(pd.read_csv(run.require("80_generalise") / "unseen.csv").fillna({"group": ""}).query("question == 'Table 2'"))
-    table2 = table2[table2["model"] == model].drop(columns="model").T.dropna().set_axis(["value"], axis=1) if len(table2) else table2
+        units["Avg"] = pd.Series(
+            {
+                "value": sum(u["value"] for u in units.values()) / len(units),
+                "n": sum(u["n"] for u in units.values()),
+            }
+        )
+    bench = [
+        *zip(reported["table6"]["columns"], run.settings.mrbench.units, strict=False),
+        ("Avg", "average"),
+    ]
+    table2 = captions.table2(
+        pd.read_csv(run.require("80_generalise") / "unseen.csv")
+        .fillna({"group": ""})
+        .query("question == 'Table 2'")
+    )
+    table2 = (
+        table2[table2["model"] == model].drop(columns="model").T.dropna().set_axis(["value"], axis=1)
+        if len(table2)
+        else table2
+    )
     frames = {
         "table1": pd.DataFrame(units).T,
         "table6": pd.DataFrame({column: hits.loc[unit] for column, unit in bench if unit in hits.index}).T,
@@ -106,16 +151,27 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
 def _costs(run: Stage, dataset: str) -> list[dict]:
     """Rows of 85_trade_cost: the single pass and the second look."""
     names = ("quality", "comparisons", "speed", "reranking", "reranking_seconds")
-    quality, pairs, speed, gains, seconds = (pd.read_csv(run.require("85_trade_cost") / f"{name}.csv") for name in names)
-    return claims.traded(quality, pairs.to_dict("records"), speed, dataset, "single pass") + claims.reranked(gains, seconds, dataset)
+    quality, pairs, speed, gains, seconds = (
+        pd.read_csv(run.require("85_trade_cost") / f"{name}.csv") for name in names
+    )
+    return claims.traded(quality, pairs.to_dict("records"), speed, dataset, "single pass") + claims.reranked(
+        gains, seconds, dataset
+    )
 
 
 def _transfers(run: Stage, dataset: str, evidence: bool) -> list[dict]:
     """Rows of 82_transfer (held-out units, another architecture, clips) and of 80_generalise (what no stage saw)."""
-    booster, held_out, clips, gain = (study_table(run, name, "82_transfer") for name in ("booster", "held_out", "clips", "clips_gain"))
-    rows = claims.in_points(booster, f"MRBench-{dataset}", evidence) + claims.in_points(held_out, f"{dataset}, units held out", evidence)
+    booster, held_out, clips, gain = (
+        study_table(run, name, "82_transfer") for name in ("booster", "held_out", "clips", "clips_gain")
+    )
+    rows = claims.in_points(booster, f"MRBench-{dataset}", evidence) + claims.in_points(
+        held_out, f"{dataset}, units held out", evidence
+    )
     rows += claims.clips(clips, gain, f"{dataset} clips", evidence)
-    tables = [pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""}) for name in ("unseen", "unseen_differences")]
+    tables = [
+        pd.read_csv(run.require("80_generalise") / f"{name}.csv").fillna({"group": ""})
+        for name in ("unseen", "unseen_differences")
+    ]
     return rows + claims.generalised(*map(captions.headline, tables), dataset, evidence)
 
 
@@ -127,11 +183,15 @@ def study_table(run: Stage, name: str, stage: str = "60_ablate") -> pd.DataFrame
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
     """Seconds and peak memory of each stage, as its manifest says."""
-    rows = [{"stage": s, "wall_s": m["wall_s"], "peak_memory_gb": m["peak_memory_gb"]} for s, m in stages.items()]
+    rows = [
+        {"stage": s, "wall_s": m["wall_s"], "peak_memory_gb": m["peak_memory_gb"]} for s, m in stages.items()
+    ]
     return pd.DataFrame(rows)
 
 
-def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame) -> None:
+def write(
+    run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame
+) -> None:
     """table.md and stages.md (the README's blocks), report.md, and the same page with its figures inside as report.html."""
     evidence = "" if run.settings.evidence else " This profile tests plumbing; its numbers are no evidence."
     made_with = f"Profile {run.settings.profile}, seed {run.seed}, device {run.settings.device}"
@@ -144,7 +204,9 @@ def write(run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFr
     measured = measured[~measured["claim"].str.startswith(BASELINES)]
     beside = measured[measured["paper"].notna()].sort_values("source", kind="stable")
     beside = claims.listed(beside.assign(claim=beside["source"] + ": " + beside["claim"]))
-    own_questions = "\n\n".join(_folded(source, own) for source, own in measured[measured["paper"].isna()].groupby("source"))
+    own_questions = "\n\n".join(
+        _folded(source, own) for source, own in measured[measured["paper"].isna()].groupby("source")
+    )
     missing = table[table["ours"].isna() & table["paper"].notna()].groupby(["source", "baseline"], sort=False)
     total, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
@@ -188,11 +250,17 @@ What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in
 
 def stages(cost_table: pd.DataFrame) -> str:
     """The README's table of notebooks: the question each asks, its seconds and peak memory; the report's own are not known yet."""
-    measured, lines = cost_table.set_index("stage"), ["| notebook | question | seconds | peak, GB |", "|--|--|--|--|"]
+    measured, lines = (
+        cost_table.set_index("stage"),
+        ["| notebook | question | seconds | peak, GB |", "|--|--|--|--|"],
+    )
     for path in sorted((files.REPOSITORY / "notebooks").glob("*.ipynb")):
-        (question,) = re.findall(r"^\*\*Question\*\* (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE)
+        (question,) = re.findall(
+            r"^\*\*Question\*\* (.+)$", nbformat.read(path, as_version=4).cells[0].source, re.MULTILINE
+        )
         numbers = [
-            f"{measured.loc[path.stem, c]:.{d}f}" if path.stem in measured.index else "" for c, d in (("wall_s", 0), ("peak_memory_gb", 1))
+            f"{measured.loc[path.stem, c]:.{d}f}" if path.stem in measured.index else ""
+            for c, d in (("wall_s", 0), ("peak_memory_gb", 1))
         ]
         lines.append(f"| [{path.stem}](notebooks/{path.name}) | {question} | {' | '.join(numbers)} |")
     return "\n".join(lines)
@@ -220,9 +288,7 @@ def page(text: str, folder: Path) -> str:
         picture = base64.b64encode((folder / name).read_bytes()).decode()
         body = body.replace(f'src="{name}"', f'src="data:image/png;base64,{picture}"')
     title = text.splitlines()[0].lstrip("# ")
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>{body}</body></html>\n'
-    )
+    return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>\n<body>{body}</body></html>\n'
 
 
 def _folded(title: str, own: pd.DataFrame) -> str:

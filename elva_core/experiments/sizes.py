@@ -47,7 +47,12 @@ class Sizes:
     @property
     def language_parameters(self) -> int:
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.linear + self.layers * (self.hidden + 2 * self.kv_width + 2 * self.hidden) + self.hidden
+        return (
+            embeddings
+            + self.linear
+            + self.layers * (self.hidden + 2 * self.kv_width + 2 * self.hidden)
+            + self.hidden
+        )
 
     @property
     def _patch_weights(self) -> int:
@@ -64,8 +69,12 @@ class Sizes:
 
     @property
     def vision_parameters(self) -> int:
-        biases_and_norms = 4 * self.vision_hidden + self.vision_intermediate + self.vision_hidden + 4 * self.vision_hidden
-        merger = self._merger_weights + self.vision_hidden * self.merge**2 + self.hidden + 2 * self.vision_hidden
+        biases_and_norms = (
+            4 * self.vision_hidden + self.vision_intermediate + self.vision_hidden + 4 * self.vision_hidden
+        )
+        merger = (
+            self._merger_weights + self.vision_hidden * self.merge**2 + self.hidden + 2 * self.vision_hidden
+        )
         return self._patch_weights + self.vision_layers * (self._block_weights + biases_and_norms) + merger
 
     @property
@@ -83,17 +92,24 @@ class Sizes:
 
     def forward(self, tokens: float, context: float, rank: int = 0) -> float:
         """FLOPs of the language model's layers on `tokens` that each attend to `context` positions."""
-        return 2 * (self.linear + self.adapter(rank)) * tokens + 4 * self.layers * self.hidden * tokens * context
+        return (
+            2 * (self.linear + self.adapter(rank)) * tokens + 4 * self.layers * self.hidden * tokens * context
+        )
 
     def backward(self, tokens: float, context: float, rank: int) -> float:
         """FLOPs of the way back: once the forward for frozen weights, whose own gradient nobody needs, twice for the rest."""
-        return 2 * (self.linear + 2 * self.adapter(rank)) * tokens + 2 * 4 * self.layers * self.hidden * tokens * context
+        return (
+            2 * (self.linear + 2 * self.adapter(rank)) * tokens
+            + 2 * 4 * self.layers * self.hidden * tokens * context
+        )
 
     def vision(self, images: float, tokens_per_image: float) -> float:
         """FLOPs of the tower on images of equal size; always forward only, the tower is frozen."""
         per_image = tokens_per_image * self.merge**2
         blocks = self.vision_layers * (2 * self._block_weights + 4 * self.vision_hidden * per_image)
-        return images * (per_image * (2 * self._patch_weights + blocks) + tokens_per_image * 2 * self._merger_weights)
+        return images * (
+            per_image * (2 * self._patch_weights + blocks) + tokens_per_image * 2 * self._merger_weights
+        )
 
     def logits(self, positions: float) -> float:
         """FLOPs of the output layer."""
@@ -124,7 +140,11 @@ class Sizes:
         inputs = 6 * h + inner  # of the adapters of q, k, v, o, gate, up and of down
         plain = 4 * inputs if width < 4 else 4 * (2 * h + inner)  # in one dtype the norms' outputs are shared
         copies = (4 + 1) * inputs if dropout else plain
-        norms, attention, mlp = 4 * 2 * h, width * 4 * h, width * 3 * inner  # queries, repeated keys and values, result
+        norms, attention, mlp = (
+            4 * 2 * h,
+            width * 4 * h,
+            width * 3 * inner,
+        )  # queries, repeated keys and values, result
         layer = copies + 4 * 7 * rank + norms + attention + mlp
         return width * h * self.layers + layer if checkpointing else self.layers * layer
 

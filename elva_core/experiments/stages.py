@@ -44,7 +44,9 @@ def manifest(profile: str, stage: str) -> dict | None:
 
 def fingerprint(settings: profiles.Settings, seed: int, inputs: dict[str, str], code: str) -> str:
     """What a stage depends on: resolved profile, seed, the manifests of its inputs, its code."""
-    return hashlib.sha256(json.dumps([settings.digest(), seed, inputs, code], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([settings.digest(), seed, inputs, code], sort_keys=True).encode()
+    ).hexdigest()
 
 
 @dataclass
@@ -70,10 +72,14 @@ class Stage:
         if found is None:
             raise MissingStageError(f"{folder / 'manifest.json'} is missing; run: {command}")
         if found["seed"] != self.seed:
-            raise MissingStageError(f"{folder} was made with seed {found['seed']}, not {self.seed}; run: {command}")
+            raise MissingStageError(
+                f"{folder} was made with seed {found['seed']}, not {self.seed}; run: {command}"
+            )
         for name, size in found["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size["bytes"]:
-                raise MissingStageError(f"{folder / name} is missing or changed since its manifest; run: {command} --force")
+                raise MissingStageError(
+                    f"{folder / name} is missing or changed since its manifest; run: {command} --force"
+                )
         self.inputs[stage] = file_hash(folder / "manifest.json")
         return folder
 
@@ -96,7 +102,11 @@ class Stage:
     def close(self, metrics: dict | None = None) -> dict:
         """Writes the manifest and moves the folder into place. Nothing may be written after it."""
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        files = {p.relative_to(self.folder).as_posix(): {"bytes": p.stat().st_size} for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(self.folder).as_posix(): {"bytes": p.stat().st_size}
+            for p in sorted(self.folder.rglob("*"))
+            if p.is_file()
+        }
         (self.folder / "fingerprint").unlink(missing_ok=True)
         files.pop("fingerprint", None)
         for name in files:
@@ -155,10 +165,18 @@ def _commit() -> str:
     """Commit of the working tree, with "+dirty" when tracked code differs from it."""
     try:
         head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         return head + ("+dirty" if changed.strip() else "")
     except (OSError, subprocess.CalledProcessError):

@@ -78,10 +78,17 @@ def arms(settings: Settings) -> dict[str, Arm]:
         ProfileError: an unknown name, or a change that is no value of a profile.
     """
     path = PARAMS / "arms.yaml"
-    known = {name: Arm.model_validate(values) for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    known = {
+        name: Arm.model_validate(values)
+        for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    }
     if unknown := sorted(set(settings.study.arms) - set(known)):
-        raise ProfileError(f"params/{settings.profile}.yaml: study.arms names {unknown}; {path} has {sorted(known)}")
-    return {name: arm for name, arm in known.items() if name in settings.study.arms or not settings.study.arms}
+        raise ProfileError(
+            f"params/{settings.profile}.yaml: study.arms names {unknown}; {path} has {sorted(known)}"
+        )
+    return {
+        name: arm for name, arm in known.items() if name in settings.study.arms or not settings.study.arms
+    }
 
 
 def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
@@ -99,8 +106,13 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
     used |= {"backbone"} if "backbone" in arm.changes else set()
     bench = settings.mrbench
-    unused = {"precision", "licence"}  # what is said about the benchmark; and what draws it only where it is given
-    unused |= (set() if bench.units else {"units"}) | ({"annotator"} if bench.annotator.kind == "exact" else set())
+    unused = {
+        "precision",
+        "licence",
+    }  # what is said about the benchmark; and what draws it only where it is given
+    unused |= (set() if bench.units else {"units"}) | (
+        {"annotator"} if bench.annotator.kind == "exact" else set()
+    )
     values = settings.model_dump(mode="json", include=used, exclude={"mrbench": unused})
     units = [*settings.study.units, *arm.units]
     return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
@@ -128,7 +140,15 @@ def _measured(folder: Path, name: str, seed: int) -> str | None:
     return json.loads(manifest.read_text())["fingerprint"] if manifest.is_file() else None
 
 
-def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, backbone: str, folder: Path, work: Path) -> None:
+def run(
+    settings: Settings,
+    root: mbeir.Root,
+    triplets: Path,
+    bench: mbeir.Root,
+    backbone: str,
+    folder: Path,
+    work: Path,
+) -> None:
     """Trains and measures what is missing; each arm's folder appears whole, so a killed study goes on where it was.
 
     Args:
@@ -140,13 +160,21 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), arm.applied(settings)
         mark = fingerprint(changed, arm, seed, backbone)
-        earlier = settings.changed({part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes})
+        earlier = settings.changed(
+            {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
+        )
         own = backbone_for(changed, backbone, root, work)
         start = own if arm.start == "backbone" else retriever(earlier, root, triplets, own, seed, work)
         rows, trained = [], start
         if arm.trains != "nothing":
             # arms of one start differ in their training only; what they share is mined once
-            shared = _hash(str(start), changed.encoder.model_dump(), changed.stage3.queries, changed.stage3.negatives.model_dump(), seed)
+            shared = _hash(
+                str(start),
+                changed.encoder.model_dump(),
+                changed.stage3.queries,
+                changed.stage3.negatives.model_dump(),
+                seed,
+            )
             mined = work / f"negatives-{shared}.safetensors"
             job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), work / mark, mined)
             jobs.launch(jobs.run, job)
@@ -160,7 +188,10 @@ def run(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root,
             pd.DataFrame(rows).to_csv(partial / "history.csv", index=False, float_format="%.4g")
         record = measure(model, arm, changed, root, bench, partial)
         record |= {"arm": name, "group": arm.group, "seed": seed, "fingerprint": mark, "steps": len(rows)}
-        record |= {"train_s": round(sum(r["step_time"] for r in rows), 1), "wall_s": round(time.perf_counter() - began, 1)}
+        record |= {
+            "train_s": round(sum(r["step_time"] for r in rows), 1),
+            "wall_s": round(time.perf_counter() - began, 1),
+        }
         files.write_whole(partial / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
@@ -176,9 +207,13 @@ def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path)
     return second_backbone.ensure(backbone, changed.backbone, changed.encoder, root, work)
 
 
-def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path) -> Path:
+def retriever(
+    settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path
+) -> Path:
     """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
-    values = settings.model_dump(mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"})
+    values = settings.model_dump(
+        mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"}
+    )
     folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
     if (folder / "elva.json").is_file():
         return folder
@@ -192,17 +227,26 @@ def retriever(settings: Settings, root: mbeir.Root, triplets: Path, backbone: st
     return folder
 
 
-def measure(model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path) -> dict[str, float]:
+def measure(
+    model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path
+) -> dict[str, float]:
     """Writes hits.csv and units.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
-    measured = benchmark.measure(arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=())
+    measured = benchmark.measure(
+        arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
+    )
     measured.hits[["unit", "qid", "unseen", "rank"]].to_csv(folder / "hits.csv", index=False)
-    others = [measured.searcher.evaluate(name) for name in root.matching([*settings.study.units, *arm.units], "test")]
+    others = [
+        measured.searcher.evaluate(name)
+        for name in root.matching([*settings.study.units, *arm.units], "test")
+    ]
     rows = [(r.unit, q.qid, ranks[0]) for r in others for q, ranks in zip(r.queries, r.ranks, strict=True)]
     if rows:
         pd.DataFrame(rows, columns=["unit", "qid", "rank"]).to_csv(folder / "units.csv", index=False)
     unit = bench.units("test")[0]
     queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
-    grains.distances(measured.searcher, queries, unit).to_csv(folder / "distances.csv", index=False, float_format="%.5f")
+    grains.distances(measured.searcher, queries, unit).to_csv(
+        folder / "distances.csv", index=False, float_format="%.5f"
+    )
     errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
@@ -250,7 +294,14 @@ def read(folder: Path, settings: Settings) -> Study:
         runs.append(json.loads((place / "manifest.json").read_text()))
         for kind, rows in tables.items():
             if (place / f"{kind}.csv").is_file():
-                rows.append(pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(arm=name, group=arm.group, seed=seed))
+                rows.append(
+                    pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(
+                        arm=name, group=arm.group, seed=seed
+                    )
+                )
     if not runs:
         raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
-    return Study(pd.DataFrame(runs), *(pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in tables.values()))
+    return Study(
+        pd.DataFrame(runs),
+        *(pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in tables.values()),
+    )

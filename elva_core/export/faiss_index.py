@@ -62,12 +62,17 @@ def write(loaded: Encoder, pool: Pool, to: Path) -> list[str]:
 
 def _reader(loaded: Encoder) -> dict:
     """What the vectors of a model depend on, beside the template."""
-    return {"model": (lineage(loaded.source) or [{}])[-1], "encoder": loaded.settings.model_dump(exclude={"cache_vision"})}
+    return {
+        "model": (lineage(loaded.source) or [{}])[-1],
+        "encoder": loaded.settings.model_dump(exclude={"cache_vision"}),
+    }
 
 
 def _relative(place: str | Path, to: Path) -> str:
     """A folder as seen from the index, so that nothing names this machine; a hub name as it is."""
-    return os.path.relpath(Path(place).resolve(), to.resolve()) if place and Path(place).is_dir() else str(place)
+    return (
+        os.path.relpath(Path(place).resolve(), to.resolve()) if place and Path(place).is_dir() else str(place)
+    )
 
 
 def place_of(folder: Path, place: str) -> Path | None:
@@ -100,7 +105,9 @@ def _write_faiss(pool: Pool, dim: int, path: Path) -> None:
 
     index = faiss.IndexIDMap(faiss.IndexFlatIP(dim))
     for candidates, vectors in _blocks(pool):
-        index.add_with_ids(vectors, np.array([mbeir.hashed_candidate_id(c.did) for c in candidates], np.int64))
+        index.add_with_ids(
+            vectors, np.array([mbeir.hashed_candidate_id(c.did) for c in candidates], np.int64)
+        )
     faiss.write_index(index, str(path))
 
 
@@ -110,7 +117,9 @@ def manifest(folder: Path) -> dict:
     Raises:
         ValueError: no index, or one of its files is missing or not whole.
     """
-    remedy = "make one with: python -m elva_core export --index --model DIR --root ROOT --unit UNIT --to FOLDER"
+    remedy = (
+        "make one with: python -m elva_core export --index --model DIR --root ROOT --unit UNIT --to FOLDER"
+    )
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} is no index, {MANIFEST} is missing; {remedy}")
@@ -118,11 +127,17 @@ def manifest(folder: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not found.keys() >= KEYS or not all(isinstance(found[key], dict) for key in ("bytes", "made_from")):
+    if (
+        not isinstance(found, dict)
+        or not found.keys() >= KEYS
+        or not all(isinstance(found[key], dict) for key in ("bytes", "made_from"))
+    ):
         raise ValueError(f"{path} is not the manifest of an index; {remedy}")
     for name, size in found["bytes"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise ValueError(f"{folder / name} is missing or not the file that {MANIFEST} names ({size:,} bytes); export the index again")
+            raise ValueError(
+                f"{folder / name} is missing or not the file that {MANIFEST} names ({size:,} bytes); export the index again"
+            )
     return found
 
 
@@ -140,7 +155,9 @@ def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Poo
     file = pq.ParquetFile(folder / CANDIDATES)
     vectors, candidates = Vectors(file), Candidates(file)
     if len(vectors) != found["count"]:
-        raise ValueError(f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {found['count']}; export the index again")
+        raise ValueError(
+            f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {found['count']}; export the index again"
+        )
     return Pool(found["unit"], found["pool"], candidates, vectors, found["template"], root)
 
 
@@ -185,5 +202,9 @@ class Candidates(Sequence[mbeir.Candidate]):
         group, left = 0, row
         while left >= (size := self._file.metadata.row_group(group).num_rows):
             group, left = group + 1, left - size
-        found = self._file.read_row_group(group, columns=["did", "modality", "text", "image"]).slice(left, 1).to_pylist()[0]
+        found = (
+            self._file.read_row_group(group, columns=["did", "modality", "text", "image"])
+            .slice(left, 1)
+            .to_pylist()[0]
+        )
         return mbeir.Candidate(found["did"], found["text"], found["image"], found["modality"])

@@ -23,7 +23,9 @@ from elva_core.config import EncoderSettings, Settings
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "README.md")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # hold every string there is, paths too
-LOCAL_PATH = re.compile(r"""(?:^|[\s"'`(=])((?:~|/[\w.@+-]+)/[\w.@+/-]+|[A-Za-z]:\\+[^\s"'`]+|file:/+[^\s"'`]+)""", re.MULTILINE)
+LOCAL_PATH = re.compile(
+    r"""(?:^|[\s"'`(=])((?:~|/[\w.@+-]+)/[\w.@+/-]+|[A-Za-z]:\\+[^\s"'`]+|file:/+[^\s"'`]+)""", re.MULTILINE
+)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -68,7 +70,8 @@ def push(
             shutil.copyfile(path, staged / path.name)
         if not (staged / "README.md").is_file():
             (staged / "README.md").write_text(
-                card(model, name, profile=profile, results=results, license_name=license_name), encoding="utf-8"
+                card(model, name, profile=profile, results=results, license_name=license_name),
+                encoding="utf-8",
             )
         refuse_local_paths(staged)
         if is_folder(to):
@@ -79,9 +82,13 @@ def push(
 def checked(model: Path) -> list[Path]:
     """The files of a model that are published; the folder must be one of ours, with safetensors and no pickle."""
     if not (model / "elva.json").is_file():
-        raise PublishError(f"{model / 'elva.json'} is missing: push takes a folder that a training stage wrote")
+        raise PublishError(
+            f"{model / 'elva.json'} is missing: push takes a folder that a training stage wrote"
+        )
     if pickled := sorted(p.name for p in model.iterdir() if p.suffix in PICKLED):
-        raise PublishError(f"{model}: {', '.join(pickled)} may run code when it is loaded; keep safetensors only")
+        raise PublishError(
+            f"{model}: {', '.join(pickled)} may run code when it is loaded; keep safetensors only"
+        )
     files = sorted({path for pattern in PUBLISHED for path in model.glob(pattern)})
     if not any(p.suffix == ".safetensors" for p in files):
         raise PublishError(f"{model} has no weights (*.safetensors); train it, or save it again")
@@ -95,7 +102,9 @@ def refuse_local_paths(folder: Path) -> None:
             text = path.read_text(encoding="utf-8")
             if found := LOCAL_PATH.search(text):
                 line = text.count("\n", 0, found.start(1)) + 1
-                raise PublishError(f"{path.name}:{line} names a path of this machine, {found[1]}; remove it, or save the model again")
+                raise PublishError(
+                    f"{path.name}:{line} names a path of this machine, {found[1]}; remove it, or save the model again"
+                )
 
 
 def card(model: Path, name: str, *, profile: Settings | None, results: Path | None, license_name: str) -> str:
@@ -105,7 +114,10 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
     from elva_core.models import chat
     from elva_core.models.encoder import SPLICED
 
-    found, kind = json.loads((model / "elva.json").read_text()), json.loads((model / "config.json").read_text())["model_type"]
+    found, kind = (
+        json.loads((model / "elva.json").read_text()),
+        json.loads((model / "config.json").read_text())["model_type"],
+    )
     processor = AutoProcessor.from_pretrained(model)
     settings, parents = EncoderSettings.model_validate(found["encoder"]), found.get("parents", [])
     template = found.get("template", "summary")
@@ -139,7 +151,10 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
 
 def training_values(profile: Settings) -> str:
     """The profile's values as YAML, without what only this machine knows."""
-    kept = profile.model_dump(mode="json", include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"})
+    kept = profile.model_dump(
+        mode="json",
+        include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"},
+    )
     return yaml.safe_dump({"data": profile.data.name} | kept, sort_keys=False, allow_unicode=True)
 
 
@@ -156,17 +171,31 @@ def results_table(path: Path) -> str:
     elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
         # the averages, gains and distances; units and other cut-offs stay in the file
         average = table["claim"].str.endswith("average") & (table["metric"] == "hit@5")
-        rows = table[table["ours"].notna() & (average | table["metric"].str.contains("gain of hit@5|distance"))]
+        rows = table[
+            table["ours"].notna() & (average | table["metric"].str.contains("gain of hit@5|distance"))
+        ]
         rows = rows.rename(columns={"ours": "value"})
         names, scale, form = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1, ".3g"
     else:
-        raise PublishError(f"{path}: columns {list(table)} are neither those of results.csv nor of claims.csv")
+        raise PublishError(
+            f"{path}: columns {list(table)} are neither those of results.csv nor of claims.csv"
+        )
     header = [*names, "value [95 %]", "n"]
     lines = [header, ["--"] * len(header)]
     for row in rows.to_dict("records"):
-        interval = f" [{scale * row['ci_low']:{form}}, {scale * row['ci_high']:{form}}]" if pd.notna(row["ci_low"]) else ""
+        interval = (
+            f" [{scale * row['ci_low']:{form}}, {scale * row['ci_high']:{form}}]"
+            if pd.notna(row["ci_low"])
+            else ""
+        )
         cells = ["" if pd.isna(row[c]) else str(row[c]) for c in names]
-        lines.append([*cells, f"{scale * row['value']:{form}}{interval}", "" if pd.isna(row["n"]) else f"{row['n']:.0f}"])
+        lines.append(
+            [
+                *cells,
+                f"{scale * row['value']:{form}}{interval}",
+                "" if pd.isna(row["n"]) else f"{row['n']:.0f}",
+            ]
+        )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -212,7 +241,9 @@ def _to_hub(staged: Path, name: str, api: HfApi) -> str:
     try:
         repository = api.create_repo(repo_id=name, repo_type="model", exist_ok=True)
         stage = json.loads((staged / "elva.json").read_text())["stage"]
-        api.upload_folder(repo_id=name, folder_path=staged, repo_type="model", commit_message=f"ELVA workbook, {stage}")
+        api.upload_folder(
+            repo_id=name, folder_path=staged, repo_type="model", commit_message=f"ELVA workbook, {stage}"
+        )
     except Exception as error:  # what the hub says, or what its transport says where there is no connection
         raise PublishError(
             f"the hub did not take {name}: {type(error).__name__}: {error}; log in with hf auth login, or write ./{name} for a folder"

@@ -27,7 +27,10 @@ def items(pairs: Sequence[tuple[str, Picture | None]]) -> Iterator[list[Item]]:
         ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
     """
     with TemporaryDirectory(prefix="elva-") as folder:
-        yield [Item(_text(text), _file(image, Path(folder) / f"{n}.png")) for n, (text, image) in enumerate(pairs)]
+        yield [
+            Item(_text(text), _file(image, Path(folder) / f"{n}.png"))
+            for n, (text, image) in enumerate(pairs)
+        ]
 
 
 def _text(text: object) -> str:
@@ -43,7 +46,9 @@ def _file(image: object, path: Path) -> Path | None:
         (image if image.mode in PNG_MODES else image.convert("RGB")).save(path, compress_level=1)
         return path
     if not isinstance(image, str | Path) or str(image).startswith(("http://", "https://", "data:")):
-        raise ValueError(f"an image is {str(image)[:80]!r} ({type(image).__name__}); pass a PIL image or the path of a file")
+        raise ValueError(
+            f"an image is {str(image)[:80]!r} ({type(image).__name__}); pass a PIL image or the path of a file"
+        )
     return Path(image)
 
 

@@ -34,7 +34,9 @@ class MtebEncoder(AbsEncoder):
             which instructions were given: keep those apart with `cache=mteb.ResultCache(FOLDER)`.
     """
 
-    def __init__(self, encoder: Encoder, *, template: str = "summary", instructions: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, *, template: str = "summary", instructions: Mapping[str, str] | None = None
+    ) -> None:
         self.encoder, self.template, self.instructions = encoder.forgetful(), template, instructions or {}
         weights = lineage(encoder.source)[-1:]  # none of a model that was never saved
         self.mteb_model_meta = ModelMeta.create_empty().model_copy(
@@ -82,6 +84,8 @@ class MtebEncoder(AbsEncoder):
             raise ValueError(f"a batch has {sorted(batch)}; this model reads text and images")
         images = batch.get("image", [None] * len(batch.get("text", ())))
         texts = batch.get("text", [""] * len(images))
-        asked = [mbeir.normalise(f"{mbeir.normalise(instruction)} {text}") for text in texts]  # as Root.query_text
+        asked = [
+            mbeir.normalise(f"{mbeir.normalise(instruction)} {text}") for text in texts
+        ]  # as Root.query_text
         with inputs.items(list(zip(asked, images, strict=True))) as items:
             return retriever.encode(self.encoder, items, batch=len(items), template=self.template)[0]

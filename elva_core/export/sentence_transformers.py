@@ -20,11 +20,21 @@ from elva_core.export import hub
 from elva_core.models.encoder import TEMPLATES
 
 MODULE = "elva_core.sentence_module.Embedder"  # the name in exported folders, old and new
-CARD_KEYS = ("encoder", "pooling", "stage", "parents")  # of elva.json; older ones also name a folder of this machine
+CARD_KEYS = (
+    "encoder",
+    "pooling",
+    "stage",
+    "parents",
+)  # of elva.json; older ones also name a folder of this machine
 
 
 def sentence_transformer(
-    model: Path, to: Path, *, template: str | None = None, root: mbeir.Root | None = None, unit: str | None = None
+    model: Path,
+    to: Path,
+    *,
+    template: str | None = None,
+    root: mbeir.Root | None = None,
+    unit: str | None = None,
 ) -> Path:
     """Writes the folder, whole or not at all; it also stays a model of ours, for `encoder.load`, `evaluate` and `push`.
 
@@ -66,7 +76,9 @@ def prompts(root: mbeir.Root | None, unit: str | None) -> dict[str, str]:
     """
     named = {name: _instruction(root, name) for name in root.units("test")} if root else {}
     if unit is not None and unit not in named:
-        raise ValueError(f"{root.folder if root else 'no root was given, so there'} has no test unit {unit}; it has {sorted(named)}")
+        raise ValueError(
+            f"{root.folder if root else 'no root was given, so there'} has no test unit {unit}; it has {sorted(named)}"
+        )
     return {"query": named[unit] if unit else "", "document": ""} | named
 
 

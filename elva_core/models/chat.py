@@ -25,7 +25,11 @@ from elva_core.data.frames import Clip
 # What processors say of each token
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 WRITTEN = 3  # tokens of `check`
-LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # of a logit, in standard deviations of all of them
+LIMITS = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.25,
+    torch.float16: 0.05,
+}  # of a logit, in standard deviations of all of them
 
 
 def end_of_turn(processor) -> int:
@@ -69,7 +73,9 @@ def left_padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
     return torch.tensor([[*[filler] * (length - len(row)), *row] for row in rows])
 
 
-def read(model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None) -> dict[str, torch.Tensor]:
+def read(
+    model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None
+) -> dict[str, torch.Tensor]:
     """What `model.model` is given for chats up to and including the assistant's header, each followed by its ending.
 
     Args:
@@ -98,7 +104,11 @@ def _followed(given, endings: Sequence[Sequence[int]], pad_id: int) -> dict[str,
     """What is said of each token, (B, L), with endings and padded anew; a token of an ending is text."""
     out, kept = {}, given["attention_mask"].bool()
     for name in (name for name in PER_TOKEN if name in given):
-        ends = endings if name == "input_ids" else [[int(name == "attention_mask")] * len(ending) for ending in endings]
+        ends = (
+            endings
+            if name == "input_ids"
+            else [[int(name == "attention_mask")] * len(ending) for ending in endings]
+        )
         rows = [[*row[there].tolist(), *end] for row, there, end in zip(given[name], kept, ends, strict=True)]
         out[name] = left_padded(rows, pad_id if name == "input_ids" else 0)
     return out
@@ -120,7 +130,9 @@ def check(model, processor, name: str, banned: Sequence[int]) -> None:
     try:
         wanted, found = _logits(model, processor, banned)
     except Exception as error:  # whatever a model of a kind that nobody has tried stumbles over
-        raise ValueError(f"{name}, a {kind}, cannot be read by its own processor and forward: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{name}, a {kind}, cannot be read by its own processor and forward: {type(error).__name__}: {error}"
+        ) from error
     for way, logits in found.items():
         off = float((logits.float() - wanted).abs().max() / wanted.std())
         if not off <= LIMITS[model.dtype]:
@@ -135,7 +147,10 @@ def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict
     """Logits (2, WRITTEN, V) of two chats and what transformers writes after them: by `generate`, and in our two ways."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8))
     text = {"type": "text", "text": "What is this?"}
-    chats = [[{"role": "user", "content": content}] for content in ([text], [{"type": "image", "image": picture}, text])]
+    chats = [
+        [{"role": "user", "content": content}]
+        for content in ([text], [{"type": "image", "image": picture}, text])
+    ]
     wish = GenerationConfig(
         max_new_tokens=WRITTEN,
         min_new_tokens=WRITTEN,
@@ -151,17 +166,27 @@ def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict
         alone.append(model.generate(**given, generation_config=wish))
     written = [out.sequences[0, -WRITTEN:-1].tolist() for out in alone]
     head, cache = model.get_output_embeddings(), DynamicCache(config=model.config.get_text_config())
-    together = model.model(**read(model, processor, chats, written), use_cache=False).last_hidden_state[:, -WRITTEN:]
+    together = model.model(**read(model, processor, chats, written), use_cache=False).last_hidden_state[
+        :, -WRITTEN:
+    ]
     given = read(model, processor, chats)
     first = model.model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-        raise TypeError("its layers keep a state that is no keys and values; rollouts cannot share a prompt's")
+        raise TypeError(
+            "its layers keep a state that is no keys and values; rollouts cannot share a prompt's"
+        )
     cache.batch_repeat_interleave(2)
-    ids, mask, after = (x.repeat_interleave(2, dim=0) for x in (torch.tensor(written), given["attention_mask"], first))
-    positions = (given["position_ids"][..., -1:] + 1).repeat_interleave(2, dim=-2) + torch.arange(WRITTEN - 1, device=model.device)
+    ids, mask, after = (
+        x.repeat_interleave(2, dim=0) for x in (torch.tensor(written), given["attention_mask"], first)
+    )
+    positions = (given["position_ids"][..., -1:] + 1).repeat_interleave(2, dim=-2) + torch.arange(
+        WRITTEN - 1, device=model.device
+    )
     ids = ids.to(model.device)
     mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    then = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    then = model.model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
     pieces = torch.cat([after, then.last_hidden_state], dim=1)
     wanted = torch.stack([torch.cat(out.logits) for out in alone]).float()
     return wanted, {

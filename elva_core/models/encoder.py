@@ -46,7 +46,9 @@ TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command lin
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
-CLIPS_AT_ONCE = 8  # that the vision tower sees in one call: of 12 frames, three quarters of what 64 images take
+CLIPS_AT_ONCE = (
+    8  # that the vision tower sees in one call: of 12 frames, three quarters of what 64 images take
+)
 
 
 class Seen(NamedTuple):
@@ -76,7 +78,9 @@ class Batch:
 class Encoder:
     """A vision-language model of transformers with its processor and the prompts of `EncoderSettings`."""
 
-    def __init__(self, model, processor, settings: EncoderSettings, source: str = "", template: str = "summary") -> None:
+    def __init__(
+        self, model, processor, settings: EncoderSettings, source: str = "", template: str = "summary"
+    ) -> None:
         self.source = source  # folder or hub name that it was loaded from
         self.template = template  # the way it was trained to be read
         self.model = model
@@ -92,7 +96,9 @@ class Encoder:
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"{settings.ret_token} is not in the vocabulary; encoder.add_ret_token() puts it there")
+            raise ValueError(
+                f"{settings.ret_token} is not in the vocabulary; encoder.add_ret_token() puts it there"
+            )
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
@@ -114,7 +120,10 @@ class Encoder:
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
         """Chat prompts up to and including the assistant's header; order: the item's parts, if the template keeps it, then the request."""
-        return [self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True) for item in items]
+        return [
+            self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True)
+            for item in items
+        ]
 
     def _chat(self, item: Item, request: str) -> list[dict]:
         *before, text = itertools.chain(*map(self._content, item.parts))
@@ -130,18 +139,30 @@ class Encoder:
         return [{"type": "text", "text": CLIP} if isinstance(part, Clip) else {"type": "image"}]
 
     def _cut(self, text: str) -> str:
-        text = self._special.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)  # a text that names a placeholder is no image
+        text = self._special.sub(
+            lambda found: f"{found[0][:1]} {found[0][1:]}", text
+        )  # a text that names a placeholder is no image
         limit, tokenizer = self.settings.max_text_tokens, self.processor.tokenizer
         if len(text) <= limit:  # a token is never shorter than a character
             return text
         return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:limit])
 
-    def batch(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None) -> Batch:
+    def batch(
+        self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None
+    ) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
-        return self._spliced(items, request, endings) if self.splices else self._processed(items, request, endings)
+        return (
+            self._spliced(items, request, endings)
+            if self.splices
+            else self._processed(items, request, endings)
+        )
 
-    def _processed(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
-        given = chat.read(self.backbone, self.processor, [self._chat(item, request) for item in items], endings)
+    def _processed(
+        self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None
+    ) -> Batch:
+        given = chat.read(
+            self.backbone, self.processor, [self._chat(item, request) for item in items], endings
+        )
         mask, positions = given.pop("attention_mask"), given.pop("position_ids")
         return Batch(given["input_ids"], mask, positions, given)
 
@@ -162,7 +183,9 @@ class Encoder:
             kinds[ids == token] = kind
             grids.append(torch.stack([s.grid for s in seen]).to(self.device) if seen else None)
             if seen:
-                embeds = embeds.masked_scatter((kinds == kind)[..., None], torch.cat([s.features for s in seen]).to(embeds))
+                embeds = embeds.masked_scatter(
+                    (kinds == kind)[..., None], torch.cat([s.features for s in seen]).to(embeds)
+                )
         positions, _ = self.backbone.model.get_rope_index(
             ids,
             kinds,
@@ -173,11 +196,16 @@ class Encoder:
         )
         return Batch(ids, mask, positions, {"inputs_embeds": embeds})
 
-    def _token_rows(self, items: Sequence[Item], request: str, images: Sequence[Seen], videos: Sequence[Seen]) -> list[list[int]]:
+    def _token_rows(
+        self, items: Sequence[Item], request: str, images: Sequence[Seen], videos: Sequence[Seen]
+    ) -> list[list[int]]:
         config, tokenizer = self.backbone.config, self.processor.tokenizer
         lengths = {config.image_token_id: iter(images), config.video_token_id: iter(videos)}
         rows = tokenizer(self.prompts(items, request), add_special_tokens=False).input_ids
-        return [[i for t in row for i in ([t] * len(next(lengths[t]).features) if t in lengths else [t])] for row in rows]
+        return [
+            [i for t in row for i in ([t] * len(next(lengths[t]).features) if t in lengths else [t])]
+            for row in rows
+        ]
 
     def _seen(self, wanted: Sequence[Path | Clip], look: Callable[[Sequence], list[Seen]]) -> list[Seen]:
         """Images or clips in their order; what a frozen tower made of them is kept."""
@@ -202,9 +230,13 @@ class Encoder:
             frames = [read_clip(clip) for clip in wanted[start : start + CLIPS_AT_ONCE]]
             videos = [torch.from_numpy(f.pixels) for f in frames]
             # frames are never that many that their number should make them smaller
-            inputs = processor(videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt").to(self.device)
+            inputs = processor(
+                videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+            ).to(self.device)
             with torch.no_grad():
-                features = self.backbone.model.get_video_features(inputs.pixel_values_videos, inputs.video_grid_thw).pooler_output
+                features = self.backbone.model.get_video_features(
+                    inputs.pixel_values_videos, inputs.video_grid_thw
+                ).pooler_output
             seconds = [processor.temporal_patch_size / f.sampled_rate for f in frames]
             out += map(Seen, features, inputs.video_grid_thw, seconds)
         return out
@@ -219,7 +251,10 @@ class Encoder:
             rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
             self._pixels.update(zip(missing, zip(rows, grids, strict=True), strict=True))
         found = [self._pixels[p] for p in paths]
-        pixels, grids = torch.cat([r for r, _ in found]).float().to(self.device), torch.stack([g for _, g in found]).to(self.device)
+        pixels, grids = (
+            torch.cat([r for r, _ in found]).float().to(self.device),
+            torch.stack([g for _, g in found]).to(self.device),
+        )
         return self.augment(pixels, grids), grids
 
     def _patches(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,13 +280,17 @@ class Encoder:
         """EOL embeddings (B, D), float32, L2-normalised, with gradient."""
         return normalised(self.states(self.batch(items, self.settings.eol_request))[:, -1])
 
-    def embed_summaries(self, items: Sequence[Item], summaries: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed_summaries(
+        self, items: Sequence[Item], summaries: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings at [RET] after given summaries, and how well the model writes these summaries.
 
         Returns:
             (B, D) float32, L2-normalised; mean cross-entropy of the summary tokens and the end of turn. With gradient.
         """
-        states = self.states(self.batch(items, self.settings.summary_request, [[*s, self.ret_id] for s in summaries]))
+        states = self.states(
+            self.batch(items, self.settings.summary_request, [[*s, self.ret_id] for s in summaries])
+        )
         width = max(map(len, summaries)) + 1
         labels = chat.left_padded([[*s, self.end_id] for s in summaries], -100).to(states.device)
         wanted = labels != -100
@@ -280,7 +319,9 @@ class Encoder:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def adapting(self, lora: LoraSettings, *, seed: int, checkpointing: bool) -> Iterator[dict[str, torch.nn.Parameter]]:
+    def adapting(
+        self, lora: LoraSettings, *, seed: int, checkpointing: bool
+    ) -> Iterator[dict[str, torch.nn.Parameter]]:
         """`with encoder.adapting(...) as parameters`: a fresh adapter in training mode, folded into the weights at the end.
 
         A run that is stopped keeps the adapter as it was.
@@ -343,7 +384,9 @@ def lineage(parent: str | Path) -> list[dict[str, str]]:
     if folder is None:
         return [name]
     card = json.loads((folder / "elva.json").read_text()) if (folder / "elva.json").is_file() else {}
-    weights = "".join(f"{path.name} {files.file_hash(path)}\n" for path in sorted(folder.glob("*.safetensors")))
+    weights = "".join(
+        f"{path.name} {files.file_hash(path)}\n" for path in sorted(folder.glob("*.safetensors"))
+    )
     own = {"stage": card.get("stage", "backbone"), "sha256": hashlib.sha256(weights.encode()).hexdigest()}
     return [*card.get("parents", []), own | name]
 
@@ -352,7 +395,11 @@ def lora_targets(model) -> str:
     """Every linear layer of the language model, as PEFT's `target_modules`."""
     decoder = model.get_decoder()
     (path,) = [name for name, module in model.named_modules() if module is decoder]
-    names = {name.rpartition(".")[-1] for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)}
+    names = {
+        name.rpartition(".")[-1]
+        for name, module in decoder.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     return rf"{re.escape(path)}\.(.*\.)?({'|'.join(sorted(names))})"
 
 
@@ -370,7 +417,13 @@ def normalised(states: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(states.float(), dim=-1)
 
 
-def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: str = "float32", device: str = "cpu") -> Encoder:
+def load(
+    folder: str | Path,
+    settings: EncoderSettings | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> Encoder:
     """An encoder from a folder written by `Encoder.save` or from a checkpoint of any vision-language model with a chat template.
 
     Args:
@@ -385,17 +438,27 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     card = json.loads(path.read_text()) if path.is_file() else {}
     template = card.get("template", "summary")
     if template not in TEMPLATES:
-        raise ValueError(f"{path}: template {template!r} is none of {', '.join(TEMPLATES)}; correct it, or save the model again")
+        raise ValueError(
+            f"{path}: template {template!r} is none of {', '.join(TEMPLATES)}; correct it, or save the model again"
+        )
     if settings is None:
         if not card:
-            raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a training stage wrote")
+            raise FileNotFoundError(
+                f"{path} is missing: pass settings, or a folder that a training stage wrote"
+            )
         settings = EncoderSettings.model_validate(card["encoder"])
     processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):  # before its weights are read
-        raise ValueError(f"{folder} has no chat template; save one with its processor (processor.chat_template = ...)")
+        raise ValueError(
+            f"{folder} has no chat template; save one with its processor (processor.chat_template = ...)"
+        )
     if processor.tokenizer.pad_token_id is None:
-        raise ValueError(f"{folder} has no token for padding; save one with its tokenizer (tokenizer.pad_token = tokenizer.eos_token)")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
+        raise ValueError(
+            f"{folder} has no token for padding; save one with its tokenizer (tokenizer.pad_token = tokenizer.eos_token)"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa"
+    ).requires_grad_(False)
     if sharding.asked():  # before the device holds all of it
         sharding.shard(model.get_decoder())
     model.to(device).eval()
@@ -405,7 +468,10 @@ def load(folder: str | Path, settings: EncoderSettings | None = None, *, dtype: 
     if not loaded.splices:
         chat.check(model, processor, str(folder), loaded.banned_ids.tolist())
     elif settings.max_pixels:
-        for images in (processor.image_processor, processor.video_processor):  # a frame is as large as an image
+        for images in (
+            processor.image_processor,
+            processor.video_processor,
+        ):  # a frame is as large as an image
             images.size = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
     return loaded
 

@@ -38,7 +38,10 @@ class Rollouts:
     def summaries(self, end_id: int) -> list[list[list[int]]]:
         """Token ids of each summary without the end of turn."""
         return [
-            [[t for t, a in zip(row, act, strict=True) if a and t != end_id] for row, act in zip(group, acts, strict=True)]
+            [
+                [t for t, a in zip(row, act, strict=True) if a and t != end_id]
+                for row, act in zip(group, acts, strict=True)
+            ]
             for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
         ]
 
@@ -87,7 +90,9 @@ def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0) -> Rollouts:
+def generate(
+    encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0
+) -> Rollouts:
     """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
 
     Args:
@@ -126,12 +131,19 @@ def generate(encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | N
     return Rollouts(*stack, embeddings.unflatten(0, (-1, rollouts)))
 
 
-def in_process(encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float) -> list[Rollouts]:
+def in_process(
+    encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float
+) -> list[Rollouts]:
     """The sampler of transformers: the model that is trained writes the summaries, one part after another."""
-    return [generate(encoder, part, noise=noise, temperature=temperature) for part, noise in zip(parts, noises, strict=True)]
+    return [
+        generate(encoder, part, noise=noise, temperature=temperature)
+        for part, noise in zip(parts, noises, strict=True)
+    ]
 
 
-def _forced(encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _forced(
+    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, V) that chose each of the N actions, and embeddings (B, G, D), of given summaries; see `score`."""
     groups = tokens.shape[1]
     tokens, actions = tokens.flatten(0, 1), actions.flatten(0, 1)
@@ -148,7 +160,9 @@ def _forced(encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actio
     return encoder.logits(before[actions]), embeddings.unflatten(0, (-1, groups))
 
 
-def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def score(
+    encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Teacher-forced log-probabilities and embeddings of given rollouts, with gradient.
 
     The prompt is computed once per item, gradients included; its G continuations share the cache.
@@ -164,7 +178,12 @@ def score(encoder: Encoder, items: Sequence[Item], rollouts: Rollouts, *, temper
 
 @torch.no_grad()
 def completed(
-    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor, *, temperature: float = 1.0
+    encoder: Encoder,
+    items: Sequence[Item],
+    tokens: torch.Tensor,
+    actions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> Rollouts:
     """The rollouts that `generate` gives where it samples these tokens; one forward, without gradient.
 
@@ -172,6 +191,18 @@ def completed(
         tokens, actions: (B, G, T), as in `Rollouts`.
     """
     logits, embeddings = _forced(encoder, items, tokens, actions)
-    log_p, nothing = torch.log_softmax(logits / temperature, dim=-1), torch.zeros(tokens.shape, device=tokens.device)
-    chosen, entropy = log_p.gather(-1, tokens[actions][:, None])[:, 0], torch.special.entr(log_p.exp()).sum(-1)
-    return Rollouts(tokens, actions, nothing.masked_scatter(actions, chosen), nothing.masked_scatter(actions, entropy), embeddings)
+    log_p, nothing = (
+        torch.log_softmax(logits / temperature, dim=-1),
+        torch.zeros(tokens.shape, device=tokens.device),
+    )
+    chosen, entropy = (
+        log_p.gather(-1, tokens[actions][:, None])[:, 0],
+        torch.special.entr(log_p.exp()).sum(-1),
+    )
+    return Rollouts(
+        tokens,
+        actions,
+        nothing.masked_scatter(actions, chosen),
+        nothing.masked_scatter(actions, entropy),
+        embeddings,
+    )

@@ -19,7 +19,15 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from elva_core.config import TinySettings
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}"
@@ -35,14 +43,22 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
     model = json.loads(core.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        vocab=model["vocab"],
+        merges=[tuple(m) for m in model["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken(t, special=True, normalized=False) for t in SPECIAL]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [AddedToken(t, special=True, normalized=False) for t in SPECIAL]}
+    )
     return tokenizer
 
 
@@ -53,12 +69,16 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
     size = {"shortest_edge": pixels, "longest_edge": pixels}
     images = Qwen2VLImageProcessor(size=size, patch_size=tiny.patch)
     videos = Qwen2VLVideoProcessor(size=size, patch_size=tiny.patch)
-    processor = Qwen2VLProcessor(image_processor=images, tokenizer=tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE)
+    processor = Qwen2VLProcessor(
+        image_processor=images, tokenizer=tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE
+    )
     half_head = tiny.hidden // tiny.heads // 2
     third = half_head // 3
     ids = {
         name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in zip(("pad", "start", "end", "vision_start", "vision_end", "image", "video"), SPECIAL, strict=True)
+        for name, token in zip(
+            ("pad", "start", "end", "vision_start", "vision_end", "image", "video"), SPECIAL, strict=True
+        )
     }
     config = Qwen2VLConfig(
         text_config={
@@ -69,7 +89,11 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
             "num_attention_heads": tiny.heads,
             "num_key_value_heads": tiny.heads,
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [half_head - 2 * third, third, third]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [half_head - 2 * third, third, third],
+            },
             "bos_token_id": None,
             "eos_token_id": ids["end"],
             "pad_token_id": ids["pad"],

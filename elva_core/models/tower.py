@@ -24,7 +24,9 @@ def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, s
     sizes, owner, out = lengths.unique().tolist(), torch.repeat_interleave(lengths), torch.empty_like(query)
     for length in sizes:
         rows = (lengths == length)[owner] if len(sizes) > 1 else slice(None)  # a slice copies nothing
-        q, k, v = (x[0, :, rows].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))  # (images, H, n, d)
+        q, k, v = (
+            x[0, :, rows].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value)
+        )  # (images, H, n, d)
         found = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
         out[0, :, rows] = found.transpose(0, 1).flatten(1, 2)
     return out.transpose(1, 2), None
@@ -42,4 +44,6 @@ def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:
 def quicken(tower: torch.nn.Module) -> None:
     """The same vision tower in fewer, larger operations; conv3d alone took a third of its time on a CPU."""
     tower.config._attn_implementation = VISION_ATTENTION
-    tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)  # a bound method of a function cannot be pickled
+    tower.patch_embed.forward = partial(
+        patches_by_matrix, tower.patch_embed
+    )  # a bound method of a function cannot be pickled

@@ -96,7 +96,11 @@ class VllmSampler:
         distributed.processes().wait_for_everyone()
 
     def __call__(
-        self, encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float
+        self,
+        encoder: Encoder,
+        parts: Sequence[Sequence[Item]],
+        noises: Sequence[torch.Tensor],
+        temperature: float,
     ) -> list[generation.Rollouts]:
         """Rollouts of each part under the weights of this moment, all asked of vLLM at once.
 
@@ -106,10 +110,15 @@ class VllmSampler:
         Raises:
             ValueError: vLLM read another prompt than the trainer.
         """
-        items, rows = list(itertools.chain(*parts)), list(itertools.chain(*(token_rows(encoder, part) for part in parts)))
+        items, rows = (
+            list(itertools.chain(*parts)),
+            list(itertools.chain(*(token_rows(encoder, part) for part in parts))),
+        )
         wanted = [self._wanted(encoder, noise, temperature) for noise in itertools.chain(*noises)]
         adapter = self._push(encoder)
-        found = self._engine.generate(prompts(encoder, items, rows), wanted, lora_request=adapter, use_tqdm=False)
+        found = self._engine.generate(
+            prompts(encoder, items, rows), wanted, lora_request=adapter, use_tqdm=False
+        )
         shutil.rmtree(adapter.lora_path)
         for item, row, out in zip(items, rows, found, strict=True):
             if list(out.prompt_token_ids) != row:
@@ -118,7 +127,9 @@ class VllmSampler:
                     f"compare the image processors of vllm {getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
                 )
         found = iter(found)
-        return [self._rollouts(encoder, part, [next(found).outputs for _ in part], temperature) for part in parts]
+        return [
+            self._rollouts(encoder, part, [next(found).outputs for _ in part], temperature) for part in parts
+        ]
 
     def close(self) -> None:
         """Frees the GPU memory and the disk."""
@@ -155,12 +166,21 @@ class VllmSampler:
         self._engine.apply_model(partial(_set_row, encoder.ret_id, row))
         return LoRARequest(folder.name, number, str(folder))
 
-    def _rollouts(self, encoder: Encoder, part: Sequence[Item], found: Sequence[Sequence], temperature: float) -> generation.Rollouts:
+    def _rollouts(
+        self, encoder: Encoder, part: Sequence[Item], found: Sequence[Sequence], temperature: float
+    ) -> generation.Rollouts:
         """Tokens and actions as `rollout.generate` has them, and the trainer's own view of them."""
         width = max(len(one.token_ids) for group in found for one in group)
-        said = [[[at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in group] for group in found]
-        tokens = _padded([[one.token_ids for one in group] for group in found], width, encoder.pad_id, encoder)
-        actions = _padded([[[True] * len(one.token_ids) for one in group] for group in found], width, False, encoder)
+        said = [
+            [[at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in group]
+            for group in found
+        ]
+        tokens = _padded(
+            [[one.token_ids for one in group] for group in found], width, encoder.pad_id, encoder
+        )
+        actions = _padded(
+            [[[True] * len(one.token_ids) for one in group] for group in found], width, False, encoder
+        )
         out = generation.completed(encoder, part, tokens, actions, temperature=temperature)
         out.engine_log_p = _padded(said, width, 0.0, encoder)
         return out
@@ -168,7 +188,9 @@ class VllmSampler:
 
 def _padded(rows: Sequence[Sequence[Sequence]], width: int, filler, encoder: Encoder) -> torch.Tensor:
     """(B, G, width) of B groups of G rows."""
-    return torch.tensor([[[*row, *[filler] * (width - len(row))] for row in group] for group in rows], device=encoder.device)
+    return torch.tensor(
+        [[[*row, *[filler] * (width - len(row))] for row in group] for group in rows], device=encoder.device
+    )
 
 
 def seed_of(noise: torch.Tensor) -> int:
@@ -209,7 +231,9 @@ def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
     trained = encoder.model.peft_config["default"]
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    LoraConfig(r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules).save_pretrained(folder)
+    LoraConfig(
+        r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules
+    ).save_pretrained(folder)
     return row
 
 
@@ -223,6 +247,10 @@ def _launch() -> dict[str, object]:
     state = distributed.processes()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    names = {"RANK": state.process_index, "LOCAL_RANK": state.local_process_index, "WORLD_SIZE": state.num_processes}
+    names = {
+        "RANK": state.process_index,
+        "LOCAL_RANK": state.local_process_index,
+        "WORLD_SIZE": state.num_processes,
+    }
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {name: value for name, value in names.items() if name not in os.environ}

@@ -37,14 +37,20 @@ log = logging.getLogger("elva")
 Grains = list[tuple[str, str]]  # (kind, text), for instance ("entity", "dog")
 Annotator = Callable[[Sequence[mbeir.Query]], list[Grains | None]]
 Turn = tuple[str, str, Path | None]  # role, text, image
-Ask = Callable[[Sequence[list[Turn]]], Iterator[tuple[int, str | None]]]  # (place of the talk, answer), as they come; None is no answer
+Ask = Callable[
+    [Sequence[list[Turn]]], Iterator[tuple[int, str | None]]
+]  # (place of the talk, answer), as they come; None is no answer
 
 PROMPT = """A search query is {content}. Which grains does it have? A grain is an atomic unit of meaning that the answer must match:
 an entity (person, animal, thing, place), an attribute (colour, number, size, material, state), an action, or a relation between entities.
 List each grain once, in the order of the query, without overlaps. {quote}
 Answer with JSON only, in this form: {{"grains": [{{"kind": "entity", "text": "dog"}}, {{"kind": "attribute", "text": "brown"}}]}}
 The kinds are entity, attribute, action and relation."""
-CONTENT = {"text": "a text", "image": "the image above", "image,text": "the image above together with a text that changes or asks about it"}
+CONTENT = {
+    "text": "a text",
+    "image": "the image above",
+    "image,text": "the image above together with a text that changes or asks about it",
+}
 QUOTE = {
     "text": "Quote each grain word for word from the text.",
     "image": "Name each grain in one to three words.",
@@ -99,7 +105,10 @@ def answered(
     cache.mkdir(parents=True, exist_ok=True)
     files = [cache / f"{_key(query, settings, root)}.json" for query in queries]
     asked = {file: query for file, query in zip(files, queries, strict=True) if not file.is_file()}
-    talks = {file: [("user", request(query), root.image_path(query.image) if query.image else None)] for file, query in asked.items()}
+    talks = {
+        file: [("user", request(query), root.image_path(query.image) if query.image else None)]
+        for file, query in asked.items()
+    }
     for attempt in range(settings.retries + 1):
         order, again = list(talks), {}
         for place, text in ask(list(talks.values())):
@@ -108,11 +117,18 @@ def answered(
                 continue
             _, reason = _read(text, asked[file])
             if reason and attempt < settings.retries:
-                again[file] = [talks[file][0], ("assistant", text, None), ("user", REPAIR.format(reason=reason), None)]
+                again[file] = [
+                    talks[file][0],
+                    ("assistant", text, None),
+                    ("user", REPAIR.format(reason=reason), None),
+                ]
                 continue
             if reason:
                 log.warning("annotator: query %s: %s; counted as unreadable", asked[file].qid, reason)
-            artifact_files.write_whole(file, json.dumps({"answer": text, "model": settings.model, "tries": attempt + 1}, indent=1) + "\n")
+            artifact_files.write_whole(
+                file,
+                json.dumps({"answer": text, "model": settings.model, "tries": attempt + 1}, indent=1) + "\n",
+            )
         talks = again
         if not talks:
             break
@@ -141,7 +157,10 @@ def parse(text: str, query: mbeir.Query) -> Grains:
         words = " ".join(grain.text.split()).strip(".,;:!? ")
         if not words:
             raise ValueError("a grain has no text")
-        if query.modality == "text" and words.casefold() not in " ".join((query.text or "").split()).casefold():
+        if (
+            query.modality == "text"
+            and words.casefold() not in " ".join((query.text or "").split()).casefold()
+        ):
             raise ValueError(f'the grain "{words}" is not word for word in the text')
         found.setdefault(words.casefold(), (grain.kind, words))
     return list(found.values())
@@ -175,42 +194,65 @@ def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
 
         processor = AutoProcessor.from_pretrained(settings.model)
         processor.tokenizer.padding_side = "left"  # an answer starts where its prompt ends
-        return AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype).to(device).eval(), processor
+        return AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype).to(
+            device
+        ).eval(), processor
 
     def ask(talks: Sequence[list[Turn]]) -> Iterator[tuple[int, str | None]]:
         model, processor = parts() if talks else (None, None)
         for start in range(0, len(talks), settings.batch):
             part = talks[start : start + settings.batch]
-            prompts = [processor.apply_chat_template(_messages(talk), add_generation_prompt=True) for talk in part]
+            prompts = [
+                processor.apply_chat_template(_messages(talk), add_generation_prompt=True) for talk in part
+            ]
             images = [open_image(image) for talk in part for *_, image in talk if image]
-            inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt").to(device)
-            rows = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt").to(
+                device
+            )
+            rows = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)[
+                :, inputs["input_ids"].shape[1] :
+            ]
             yield from enumerate(processor.tokenizer.batch_decode(rows, skip_special_tokens=True), start)
 
     return ask
 
 
-def _messages(talk: Sequence[Turn], picture: Callable[[Path], dict] = lambda path: {"type": "image"}) -> list[dict]:
+def _messages(
+    talk: Sequence[Turn], picture: Callable[[Path], dict] = lambda path: {"type": "image"}
+) -> list[dict]:
     """Chat messages; `picture` makes the part that stands for an image."""
-    return [{"role": role, "content": [*([picture(image)] if image else []), {"type": "text", "text": text}]} for role, text, image in talk]
+    return [
+        {"role": role, "content": [*([picture(image)] if image else []), {"type": "text", "text": text}]}
+        for role, text, image in talk
+    ]
 
 
 def _data_url(path: Path) -> dict:
     """The pixels that a model loaded here would see, inside the message."""
     file = io.BytesIO()
     open_image(path).save(file, "PNG")
-    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}}
+    return {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
+    }
 
 
 def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
     """The text of one answer; None if this query got none in `retries` + 1 requests."""
     schema = {"name": "grains", "strict": True, "schema": Answer.model_json_schema()}
-    body = {"model": settings.model, "messages": _messages(talk, _data_url), "temperature": 0, "max_tokens": settings.max_tokens}
+    body = {
+        "model": settings.model,
+        "messages": _messages(talk, _data_url),
+        "temperature": 0,
+        "max_tokens": settings.max_tokens,
+    }
     body["response_format"] = {"type": "json_schema", "json_schema": schema}
     headers = {"Content-Type": "application/json"}
     if settings.key_variable:
         if settings.key_variable not in os.environ:
-            raise ProfileError(f"mrbench.annotator.key_variable: the environment has no {settings.key_variable}; export it first")
+            raise ProfileError(
+                f"mrbench.annotator.key_variable: the environment has no {settings.key_variable}; export it first"
+            )
         headers["Authorization"] = f"Bearer {os.environ[settings.key_variable]}"
     url = f"{settings.base_url.rstrip('/')}/chat/completions"
     post = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -223,15 +265,25 @@ def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.read(300).decode(errors='replace')}"
             if error.code in (401, 403, 404):
-                raise ProfileError(f"{url} refuses model {settings.model}: {reason}; correct mrbench.annotator") from None
+                raise ProfileError(
+                    f"{url} refuses model {settings.model}: {reason}; correct mrbench.annotator"
+                ) from None
             if error.code != 429 and error.code < 500:
                 break  # the same request would be refused again
             wanted = error.headers.get("Retry-After", "")
             pause = max(pause, float(wanted)) if wanted.isdecimal() else pause
         except urllib.error.URLError as error:
             if attempt == settings.retries:
-                raise ProfileError(f"{url} cannot be reached ({error.reason}); start the server, or correct mrbench.annotator") from None
-        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:  # cut off, too late, or no such answer
+                raise ProfileError(
+                    f"{url} cannot be reached ({error.reason}); start the server, or correct mrbench.annotator"
+                ) from None
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:  # cut off, too late, or no such answer
             reason = f"{type(error).__name__} {error}"
         if attempt < settings.retries:
             time.sleep(pause)
@@ -244,9 +296,13 @@ def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> s
     if query.image:
         path = root.image_path(query.image)
         if not path.is_file():
-            raise artifact_files.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
+            raise artifact_files.ElvaDataError(
+                f"image {path} is missing; restore the file or drop the record"
+            )
         image = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _hash(prompt_hash(), settings.kind, settings.model, settings.max_tokens, query.modality, query.text, image)
+    return _hash(
+        prompt_hash(), settings.kind, settings.model, settings.max_tokens, query.modality, query.text, image
+    )
 
 
 def _hash(*values: object) -> str:

@@ -20,7 +20,13 @@ from elva_core.mrbench.annotate import Annotator, Grains
 
 
 def build(
-    root: mbeir.Root, settings: MrbenchSettings, *, annotate: Annotator, folder: Path, seed: int, split: str = "test"
+    root: mbeir.Root,
+    settings: MrbenchSettings,
+    *,
+    annotate: Annotator,
+    folder: Path,
+    seed: int,
+    split: str = "test",
 ) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
     """Draws the benchmark and writes it as an M-BEIR root that stands alone.
 
@@ -37,14 +43,20 @@ def build(
     """
     known, tasks = root.units(split), set(map(str, settings.tasks))
     if lost := sorted(set(settings.units) - set(known)):
-        raise files.ElvaDataError(f"{root.folder} has no {split} units {lost}, it has {known}; correct mrbench.units")
+        raise files.ElvaDataError(
+            f"{root.folder} has no {split} units {lost}, it has {known}; correct mrbench.units"
+        )
     units = [u for u in known if u in settings.units or u.rpartition("_task")[2] in tasks]
     if not units:
-        raise files.ElvaDataError(f"{root.folder} has no {split} unit of tasks {settings.tasks}; correct mrbench.tasks")
+        raise files.ElvaDataError(
+            f"{root.folder} has no {split} unit of tasks {settings.tasks}; correct mrbench.tasks"
+        )
     share = settings.queries // len(units)
     bench, counts, sheet = mbeir.Root(folder), [], []
     for unit in units:
-        queries = sorted(root.queries(unit, split), key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid))
+        queries = sorted(
+            root.queries(unit, split), key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid)
+        )
         multi: list[tuple[mbeir.Query, Grains]] = []
         annotated = unreadable = 0
         while len(multi) < share and annotated < len(queries):
@@ -56,7 +68,11 @@ def build(
                 raise files.ElvaDataError(
                     f"{unit}: none of {annotated} answers can be read; the log has the reasons, see mrbench.annotator"
                 )
-            multi += [(q, grains) for q, grains in zip(part, found, strict=True) if grains and len(grains) >= settings.min_grains]
+            multi += [
+                (q, grains)
+                for q, grains in zip(part, found, strict=True)
+                if grains and len(grains) >= settings.min_grains
+            ]
         if len(multi) < share:
             raise files.ElvaDataError(
                 f"{unit}: {len(multi)} queries with {settings.min_grains} grains, {share} wanted, "
@@ -69,18 +85,32 @@ def build(
         pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
         pool.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root.pool_path(unit, split), pool)
-        steps = {"queries": len(queries), "annotated": annotated, "multi-grain": len(multi), "unreadable": unreadable, "drawn": len(drawn)}
+        steps = {
+            "queries": len(queries),
+            "annotated": annotated,
+            "multi-grain": len(multi),
+            "unreadable": unreadable,
+            "drawn": len(drawn),
+        }
         with pool.open("rb") as lines:
             counts.append({"unit": unit, **steps, "pool": sum(1 for _ in lines)})
         sheet += [_sheet_row(unit, q) for q in drawn]
     complete(bench, root, split)
-    rows = sorted(sheet, key=lambda r: mbeir.stable_hash(seed, "verify", r["unit"], r["qid"]))[: settings.verify]
+    rows = sorted(sheet, key=lambda r: mbeir.stable_hash(seed, "verify", r["unit"], r["qid"]))[
+        : settings.verify
+    ]
     return bench, pd.DataFrame(counts), pd.DataFrame(rows)
 
 
 def _sheet_row(unit: str, query: mbeir.Query) -> dict:
     text = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
-    return {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or "", "grains": text}
+    return {
+        "unit": unit,
+        "qid": query.qid,
+        "text": query.text or "",
+        "image": query.image or "",
+        "grains": text,
+    }
 
 
 def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
@@ -89,7 +119,10 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
     Images are hard links where the file system allows, so that they take no room here; a copy of the folder has them whole.
     """
     (bench.folder / "instructions").mkdir(exist_ok=True)
-    shutil.copyfile(root.folder / "instructions/query_instructions.tsv", bench.folder / "instructions/query_instructions.tsv")
+    shutil.copyfile(
+        root.folder / "instructions/query_instructions.tsv",
+        bench.folder / "instructions/query_instructions.tsv",
+    )
     union = {c.did: c for unit in bench.units(split) for c in bench.pool(unit, split)}
     ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
     mbeir.write_jsonl(bench.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
@@ -109,6 +142,8 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
 
 def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
     """How many queries have a grain of each kind."""
-    kinds = [kind for q in queries for kind in dict(mbeir.grains(q))]  # once a query, however many grains of a kind it has
+    kinds = [
+        kind for q in queries for kind in dict(mbeir.grains(q))
+    ]  # once a query, however many grains of a kind it has
     table = pd.Series(kinds, dtype=str).value_counts().rename_axis("kind").reset_index(name="queries")
     return table.assign(share=table["queries"] / max(1, len(queries)))

@@ -60,7 +60,13 @@ Images: {licence}. They stay under their own licences.
 
 
 def write(
-    bench: mbeir.Root, folder: Path, settings: Settings, counts: pd.DataFrame, agreement: Mapping[str, object], *, split: str = "test"
+    bench: mbeir.Root,
+    folder: Path,
+    settings: Settings,
+    counts: pd.DataFrame,
+    agreement: Mapping[str, object],
+    *,
+    split: str = "test",
 ) -> None:
     """queries.parquet, corpus.parquet and README.md, the data card.
 
@@ -94,7 +100,12 @@ def queries(bench: mbeir.Root, split: str = "test"):
         for unit in bench.units(split)
         for q in bench.queries(unit, split)
     ]
-    return Dataset.from_list(rows, features=Features(text | {"image": Image(), "grains": List(grain), "positives": List(Value("string"))}))
+    return Dataset.from_list(
+        rows,
+        features=Features(
+            text | {"image": Image(), "grains": List(grain), "positives": List(Value("string"))}
+        ),
+    )
 
 
 def corpus(bench: mbeir.Root, split: str = "test"):
@@ -110,9 +121,19 @@ def corpus(bench: mbeir.Root, split: str = "test"):
     return Dataset.from_list(rows, features=Features(dict.fromkeys(("unit", *columns), Value("string"))))
 
 
-def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement: Mapping[str, object], *, split: str = "test") -> str:
+def card(
+    bench: mbeir.Root,
+    settings: Settings,
+    counts: pd.DataFrame,
+    agreement: Mapping[str, object],
+    *,
+    split: str = "test",
+) -> str:
     """The data card: how the benchmark was made, by whom it was checked, and under which licence its images are."""
-    own, sizes = settings.mrbench, [p.stat().st_size for p in (bench.folder / "mbeir_images").rglob("*") if p.is_file()]
+    own, sizes = (
+        settings.mrbench,
+        [p.stat().st_size for p in (bench.folder / "mbeir_images").rglob("*") if p.is_file()],
+    )
     if own.annotator.kind == "exact":
         annotator = "The grains come with the data; no model guessed them."
     else:
@@ -122,7 +143,10 @@ def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement:
         )
     checked = "Not verified: nobody has looked at the annotations of these queries."
     if agreement["checked"]:
-        shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "always low", "always high", "wanted")}
+        shares = {
+            name: f"{100 * agreement[name]:.1f} %"
+            for name in ("precision", "low", "high", "always low", "always high", "wanted")
+        }
         checked = (
             f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: {shares['precision']}, "
             f"95 % Wilson interval {shares['low']} to {shares['high']}, interval that holds at every look {shares['always low']} to "
@@ -134,7 +158,9 @@ def card(bench: mbeir.Root, settings: Settings, counts: pd.DataFrame, agreement:
         profile=settings.profile,
         split=split,
         share=int(counts["drawn"].min()),
-        table="\n".join(_markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])),
+        table="\n".join(
+            _markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])
+        ),
         annotator=annotator,
         verification=checked,
         images=len(sizes),

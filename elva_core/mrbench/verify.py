@@ -18,7 +18,11 @@ from elva_core import files
 from elva_core.data import images, mbeir
 
 ERROR_RATE = 0.05  # of every interval and of the stop rule
-KEY = ["unit", "qid", "grains"]  # an answer is about these grains of this query; other grains are another question
+KEY = [
+    "unit",
+    "qid",
+    "grains",
+]  # an answer is about these grains of this query; other grains are another question
 
 
 def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -31,8 +35,14 @@ def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
         return rows.assign(accept="")
     known = pd.read_csv(path, dtype=str, keep_default_na=False)
     if lost := {*KEY, "accept"} - set(known.columns):
-        raise files.ElvaDataError(f"{path}: columns {sorted(lost)} are missing; remove the file to begin anew")
-    found = rows[KEY].astype(str).merge(known.drop_duplicates(KEY)[[*KEY, "accept"]], how="left", on=KEY)["accept"]
+        raise files.ElvaDataError(
+            f"{path}: columns {sorted(lost)} are missing; remove the file to begin anew"
+        )
+    found = (
+        rows[KEY]
+        .astype(str)
+        .merge(known.drop_duplicates(KEY)[[*KEY, "accept"]], how="left", on=KEY)["accept"]
+    )
     return rows.assign(accept=found.fillna("").to_numpy())
 
 
@@ -55,8 +65,20 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
     low, high = wilson_interval(accepted, n)
     always_low, always_high = lasting_interval(accepted, n)
     precision = accepted / n if n else math.nan
-    shares = {"precision": precision, "low": low, "high": high, "always low": always_low, "always high": always_high}
-    return {"checked": n, "accepted": accepted, **shares, "wanted": wanted, "verdict": verdict(accepted, n, len(table), wanted)}
+    shares = {
+        "precision": precision,
+        "low": low,
+        "high": high,
+        "always low": always_low,
+        "always high": always_high,
+    }
+    return {
+        "checked": n,
+        "accepted": accepted,
+        **shares,
+        "wanted": wanted,
+        "verdict": verdict(accepted, n, len(table), wanted),
+    }
 
 
 def wilson_interval(accepted: int, checked: int) -> tuple[float, float]:
@@ -64,7 +86,10 @@ def wilson_interval(accepted: int, checked: int) -> tuple[float, float]:
     if not checked:
         return math.nan, math.nan
     z, p, n = 1.959964, accepted / checked, checked
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n),
+    )
     return centre - half, centre + half
 
 
@@ -78,7 +103,12 @@ def evidence(accepted: int, checked: int, precision: float) -> float:
     test of two precisions would need a second one that nobody has a value for, and gives no interval.
     """
     refused = checked - accepted
-    mixture = math.lgamma(accepted + 0.5) + math.lgamma(refused + 0.5) - math.lgamma(checked + 1) - math.log(math.pi)
+    mixture = (
+        math.lgamma(accepted + 0.5)
+        + math.lgamma(refused + 0.5)
+        - math.lgamma(checked + 1)
+        - math.log(math.pi)
+    )
     return mixture - accepted * math.log(precision) - refused * math.log1p(-precision)
 
 
@@ -125,7 +155,9 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
     path.parent.mkdir(parents=True, exist_ok=True)
     picture, question, progress = ipywidgets.Image(format="png"), ipywidgets.HTML(), ipywidgets.HTML()
     styles = {"Accept": "success", "Reject": "danger", "Back": "", "Skip": ""}
-    buttons = {name: ipywidgets.Button(description=name, button_style=style) for name, style in styles.items()}
+    buttons = {
+        name: ipywidgets.Button(description=name, button_style=style) for name, style in styles.items()
+    }
     opened = table.index[table["accept"] == ""]
     place = int(opened[0]) if len(opened) else max(0, len(table) - 1)
 
@@ -135,7 +167,11 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
             picture.value = thumbnail(root.image_path(row["image"]))
         picture.layout.display = "" if row["image"] else "none"
         given = f", your answer: {row['accept']}" if row["accept"] else ""
-        lines = (f"{place + 1} of {len(table)}: {row['unit']} {row['qid']}{given}", row["text"], row["grains"])
+        lines = (
+            f"{place + 1} of {len(table)}: {row['unit']} {row['qid']}{given}",
+            row["text"],
+            row["grains"],
+        )
         question.value = "<br>".join(html.escape(line) for line in lines if line)
         progress.value = "Is the query made of these grains? " + _progress(found, len(table))
         done = found["verdict"] in ("above", "below") and not row["accept"]
@@ -153,7 +189,12 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
 
         return clicked
 
-    for name, answer, step in (("Accept", "yes", 1), ("Reject", "no", 1), ("Back", None, -1), ("Skip", None, 1)):
+    for name, answer, step in (
+        ("Accept", "yes", 1),
+        ("Reject", "no", 1),
+        ("Back", None, -1),
+        ("Skip", None, 1),
+    ):
         buttons[name].on_click(act(answer, step))
     show()
     return ipywidgets.VBox([question, picture, ipywidgets.HBox(list(buttons.values())), progress])
@@ -164,7 +205,9 @@ def _progress(found: dict[str, object], sampled: int) -> str:
         return f"0 of {sampled} checked."
     share, low, high = (f"{100 * found[name]:.1f}" for name in ("precision", "low", "high"))
     always = f"{100 * found['always low']:.1f} to {100 * found['always high']:.1f}"
-    stop = {"above": "Stop: the wanted precision is shown.", "below": "Stop: it is not reached."}.get(str(found["verdict"]), "")
+    stop = {"above": "Stop: the wanted precision is shown.", "below": "Stop: it is not reached."}.get(
+        str(found["verdict"]), ""
+    )
     return f"{found['checked']} of {sampled} checked, {share} % accepted, Wilson {low} to {high}, at every look {always}. {stop}"
 
 

@@ -53,7 +53,9 @@ class Store:
 
     def __init__(self, folder: Path, encoder: Encoder, *, batch: int, template: str) -> None:
         self._encoder, self._batch, self._template = encoder, batch, template
-        self.key = mbeir.stable_hash(lineage(encoder.source), encoder.settings.model_dump_json(), encoder.backbone.dtype, template)
+        self.key = mbeir.stable_hash(
+            lineage(encoder.source), encoder.settings.model_dump_json(), encoder.backbone.dtype, template
+        )
         self._folder = folder / f"{self.key:016x}"
         self._folder.mkdir(parents=True, exist_ok=True)
         self._open()
@@ -74,13 +76,20 @@ class Store:
         parts = iter(lambda: list(islice(source, SHARD)), [])
         asked = np.concatenate([np.empty(0, np.int64), *map(self._ensure, parts)])
         found = self._order[np.searchsorted(self._items, asked, sorter=self._order)]
-        return Kept(self._files, self._file[found], self._row[found], hashlib.sha256(f"{self.key}".encode() + asked.tobytes()).hexdigest())
+        return Kept(
+            self._files,
+            self._file[found],
+            self._row[found],
+            hashlib.sha256(f"{self.key}".encode() + asked.tobytes()).hexdigest(),
+        )
 
     def _ensure(self, items: Sequence[Item]) -> np.ndarray:
         names = np.array([_name(item) for item in items], np.int64)
         missing = {int(names[i]): items[i] for i in np.flatnonzero(~np.isin(names, self._items))}
         if missing:
-            vectors, _ = encode(self._encoder, list(missing.values()), batch=self._batch, template=self._template)
+            vectors, _ = encode(
+                self._encoder, list(missing.values()), batch=self._batch, template=self._template
+            )
             if distributed.processes().is_main_process:
                 self._write(np.array(list(missing), np.int64), vectors.astype(np.float16))
             distributed.processes().wait_for_everyone()
@@ -102,6 +111,10 @@ def _name(item: Item) -> int:
     An image or a clip counts by path, size and time of change, for reading all bytes would take as long as embedding.
     """
     paths = [*item.images, *(clip.path for clip in item.clips)]
-    stats = [(path, path.stat() if path.is_file() else None) for path in paths]  # a missing one is refused where it is opened
-    files = [value for path, stat in stats for value in (path, stat and stat.st_size, stat and stat.st_mtime_ns)]
+    stats = [
+        (path, path.stat() if path.is_file() else None) for path in paths
+    ]  # a missing one is refused where it is opened
+    files = [
+        value for path, stat in stats for value in (path, stat and stat.st_size, stat and stat.st_mtime_ns)
+    ]
     return mbeir.stable_hash(item.text, *files, *item.more)

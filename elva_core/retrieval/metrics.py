@@ -56,7 +56,9 @@ def bootstrap_interval(values: np.ndarray, samples: int, rng: np.random.Generato
     return float(low), float(high)
 
 
-def stratified_interval(groups: Sequence[np.ndarray], samples: int, rng: np.random.Generator) -> tuple[float, float]:
+def stratified_interval(
+    groups: Sequence[np.ndarray], samples: int, rng: np.random.Generator
+) -> tuple[float, float]:
     """95 % interval of the unweighted mean of group means, queries resampled inside each group (MRBench average)."""
     draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(samples)] for g in groups]
     low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])

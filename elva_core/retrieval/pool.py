@@ -27,7 +27,15 @@ class Pool:
     root: mbeir.Root | None
 
 
-def of_unit(loaded: Encoder, root: mbeir.Root, unit: str, *, batch: int, template: str = "summary", pool: str = "local") -> Pool:
+def of_unit(
+    loaded: Encoder,
+    root: mbeir.Root,
+    unit: str,
+    *,
+    batch: int,
+    template: str = "summary",
+    pool: str = "local",
+) -> Pool:
     """The test pool of a unit, embedded once and kept in outputs/cache/embeddings (float16)."""
     candidates = root.pool(unit, "test", pool)
     kept = Store(cache.EMBEDDINGS, loaded, batch=batch, template=template)

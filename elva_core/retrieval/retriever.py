@@ -24,7 +24,9 @@ from elva_core.retrieval import metrics, search
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str = "summary") -> tuple[np.ndarray, list[str]]:
+def encode(
+    encoder: Encoder, items: Sequence[Item], *, batch: int, template: str = "summary"
+) -> tuple[np.ndarray, list[str]]:
     """Embeddings of items, each distinct item once.
 
     Args:
@@ -35,7 +37,10 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
     """
     distinct = list(dict.fromkeys(items))
     # rows of one shape together: less padding, and the order does not depend on the caller
-    order = sorted(range(len(distinct)), key=lambda i: (distinct[i].frames, len(distinct[i].images), distinct[i].length, str(distinct[i])))
+    order = sorted(
+        range(len(distinct)),
+        key=lambda i: (distinct[i].frames, len(distinct[i].images), distinct[i].length, str(distinct[i])),
+    )
     parts = [order[start : start + batch] for start in range(0, len(order), batch)]
     done = {}
     for number in distributed.own_share(len(parts)):
@@ -45,7 +50,9 @@ def encode(encoder: Encoder, items: Sequence[Item], *, batch: int, template: str
         else:
             out = generation.generate(encoder, part)
             embedded = out.embeddings[:, 0]
-            summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in out.summaries(encoder.end_id)]
+            summaries = [
+                encoder.processor.tokenizer.decode(summary) for (summary,) in out.summaries(encoder.end_id)
+            ]
         done[number] = embedded.float().cpu().numpy(), summaries
     vectors: list[np.ndarray] = [None] * len(distinct)  # type: ignore[list-item]
     texts = [""] * len(distinct)
@@ -74,19 +81,28 @@ class UnitResult:
     def wrong_modality(self) -> np.ndarray:
         """1 where the first answer has another modality than the task asks for, per query."""
         asked = [mbeir.CANDIDATE_MODALITY[query.task] for query in self.queries]
-        return np.array([float(self.candidates[top[0]].modality != m) for top, m in zip(self.top, asked, strict=True)])
+        return np.array(
+            [float(self.candidates[top[0]].modality != m) for top, m in zip(self.top, asked, strict=True)]
+        )
 
     def table(self, cutoffs: Sequence[int], samples: int, seed: int) -> list[dict]:
         """One row per metric with a bootstrap interval over queries; a unit of M-BEIR also at the cut-off it is reported at."""
-        cutoffs = sorted({*cutoffs, *([mbeir.OFFICIAL_UNITS[self.unit]] if self.unit in mbeir.OFFICIAL_UNITS else [])})
+        cutoffs = sorted(
+            {*cutoffs, *([mbeir.OFFICIAL_UNITS[self.unit]] if self.unit in mbeir.OFFICIAL_UNITS else [])}
+        )
         measured = {f"hit@{k}": metrics.hit_rate_at_k(self.ranks, k) for k in cutoffs}
         measured |= {f"recall@{k}": metrics.recall_at_k(self.ranks, k, self.relevant) for k in cutoffs}
         measured |= {f"hit@{k} pessimistic": metrics.hit_rate_at_k(self.pessimistic, k) for k in cutoffs}
         measured |= {"wrong modality@1": self.wrong_modality()}
-        measured |= {"mrr@10": metrics.reciprocal_rank(self.ranks), "ndcg@10": metrics.ndcg_at_k(self.ranks, 10, self.relevant)}
+        measured |= {
+            "mrr@10": metrics.reciprocal_rank(self.ranks),
+            "ndcg@10": metrics.ndcg_at_k(self.ranks, 10, self.relevant),
+        }
         rows = []
         for name, values in measured.items():
-            low, high = metrics.bootstrap_interval(values, samples, distributed.rng_for(seed, "bootstrap", self.unit, name))
+            low, high = metrics.bootstrap_interval(
+                values, samples, distributed.rng_for(seed, "bootstrap", self.unit, name)
+            )
             rows.append(
                 {
                     "unit": self.unit,
@@ -133,7 +149,14 @@ class Searcher:
         store: Callable[[Iterable[Item]], Sequence] | None = None,
         embed_pool: Callable[[Iterable[Item]], Sequence] | None = None,
     ) -> None:
-        self.encoder, self.root, self.split, self.settings, self.template, self.seed = encoder, root, split, settings, template, seed
+        self.encoder, self.root, self.split, self.settings, self.template, self.seed = (
+            encoder,
+            root,
+            split,
+            settings,
+            template,
+            seed,
+        )
         self._known: dict[Item, tuple[np.ndarray, str]] = {}
         self.vectors = store or self._in_memory
         self.embed_pool = embed_pool or self.vectors
@@ -153,7 +176,9 @@ class Searcher:
 
     def query(self, query: mbeir.Query, unit: str, prompt_index: int | None = None) -> Item:
         """The query with its instruction, chosen by a stable hash of split, unit and qid, or by index."""
-        return query_item(self.root, query, seed=self.seed, scope=f"{self.split}/{unit}", prompt_index=prompt_index)
+        return query_item(
+            self.root, query, seed=self.seed, scope=f"{self.split}/{unit}", prompt_index=prompt_index
+        )
 
     def evaluate(self, unit: str, **how) -> UnitResult:
         """Ranks every judged query of a unit against a pool; arguments and errors as `embedded` has them."""
@@ -178,15 +203,25 @@ class Searcher:
             ElvaDataError: a query without judgement, or (global pool) a judged did that the pool lacks.
         """
         asked = root or self.root
-        queries, judged, candidates = asked.queries(unit, self.split), asked.qrels(unit, self.split), asked.pool(unit, self.split, pool)
+        queries, judged, candidates = (
+            asked.queries(unit, self.split),
+            asked.qrels(unit, self.split),
+            asked.pool(unit, self.split, pool),
+        )
         if sample is not None:
             order = sorted(range(len(queries)), key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
             queries = [queries[i] for i in sorted(order[:sample])]
         relevant = []
         for query in queries:
             if query.qid not in judged:
-                raise files.ElvaDataError(f"{asked.qrels_path(unit, self.split)}: query {query.qid} has no judgement")
-            own = [d for d in judged[query.qid] if pool == "global" or d.partition(":")[0] == query.qid.partition(":")[0]]
+                raise files.ElvaDataError(
+                    f"{asked.qrels_path(unit, self.split)}: query {query.qid} has no judgement"
+                )
+            own = [
+                d
+                for d in judged[query.qid]
+                if pool == "global" or d.partition(":")[0] == query.qid.partition(":")[0]
+            ]
             rows = [candidates.row(d) for d in own]
             if None in rows:
                 raise files.ElvaDataError(
@@ -195,7 +230,15 @@ class Searcher:
                 )
             relevant.append(rows)
         q = self.vectors(self.query(query, unit, prompt_index) for query in queries)
-        return Embedded(unit, pool, queries, candidates, relevant, q, self.embed_pool(candidate_item(self.root, x) for x in candidates))
+        return Embedded(
+            unit,
+            pool,
+            queries,
+            candidates,
+            relevant,
+            q,
+            self.embed_pool(candidate_item(self.root, x) for x in candidates),
+        )
 
     def rank(self, asked: Embedded) -> UnitResult:
         """Where the positives stand, and the best candidates."""
@@ -203,7 +246,15 @@ class Searcher:
         found = search.exact(asked.query_vectors[:], asked.pool_vectors, k, asked.relevant)
         sizes = [len(rows) for rows in asked.relevant]
         return UnitResult(
-            asked.unit, asked.pool, asked.queries, found.ranks, found.pessimistic, sizes, found.rows, found.scores, asked.candidates
+            asked.unit,
+            asked.pool,
+            asked.queries,
+            found.ranks,
+            found.pessimistic,
+            sizes,
+            found.rows,
+            found.scores,
+            asked.candidates,
         )
 
 
@@ -214,7 +265,10 @@ def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test"
     """
     folder.mkdir(parents=True, exist_ok=True)
     depth, place = result.top.shape[1], "single" if result.pool == "local" else "union"
-    trec, uniir = folder / f"{result.unit}_{result.pool}_trec.txt", folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt"
+    trec, uniir = (
+        folder / f"{result.unit}_{result.pool}_trec.txt",
+        folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt",
+    )
     lines = [
         (f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}", query.task)
         for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
@@ -228,7 +282,11 @@ def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test"
 def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:
     """The judgements of a unit in trec_eval's four columns; the root's own file has UniIR's fifth, the task."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{qid} 0 {did} {relevance}" for qid, dids in root.qrels(unit, split).items() for did, relevance in dids.items()]
+    lines = [
+        f"{qid} 0 {did} {relevance}"
+        for qid, dids in root.qrels(unit, split).items()
+        for did, relevance in dids.items()
+    ]
     files.write_whole(folder / f"{unit}_qrels_trec.txt", "\n".join(lines) + "\n")
     return folder / f"{unit}_qrels_trec.txt"
 

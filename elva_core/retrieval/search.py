@@ -22,8 +22,14 @@ import torch
 from threadpoolctl import threadpool_limits
 
 QUERIES = 1024  # that are multiplied at once
-ROWS, TILE = 8192, 2048  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
-GROUP, COUNTED = 8, 64  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
+ROWS, TILE = (
+    8192,
+    2048,
+)  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
+GROUP, COUNTED = (
+    8,
+    64,
+)  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
 AHEAD = 2  # blocks of rows that are read before they are worked on
 SPARE = 14  # rows kept beyond k (bfloat16: 2 k), because less than float64 may order neighbours wrongly
 MANY = 128  # queries from which on rounding the pool to bfloat16 costs less than it saves
@@ -31,7 +37,11 @@ PAIRS = 128  # scored in float64 at once
 EMPTY = np.iinfo(np.int64).min
 PAGE = 2**21  # bytes of a huge page
 
-PRECISIONS = (torch.bfloat16, torch.float32, torch.float64)  # of the passes; each takes what the one before could not decide
+PRECISIONS = (
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # of the passes; each takes what the one before could not decide
 
 # slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
 Rows = np.ndarray | Sequence
@@ -73,8 +83,12 @@ def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[i
     keys, ranks, pessimistic = np.empty((len(vectors), k), np.int64), [[]] * len(vectors), [[]] * len(vectors)
     undecided = np.arange(len(vectors))
     # bfloat16 finds the best rows, but is too coarse to count what stands above a row
-    for precision in PRECISIONS[0 if not any(map(len, asked)) and len(vectors) >= MANY and _has_bfloat16() else 1 :]:
-        keys[undecided], *counted, clear = _passed(vectors[undecided], parts, size, k, [asked[i] for i in undecided], precision)
+    for precision in PRECISIONS[
+        0 if not any(map(len, asked)) and len(vectors) >= MANY and _has_bfloat16() else 1 :
+    ]:
+        keys[undecided], *counted, clear = _passed(
+            vectors[undecided], parts, size, k, [asked[i] for i in undecided], precision
+        )
         for i, *found in zip(undecided, *counted, strict=True):
             ranks[i], pessimistic[i] = found
         undecided = undecided[~clear]
@@ -90,13 +104,20 @@ def _has_bfloat16() -> bool:
 
 
 def _passed(
-    vectors: np.ndarray, parts: list, size: int, k: int, relevant: Sequence[Sequence[int]], precision: torch.dtype
+    vectors: np.ndarray,
+    parts: list,
+    size: int,
+    k: int,
+    relevant: Sequence[Sequence[int]],
+    precision: torch.dtype,
 ) -> tuple[np.ndarray, list, list, np.ndarray]:
     """Keys (Q, k), ranks and pessimistic ranks of some queries, and for which of them these are certain."""
     threads = torch.get_num_threads()
     width = max(1, min(QUERIES, -(-len(vectors) // threads)))
     starts = range(0, len(vectors), width)
-    blocks = [_Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, precision) for i in starts]
+    blocks = [
+        _Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, precision) for i in starts
+    ]
     space = [_in_huge_pages(TILE * width) for _ in range(threads)]
 
     def work(thread: int, part: np.ndarray, rounded: torch.Tensor, start: int) -> None:
@@ -104,20 +125,35 @@ def _passed(
             block.see(part, rounded, start, space[thread])
 
     with threadpool_limits(1), ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)  # what a worker sets for itself, torch sets for threads to come, too
-        workers = [stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))) for _ in range(threads)]
+        stack.callback(
+            torch.set_num_threads, threads
+        )  # what a worker sets for itself, torch sets for threads to come, too
+        workers = [
+            stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)))
+            for _ in range(threads)
+        ]
         running: deque[list[Future]] = deque()
-        for start, part in _read(parts):  # rows are read while those before are worked on; no worker waits for another
+        for start, part in _read(
+            parts
+        ):  # rows are read while those before are worked on; no worker waits for another
             rounded = torch.from_numpy(part).to(precision)
-            running.append([worker.submit(work, thread, part, rounded, start) for thread, worker in enumerate(workers)])
+            running.append(
+                [worker.submit(work, thread, part, rounded, start) for thread, worker in enumerate(workers)]
+            )
             if len(running) > AHEAD:
                 for future in running.popleft():
                     future.result()
         for future in itertools.chain(*running):
             future.result()
         best = [workers[i % threads].submit(block.best_keys, parts) for i, block in enumerate(blocks)]
-        keys, clear = zip(*[x.result() for x in best], strict=True) if blocks else ([np.empty((0, k), np.int64)], [np.empty(0, bool)])
-    ranks, pessimistic = ([row for block in blocks for row in block.ranks(tied)] for tied in ("before", "tied"))
+        keys, clear = (
+            zip(*[x.result() for x in best], strict=True)
+            if blocks
+            else ([np.empty((0, k), np.int64)], [np.empty(0, bool)])
+        )
+    ranks, pessimistic = (
+        [row for block in blocks for row in block.ranks(tied)] for tied in ("before", "tied")
+    )
     return np.concatenate(keys), ranks, pessimistic, np.concatenate(clear)
 
 
@@ -128,16 +164,28 @@ class _Block:
     """
 
     def __init__(
-        self, queries: np.ndarray, k: int, relevant: Sequence[Sequence[int]], parts: list, size: int, precision: torch.dtype
+        self,
+        queries: np.ndarray,
+        k: int,
+        relevant: Sequence[Sequence[int]],
+        parts: list,
+        size: int,
+        precision: torch.dtype,
     ) -> None:
         self.queries, self.k, self.size, self.precision = queries, k, size, precision
         self.factor = torch.from_numpy(queries.T.copy()).to(precision)
         # float32: rounding errors are random; this is far more than any that was seen
         self.slack = np.float32(4 * np.sqrt(queries.shape[1]) * 2.0**-24 if precision == torch.float32 else 0)
         kept = {torch.bfloat16: 2 * k + SPARE, torch.float32: k + SPARE, torch.float64: k}[precision]
-        self.best = np.full((len(queries), min(kept, size)), EMPTY)  # the least one first, the others in any order
-        self.floor = np.full(len(queries), -np.inf, np.float32)  # a lower score than this is not among the best
-        self.tops: np.ndarray | None = np.empty((0, len(queries)), np.float32)  # maxima of groups, until the first keys are kept
+        self.best = np.full(
+            (len(queries), min(kept, size)), EMPTY
+        )  # the least one first, the others in any order
+        self.floor = np.full(
+            len(queries), -np.inf, np.float32
+        )  # a lower score than this is not among the best
+        self.tops: np.ndarray | None = np.empty(
+            (0, len(queries)), np.float32
+        )  # maxima of groups, until the first keys are kept
         self.new: list[tuple[np.ndarray, np.ndarray]] = []
         self.waiting = 0  # keys in `new`
         lengths = [len(rows) for rows in relevant]
@@ -147,7 +195,9 @@ class _Block:
         self.greater, self.before, self.tied, self.close = np.zeros((4, len(self.row)), np.int64)
         self.too_close = max(1000, size // 100)  # scores that are worth computing one by one
         nth = np.arange(len(self.row)) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int64)
-        self.layers = [np.flatnonzero(nth == n) for n in range(max(lengths, default=0))]  # at most one entry per query in each
+        self.layers = [
+            np.flatnonzero(nth == n) for n in range(max(lengths, default=0))
+        ]  # at most one entry per query in each
 
     def see(self, part: np.ndarray, rounded: torch.Tensor, start: int, scores: np.ndarray) -> None:
         """Takes the rows from `start` on into account.
@@ -202,14 +252,21 @@ class _Block:
         touched, first, count = np.unique(columns[order], return_index=True, return_counts=True)
         width = count.max(initial=0)
         new = np.full((len(touched), width), EMPTY)
-        new[np.repeat(np.arange(len(touched)), count), np.arange(len(keys)) - np.repeat(first, count)] = keys[order]
+        new[np.repeat(np.arange(len(touched)), count), np.arange(len(keys)) - np.repeat(first, count)] = keys[
+            order
+        ]
         self.best[touched] = np.partition(np.hstack([self.best[touched], new]), width, axis=1)[:, width:]
         floor = _decoded(self.best[touched, 0])[1]
         self.floor[touched] = np.where(self.best[touched, 0] == EMPTY, -np.inf, floor)
 
-    def _count(self, scores: np.ndarray, peaks: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int) -> None:
+    def _count(
+        self, scores: np.ndarray, peaks: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int
+    ) -> None:
         """Counts the scores above those of a layer's entries; those too close to say are computed exactly."""
-        reached = layer[(peaks[self.column[layer]] >= self.goal[layer] - self.slack) & (self.close[layer] <= self.too_close)]
+        reached = layer[
+            (peaks[self.column[layer]] >= self.goal[layer] - self.slack)
+            & (self.close[layer] <= self.too_close)
+        ]
         if not len(reached):
             return
         place = self.column[reached]
@@ -226,7 +283,12 @@ class _Block:
         row, entry = group[near] * COUNTED + row, entry[which[near]]
         exactly = _cosines(rows, row, self.queries, self.column[entry])
         equal, early = exactly == self.goal[entry], start + row <= self.row[entry]
-        counts = (self.close, row >= 0), (self.greater, exactly > self.goal[entry]), (self.tied, equal), (self.before, equal & early)
+        counts = (
+            (self.close, row >= 0),
+            (self.greater, exactly > self.goal[entry]),
+            (self.tied, equal),
+            (self.before, equal & early),
+        )
         for total, chosen in counts:
             total += np.bincount(entry[chosen], minlength=len(total))
 
@@ -245,10 +307,14 @@ class _Block:
         if self.precision != torch.float64:
             rows = _decoded(keys)[0]
             columns = np.repeat(np.arange(len(rows)), rows.shape[1])
-            keys = _keys(_scores_at(self.queries, columns, parts, rows.ravel()), rows.ravel()).reshape(rows.shape)
+            keys = _keys(_scores_at(self.queries, columns, parts, rows.ravel()), rows.ravel()).reshape(
+                rows.shape
+            )
             clear[self.column[self.close > self.too_close]] = False
         keys = np.sort(keys, axis=1)[:, : -self.k - 1 : -1]
-        if self.k < self.best.shape[1] < self.size:  # a row that was not kept scores at most the floor and an error
+        if (
+            self.k < self.best.shape[1] < self.size
+        ):  # a row that was not kept scores at most the floor and an error
             clear &= _decoded(keys[:, -1])[1] > self.floor + self._error()
         return keys, clear
 
@@ -257,7 +323,11 @@ class _Block:
 
         bfloat16 rounds either vector by 2^-8 of its length, and their score by 2^-8 of itself; a few percent more for the sums.
         """
-        return np.float32(2.1 * 2**-8) + abs(self.floor) * np.float32(1.1 * 2**-8) if self.precision == torch.bfloat16 else self.slack
+        return (
+            np.float32(2.1 * 2**-8) + abs(self.floor) * np.float32(1.1 * 2**-8)
+            if self.precision == torch.bfloat16
+            else self.slack
+        )
 
     def ranks(self, tied: str) -> list[list[int]]:
         out: list[list[int]] = [[] for _ in self.queries]
@@ -283,10 +353,16 @@ def _read(parts: list) -> Iterator[tuple[int, np.ndarray]]:
 def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
     half = vectors.dtype == np.float16
     # torch converts float16 six times as fast as numpy
-    out = torch.from_numpy(np.array(vectors)).float().numpy() if half else np.require(vectors, np.float32, ["C", "W"])
+    out = (
+        torch.from_numpy(np.array(vectors)).float().numpy()
+        if half
+        else np.require(vectors, np.float32, ["C", "W"])
+    )
     lengths = np.sqrt(np.vecdot(out, out))
     if len(wrong := np.flatnonzero(~(abs(lengths - 1) < 0.01))):
-        raise ValueError(f"{name} {start + wrong[0]} has length {lengths[wrong[0]]}, not 1; encode it again, normalised")
+        raise ValueError(
+            f"{name} {start + wrong[0]} has length {lengths[wrong[0]]}, not 1; encode it again, normalised"
+        )
     return out / lengths[:, None] if half else out
 
 
@@ -298,7 +374,9 @@ def _scores_at(queries: np.ndarray, columns: np.ndarray, parts: list, rows: np.n
         chosen = order[slice(*np.searchsorted(rows[order], [start, start + length]))]
         for first in range(0, len(chosen), TILE):
             some = chosen[first : first + TILE]
-            vectors = _unit(_opened(part)[rows[some] - start], "one of the pool rows from", int(rows[some[0]]))
+            vectors = _unit(
+                _opened(part)[rows[some] - start], "one of the pool rows from", int(rows[some[0]])
+            )
             scores[some] = _cosines(vectors, np.arange(len(some)), queries, columns[some])
         start += length
     if len(outside := rows[(rows < 0) | (rows >= start)]):
@@ -311,7 +389,9 @@ def _cosines(part: np.ndarray, rows: np.ndarray, queries: np.ndarray, columns: n
     out = np.empty(len(rows), np.float32)
     for first in range(0, len(rows), PAIRS):
         some = slice(first, first + PAIRS)
-        out[some] = np.einsum("nd,nd->n", part[rows[some]].astype(np.float64), queries[columns[some]].astype(np.float64))
+        out[some] = np.einsum(
+            "nd,nd->n", part[rows[some]].astype(np.float64), queries[columns[some]].astype(np.float64)
+        )
     return out
 
 

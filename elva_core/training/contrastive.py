@@ -56,7 +56,9 @@ def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
     return epochs(rows, seed, "stage1")
 
 
-def union_pairs(root: mbeir.Root, settings: ContrastiveSettings, seed: int, excluded: Sequence[str] = ()) -> Draw:
+def union_pairs(
+    root: mbeir.Root, settings: ContrastiveSettings, seed: int, excluded: Sequence[str] = ()
+) -> Draw:
     """Stage 2: rows of the union train file, one random positive and a random instruction per visit; none of the excluded units."""
     queries, pool, rows = root.union_train(), root.pool("", "train", "global"), root.trained_rows(excluded)
     tasks = queries.kinds[rows] if settings.one_task_per_batch else np.zeros(len(rows), int)
@@ -77,8 +79,15 @@ def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, s
     did = query.positives[choice]
     row = pool.row(did)
     if row is None:
-        raise files.ElvaDataError(f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint")
-    return Pair(query_item(root, query, seed=seed, scope=f"train/{step}"), candidate_item(root, pool[row]), did, query.positives)
+        raise files.ElvaDataError(
+            f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint"
+        )
+    return Pair(
+        query_item(root, query, seed=seed, scope=f"train/{step}"),
+        candidate_item(root, pool[row]),
+        did,
+        query.positives,
+    )
 
 
 def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:
@@ -101,9 +110,13 @@ class SummaryCache:
             training = decoder.training
             decoder.eval()  # layers that checkpoint while they train keep no cache
             with self._encoder.model.disable_adapter():
-                for part in (missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)):
+                for part in (
+                    missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)
+                ):
                     out = generation.generate(self._encoder, part)
-                    self._known.update((i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True))
+                    self._known.update(
+                        (i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True)
+                    )
             decoder.train(training)
         return [self._known[i] for i in items]
 
@@ -117,7 +130,9 @@ def ret_step(step: int, share: float) -> bool:
     return int((step + 1) * share) > int(step * share)
 
 
-def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: int, folder: Path) -> list[dict[str, float]]:
+def train(
+    encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: int, folder: Path
+) -> list[dict[str, float]]:
     """Trains a fresh adapter with InfoNCE and merges it.
 
     Args:
@@ -131,10 +146,19 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
     def step_fn(step: int) -> dict[str, float]:
         pairs = draw(step, settings.batch)
         use_ret = ret_step(step, settings.ret_share)
-        items = [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
+        items = (
+            [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
+        )
         # chunks never mix queries and candidates: rows of one modality need less padding
-        starts = [s for low, high in ((0, len(pairs)), (len(pairs), len(items))) for s in range(low, high, settings.chunk)]
-        slices = [slice(a, min(b, len(pairs)) if a < len(pairs) else b) for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
+        starts = [
+            s
+            for low, high in ((0, len(pairs)), (len(pairs), len(items)))
+            for s in range(low, high, settings.chunk)
+        ]
+        slices = [
+            slice(a, min(b, len(pairs)) if a < len(pairs) else b)
+            for a, b in zip(starts, [*starts[1:], len(items)], strict=True)
+        ]
         own = distributed.own_share(len(slices))
         if use_ret:
             summaries([item for chunk in own for item in items[slices[chunk]]])  # written together, and kept
@@ -145,7 +169,9 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
         accuracy, written = [], {}
 
         def embed(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-            torch.manual_seed(mbeir.stable_hash(seed, step, chunk))  # the same dropout in both passes of the cache
+            torch.manual_seed(
+                mbeir.stable_hash(seed, step, chunk)
+            )  # the same dropout in both passes of the cache
             rows = slices[chunk]
             if not use_ret:
                 return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
@@ -178,5 +204,7 @@ def train(encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: 
             "summary_loss": writing["loss"] / max(1, writing["chunks"]),
         }
 
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+    with encoder.adapting(
+        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
+    ) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -48,7 +48,13 @@ def taught(encoder: Encoder, items: Sequence[Item], *, batch: int, path: Path) -
 
 
 def train(
-    encoder: Encoder, items: Sequence[Item], targets: torch.Tensor, settings: DistilSettings, *, seed: int, folder: Path
+    encoder: Encoder,
+    items: Sequence[Item],
+    targets: torch.Tensor,
+    settings: DistilSettings,
+    *,
+    seed: int,
+    folder: Path,
 ) -> list[dict[str, float]]:
     """Trains a fresh adapter until the EOL state of each item is its target, and merges it.
 
@@ -66,15 +72,24 @@ def train(
         chunks = [rows[start : start + settings.chunk] for start in range(0, len(rows), settings.chunk)]
         sums = {"distance": 0.0, "kl": 0.0}
         for number in distributed.own_share(len(chunks)):
-            torch.manual_seed(mbeir.stable_hash(seed, step, number))  # dropout is the same on any number of processes
+            torch.manual_seed(
+                mbeir.stable_hash(seed, step, number)
+            )  # dropout is the same on any number of processes
             own = chunks[number]
             found = encoder.embed_eol([items[i] for i in own])
-            distance, divergence = losses.distillation(found, bank[own], bank, temperature=settings.temperature)
+            distance, divergence = losses.distillation(
+                found, bank[own], bank, temperature=settings.temperature
+            )
             ((distance + settings.kl_weight * divergence).sum() / len(rows)).backward()
-            sums = {"distance": sums["distance"] + float(distance.detach().sum()), "kl": sums["kl"] + float(divergence.detach().sum())}
+            sums = {
+                "distance": sums["distance"] + float(distance.detach().sum()),
+                "kl": sums["kl"] + float(divergence.detach().sum()),
+            }
         distributed.sum_gradients(parameters.values())
         distance, divergence = (value / len(rows) for value in distributed.summed(sums).values())
         return {"loss": distance + settings.kl_weight * divergence, "cosine": 1 - distance, "kl": divergence}
 
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+    with encoder.adapting(
+        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
+    ) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -46,13 +46,17 @@ def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSett
         positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
     """
     margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
-    rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction)
+    rank = rewards.rank_reward(
+        positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction
+    )
     r, k = rewards.ranks(positive, negatives)
     rewarded = ((k < r[..., None]) & (rewards.negative_weights(k, "printed") < 0)).sum(-1)
     alpha, epsilon = settings.alpha, settings.epsilon
     if settings.weights == "adaptive":
         alpha, epsilon = rewards.adaptive_weights(r, alpha=alpha, epsilon=epsilon)
-    return Scored(rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon), margin, rank, positive, r, rewarded)
+    return Scored(
+        rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon), margin, rank, positive, r, rewarded
+    )
 
 
 def sides(ranked: Ranked, which: str) -> list[Item]:
@@ -60,7 +64,9 @@ def sides(ranked: Ranked, which: str) -> list[Item]:
     return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
 
 
-def candidates_once(encoder: Encoder, ranked: Sequence[Ranked], chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates_once(
+    encoder: Encoder, ranked: Sequence[Ranked], chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once, `chunk` of them at a time."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
@@ -78,7 +84,9 @@ def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[tor
     return vectors[:, 0], vectors[:, 1:]
 
 
-def cosines(encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings) -> tuple[torch.Tensor, torch.Tensor]:
+def cosines(
+    encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the rewards are computed from: cosines to the positive (Q, G) and to the negatives (Q, G, N).
 
     Args:
@@ -118,13 +126,19 @@ def step(
     scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
     (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
-    everywhere = distributed.exchanged(dict(zip(own, scored.total, strict=True))) if settings.advantage == "batch" else {}
+    everywhere = (
+        distributed.exchanged(dict(zip(own, scored.total, strict=True)))
+        if settings.scale_rewards == "batch"
+        else {}
+    )
     spread = torch.stack(list(everywhere.values())).std() if everywhere else None
-    gain = losses.advantages(scored.total, settings.advantage, spread)
+    gain = losses.advantages(scored.total, settings.scale_rewards, spread)
     gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
     learnt = learn(encoder, acting, sampled, gain, slope, settings, share=len(mine) / len(ranked))
     facts = _facts(encoder, scored, sampled)
-    return learnt | distributed.summed({name: value * len(mine) / len(ranked) for name, value in facts.items()})
+    return learnt | distributed.summed(
+        {name: value * len(mine) / len(ranked) for name, value in facts.items()}
+    )
 
 
 def learn(
@@ -140,7 +154,7 @@ def learn(
 
     The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and through the
     embedding computed after them (`pathwise`); `full` is both, the gradient of the expected reward with ranks held
-    fixed. It is exact, up to the centring by the group's own mean, with advantage "none" and aggregation "dr_grpo"
+    fixed. It is exact, up to the centring by the group's own mean, with scale_rewards "none" and loss_type "dr_grpo"
     times the cap; the paper's standardised advantages only change how the two terms are weighted.
 
     Args:
@@ -162,11 +176,15 @@ def learn(
             *(x.flatten(0, 1) for x in (log_p, out.log_p, reference, out.actions)),
             gains.flatten(),
             clip=settings.clip,
-            kl_weight=settings.kl_weight,
-            aggregation=settings.aggregation,
+            beta=settings.beta,
+            loss_type=settings.loss_type,
             max_length=encoder.settings.max_summary_tokens,
         )
-        weight = int(out.actions.sum()) / tokens if settings.aggregation == "dapo" else share * len(part) / len(acting)
+        weight = (
+            int(out.actions.sum()) / tokens
+            if settings.loss_type == "dapo"
+            else share * len(part) / len(acting)
+        )
         direct = 0.0 if settings.gradient == "score" else (vectors * slopes).sum()
         (loss * weight - direct).backward()
         for name, value in (seen | {"loss": float(loss.detach())}).items():
@@ -176,7 +194,7 @@ def learn(
 
 def _chunks(rows, settings: RlvrSettings) -> list:
     """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
-    size = max(1, settings.chunk // settings.rollouts)
+    size = max(1, settings.chunk // settings.num_generations)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -223,7 +241,9 @@ def guard(settings: RlvrSettings):
     return check
 
 
-def sampler_of(encoder: Encoder, settings: RlvrSettings, folder: Path) -> AbstractContextManager[generation.Sampler]:
+def sampler_of(
+    encoder: Encoder, settings: RlvrSettings, folder: Path
+) -> AbstractContextManager[generation.Sampler]:
     """Who writes the summaries of a run that starts from `encoder`, without an adapter yet; `folder` is for what vLLM reads."""
     if settings.sampler == "vllm":
         return closing(vllm_sampler.VllmSampler(encoder, settings.lora, settings.vllm, folder))
@@ -248,19 +268,34 @@ def train(
     Returns:
         the log lines, one per step.
     """
-    per_step, steps, again = settings.queries_per_step, settings.queries // settings.queries_per_step, settings.negatives.again_every
+    per_step, steps, again = (
+        settings.queries_per_step,
+        settings.queries // settings.queries_per_step,
+        settings.negatives.again_every,
+    )
     if per_step < distributed.processes().num_processes:
         raise ValueError(
             f"stage3.queries_per_step = {per_step} is fewer than the {distributed.processes().num_processes} processes; raise it"
         )
     draw = epochs(ranked, seed, "stage3")
-    shape = (per_step, len(sides(ranked[0], settings.rollout_sides)), settings.rollouts, encoder.settings.max_summary_tokens)
+    shape = (
+        per_step,
+        len(sides(ranked[0], settings.rollout_sides)),
+        settings.num_generations,
+        encoder.settings.max_summary_tokens,
+    )
 
     def step_fn(i: int) -> dict[str, float]:
         nonlocal draw
         if again and i and i % again == 0:
             draw = epochs(mine(), seed, "stage3")
-        row = step(encoder, draw(i, per_step), settings, torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i)), sampler)
+        row = step(
+            encoder,
+            draw(i, per_step),
+            settings,
+            torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i)),
+            sampler,
+        )
         distributed.sum_gradients(parameters.values())
         return row
 

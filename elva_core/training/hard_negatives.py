@@ -48,7 +48,13 @@ class Ranked:
         return np.concatenate([self.near[None], self.bank[list(self.rows)]])
 
 
-def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings, rng: np.random.Generator) -> list[int]:
+def choose(
+    scores: np.ndarray,
+    excluded: set[int],
+    positive: float,
+    settings: NegativeSettings,
+    rng: np.random.Generator,
+) -> list[int]:
     """Pool rows of the negatives of one query: hard ones first, then random ones; hard + random of them in all.
 
     Where fewer than `hard` rows pass the threshold, random ones take their place: rewards need equal counts.
@@ -60,14 +66,18 @@ def choose(scores: np.ndarray, excluded: set[int], positive: float, settings: Ne
     Raises:
         ElvaDataError: the pool has too few rows.
     """
-    limit = settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
+    limit = (
+        settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
+    )
     order = np.argsort(-scores, kind="stable")
     order = order[~np.isin(order, list(excluded))]
     hard = order[scores[order] <= limit][: settings.hard]
     rest = order[~np.isin(order, hard)]
     wanted = settings.hard + settings.random
     if len(order) < wanted:
-        raise files.ElvaDataError(f"{len(order)} candidates for {wanted} negatives of a query; lower stage3.negatives or raise their pool")
+        raise files.ElvaDataError(
+            f"{len(order)} candidates for {wanted} negatives of a query; lower stage3.negatives or raise their pool"
+        )
     return np.concatenate([hard, rng.permutation(rest)[: wanted - len(hard)]]).tolist()
 
 
@@ -89,7 +99,15 @@ class Mined(NamedTuple):
     bank: np.ndarray
 
 
-def select(encoder: Encoder, root: mbeir.Root, settings: RlvrSettings, *, batch: int, seed: int, excluded: Sequence[str] = ()) -> Mined:
+def select(
+    encoder: Encoder,
+    root: mbeir.Root,
+    settings: RlvrSettings,
+    *,
+    batch: int,
+    seed: int,
+    excluded: Sequence[str] = (),
+) -> Mined:
     """`settings.queries` train queries, the same number per task, with the negatives that the model chooses; none of the excluded units.
 
     Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per modality).
@@ -114,11 +132,24 @@ def select(encoder: Encoder, root: mbeir.Root, settings: RlvrSettings, *, batch:
             excluded = set(np.flatnonzero(np.isin(kept, [r for r in same if r is not None])).tolist())
             chosen = choose(scores, excluded, float(vector @ close), settings.negatives, rng)
             places = np.array(chosen)
-            parts.append((row, positive, kept[places], places + ranked_before, float(vector @ close), scores[places], close))
+            parts.append(
+                (
+                    row,
+                    positive,
+                    kept[places],
+                    places + ranked_before,
+                    float(vector @ close),
+                    scores[places],
+                    close,
+                )
+            )
         banks.append(bank)
         ranked_before += len(bank)
     order = distributed.rng_for(seed, "stage3 order").permutation(len(parts))
-    return Mined(*(np.array([parts[i][column] for i in order]) for column in range(len(parts[0]))), np.concatenate(banks))
+    return Mined(
+        *(np.array([parts[i][column] for i in order]) for column in range(len(parts[0]))),
+        np.concatenate(banks),
+    )
 
 
 def _asked(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
@@ -134,7 +165,17 @@ def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[Ranked]:
         others = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
         cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
         vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist())
-        out.append(Ranked(query, _asked(root, query, seed), candidate_item(root, positive), positive.did, others, *cosines, *vectors))
+        out.append(
+            Ranked(
+                query,
+                _asked(root, query, seed),
+                candidate_item(root, positive),
+                positive.did,
+                others,
+                *cosines,
+                *vectors,
+            )
+        )
     return out
 
 
@@ -166,9 +207,13 @@ def _equal_draw(queries: mbeir.Records[mbeir.Query], allowed: np.ndarray, count:
     _, firsts = np.unique(queries.ids[allowed], return_index=True)
     groups: dict[tuple, list[int]] = {}
     for row in allowed[firsts].tolist():
-        groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(row)
+        groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(
+            row
+        )
     out = []
     for key in sorted(groups):
         qids = {row: f"{key[0]}:{queries.ids[row] - key[0] * mbeir.QUERY_ID_BASE}" for row in groups[key]}
-        out += sorted(groups[key], key=lambda row, qids=qids: mbeir.stable_hash(seed, "stage3", qids[row]))[: -(-count // len(groups))]
+        out += sorted(groups[key], key=lambda row, qids=qids: mbeir.stable_hash(seed, "stage3", qids[row]))[
+            : -(-count // len(groups))
+        ]
     return out[:count]

@@ -29,7 +29,9 @@ def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[i
         now = time.monotonic()
         if now - last >= every_s:
             rate = (done + 1) / (now - started)
-            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, (total - step - 1) / rate)
+            log.info(
+                "step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, (total - step - 1) / rate
+            )
             last = now
 
 
@@ -75,7 +77,10 @@ def optimise(
     """
     shared = zero.Shared(parameters.values(), settings) if zero.asked() and not optimisers else None
     if not optimisers:
-        optimisers = [shared or torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)]
+        optimisers = [
+            shared
+            or torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        ]
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     rows = _restore(checkpoint, parameters, optimisers)
@@ -93,7 +98,11 @@ def optimise(
             for group in optimiser.param_groups:
                 group["lr"] = rate
         row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
-        row["grad_norm"] = shared.reduce() if shared else float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
+        row["grad_norm"] = (
+            shared.reduce()
+            if shared
+            else float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
+        )
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
             return f"step {step}: {reason}"
@@ -118,9 +127,13 @@ def optimise(
     return rows
 
 
-def _checkpoint(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]) -> None:
+def _checkpoint(
+    folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]
+) -> None:
     """One safetensors file with weights, moments and the log, replaced atomically; all processes hold the same."""
-    states = [optimiser.state for optimiser in optimisers]  # shares are put together, so every process comes here
+    states = [
+        optimiser.state for optimiser in optimisers
+    ]  # shares are put together, so every process comes here
     if not processes().is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +142,9 @@ def _checkpoint(folder: Path, parameters: dict, optimisers: Sequence[torch.optim
         tensors[f"weight/{name}"] = parameter.detach()
         for moments in states:
             if parameter in moments:
-                tensors |= {f"{key}/{name}": torch.as_tensor(value) for key, value in moments[parameter].items()}
+                tensors |= {
+                    f"{key}/{name}": torch.as_tensor(value) for key, value in moments[parameter].items()
+                }
     partial = folder / "state.safetensors.partial"
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"rows": json.dumps(rows)})
     partial.replace(folder / "state.safetensors")

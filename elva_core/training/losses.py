@@ -12,7 +12,9 @@ import torch
 ADVANTAGE_EPSILON = 1e-4  # TRL's and UME-R1's; keeps a zero-variance group at advantage 0
 
 
-def infonce(queries: torch.Tensor, candidates: torch.Tensor, *, temperature: float, ignore: torch.Tensor | None = None) -> torch.Tensor:
+def infonce(
+    queries: torch.Tensor, candidates: torch.Tensor, *, temperature: float, ignore: torch.Tensor | None = None
+) -> torch.Tensor:
     """InfoNCE from query to candidates, cosine / temperature, mean over the batch (ELVA stages 1 and 2).
 
     Args:
@@ -40,7 +42,9 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
             [False, False]])
     """
     relevant = [set(p) for p in positives]
-    return torch.tensor([[i != j and did in dids for j, did in enumerate(candidates)] for i, dids in enumerate(relevant)])
+    return torch.tensor(
+        [[i != j and did in dids for j, did in enumerate(candidates)] for i, dids in enumerate(relevant)]
+    )
 
 
 def distillation(
@@ -110,7 +114,9 @@ def backward_in_chunks(
     return loss.detach()
 
 
-def advantages(rewards: torch.Tensor, scale: str = "group", spread: torch.Tensor | None = None) -> torch.Tensor:
+def advantages(
+    rewards: torch.Tensor, scale: str = "group", spread: torch.Tensor | None = None
+) -> torch.Tensor:
     """Rewards minus the mean of their group, divided by a spread.
 
     Args:
@@ -148,8 +154,8 @@ def policy_loss(
     advantage: torch.Tensor,
     *,
     clip: float,
-    kl_weight: float,
-    aggregation: str,
+    beta: float,
+    loss_type: str,
     max_length: int,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """GRPO: clipped surrogate plus KL, aggregated over tokens (ELVA stage 3).
@@ -160,7 +166,7 @@ def policy_loss(
         mask: (B, T), 1 where a token was an action of the policy.
         advantage: (B,).
         clip: the ratio is clipped to [1 - clip, 1 + clip].
-        aggregation: "sequence" mean over tokens then over sequences (the paper), "dr_grpo" sum over tokens divided
+        loss_type: "grpo" mean over tokens then over sequences (the paper), "dr_grpo" sum over tokens divided
             by B * max_length, "dapo" mean over all tokens.
 
     Returns:
@@ -171,17 +177,20 @@ def policy_loss(
     gain = advantage[:, None]
     surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
     divergence = k3(log_p, log_reference)
-    per_token = (kl_weight * divergence - surrogate) * mask
-    if aggregation == "sequence":
+    per_token = (beta * divergence - surrogate) * mask
+    if loss_type == "grpo":
         loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
-    elif aggregation == "dr_grpo":
+    elif loss_type == "dr_grpo":
         loss = per_token.sum() / (len(mask) * max_length)
-    elif aggregation == "dapo":
+    elif loss_type == "dapo":
         loss = per_token.sum() / mask.sum().clamp(min=1)
     else:
-        raise ValueError(f"aggregation {aggregation!r} is none of sequence, dr_grpo, dapo")
+        raise ValueError(f"loss_type {loss_type!r} is none of grpo, dr_grpo, dapo")
     with torch.no_grad():
         clipped = ((ratio < 1 - clip) & (gain < 0)) | ((ratio > 1 + clip) & (gain > 0))
         tokens = mask.sum().clamp(min=1)
-        facts = {"kl": float((divergence * mask).sum() / tokens), "clip_fraction": float((clipped * mask).sum() / tokens)}
+        facts = {
+            "kl": float((divergence * mask).sum() / tokens),
+            "clip_fraction": float((clipped * mask).sum() / tokens),
+        }
     return loss, facts

@@ -51,7 +51,9 @@ class Prompt(NamedTuple):
 
 def prompt(query: Item, candidates: Sequence[Item], kind: Kind, answer: int = 0) -> Prompt:
     """Query and candidates in one turn; pointwise shows the only candidate, listwise numbers them from 1."""
-    labels = ["\nCandidate: "] if kind == "pointwise" else [f"\n({n}) " for n in range(1, len(candidates) + 1)]
+    labels = (
+        ["\nCandidate: "] if kind == "pointwise" else [f"\n({n}) " for n in range(1, len(candidates) + 1)]
+    )
     parts = ["Query: ", *(part for part in query.parts if part)]
     for label, candidate in zip(labels, candidates, strict=True):
         parts += [label, *(part for part in candidate.parts if part)]
@@ -81,13 +83,17 @@ def answer_ids(encoder: Encoder, kind: Kind, settings: RerankSettings) -> torch.
     return torch.tensor(first, device=encoder.device)
 
 
-def log_p(encoder: Encoder, prompts: Sequence[Prompt], kind: Kind, settings: RerankSettings, ids: torch.Tensor) -> torch.Tensor:
+def log_p(
+    encoder: Encoder, prompts: Sequence[Prompt], kind: Kind, settings: RerankSettings, ids: torch.Tensor
+) -> torch.Tensor:
     """Log-probabilities (B, A) of the answers among those that each prompt offers; -inf for the others. With gradient."""
     request = settings.pointwise_request if kind == "pointwise" else settings.listwise_request
     states = encoder.states(encoder.batch([p.item for p in prompts], request))
     logits = encoder.logits(states[:, -1])[:, ids]
     offered = torch.tensor([p.offered for p in prompts], device=logits.device)
-    return logits.masked_fill(torch.arange(len(ids), device=logits.device) >= offered[:, None], float("-inf")).log_softmax(-1)
+    return logits.masked_fill(
+        torch.arange(len(ids), device=logits.device) >= offered[:, None], float("-inf")
+    ).log_softmax(-1)
 
 
 def alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -108,7 +114,9 @@ def windows(asked: Asked, size: int) -> list[list[int]]:
     >>> [len(w) for w in windows(Asked("1", item, tuple("abcdefg"), (item,) * 7), 4)]
     [4, 4]
     """
-    order = sorted(range(len(asked.dids)), key=lambda i: mbeir.stable_hash("rerank", asked.qid, asked.dids[i]))
+    order = sorted(
+        range(len(asked.dids)), key=lambda i: mbeir.stable_hash("rerank", asked.qid, asked.dids[i])
+    )
     if len(order) <= size:
         return [order]
     others = [i for i in order if i]
@@ -118,23 +126,37 @@ def windows(asked: Asked, size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score(encoder: Encoder, asked: Sequence[Asked], kind: Kind, settings: RerankSettings, *, batch: int) -> list[np.ndarray]:
+def score(
+    encoder: Encoder, asked: Sequence[Asked], kind: Kind, settings: RerankSettings, *, batch: int
+) -> list[np.ndarray]:
     """What the model thinks of each query's candidates, (candidates,) float64 in nats: log-odds of being the answer, up to a constant.
 
     Args:
         batch: prompts per forward; of several processes each takes its share.
     """
-    shown = [[[i] for i in range(len(a.candidates))] if kind == "pointwise" else windows(a, settings.window) for a in asked]
+    shown = [
+        [[i] for i in range(len(a.candidates))] if kind == "pointwise" else windows(a, settings.window)
+        for a in asked
+    ]
     rows = [(number, window) for number, of in enumerate(shown) for window in of]
-    prompts = [prompt(asked[number].query, [asked[number].candidates[i] for i in window], kind) for number, window in rows]
+    prompts = [
+        prompt(asked[number].query, [asked[number].candidates[i] for i in window], kind)
+        for number, window in rows
+    ]
     ids, parts, done = answer_ids(encoder, kind, settings), alike(prompts, batch), {}
     for part in distributed.own_share(len(parts)):
-        done[part] = log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids).double().cpu().numpy()
+        done[part] = (
+            log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids).double().cpu().numpy()
+        )
     scores = [np.zeros(len(a.candidates)) for a in asked]
     for part, found in distributed.gathered(done).items():
         for i, values in zip(parts[part], found, strict=True):
             number, window = rows[i]
-            scores[number][window] = values[0] - values[1] if kind == "pointwise" else values[: len(window)] - values[window.index(0)]
+            scores[number][window] = (
+                values[0] - values[1]
+                if kind == "pointwise"
+                else values[: len(window)] - values[window.index(0)]
+            )
     return scores
 
 
@@ -144,12 +166,17 @@ def exercise(ranked: Ranked, kind: Kind, settings: RerankSettings, rng: np.rando
     wanted = settings.negatives if kind == "pointwise" else int(rng.integers(1, settings.window))
     others = [hard[i] for i in rng.permutation(len(hard))[:wanted]]
     if kind == "pointwise":
-        return [prompt(ranked.item, [c], kind, answer) for c, answer in ((ranked.positive, 0), *((n, 1) for n in others))]
+        return [
+            prompt(ranked.item, [c], kind, answer)
+            for c, answer in ((ranked.positive, 0), *((n, 1) for n in others))
+        ]
     place = int(rng.integers(len(others) + 1))
     return [prompt(ranked.item, [*others[:place], ranked.positive, *others[place:]], kind, place)]
 
 
-def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, *, seed: int, folder: Path) -> list[dict[str, float]]:
+def train(
+    encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, *, seed: int, folder: Path
+) -> list[dict[str, float]]:
     """Trains a fresh adapter by cross-entropy on the answers, pointwise and listwise in turn, and merges it.
 
     Args:
@@ -167,9 +194,14 @@ def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, 
         prompts = [p for r in draws[kind](turn, settings.batch) for p in exercise(r, kind, settings, rng)]
         parts, facts = alike(prompts, settings.chunk), {"loss": 0.0, "accuracy": 0.0}
         for part in distributed.own_share(len(parts)):
-            torch.manual_seed(mbeir.stable_hash(seed, step, part))  # the same dropout on any number of processes
+            torch.manual_seed(
+                mbeir.stable_hash(seed, step, part)
+            )  # the same dropout on any number of processes
             own = [prompts[i] for i in parts[part]]
-            found, wanted = log_p(encoder, own, kind, settings, ids[kind]), torch.tensor([p.answer for p in own], device=encoder.device)
+            found, wanted = (
+                log_p(encoder, own, kind, settings, ids[kind]),
+                torch.tensor([p.answer for p in own], device=encoder.device),
+            )
             loss = torch.nn.functional.nll_loss(found, wanted, reduction="sum") / len(prompts)
             loss.backward()
             facts["loss"] += float(loss.detach())
@@ -177,5 +209,7 @@ def train(encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, 
         distributed.sum_gradients(parameters.values())
         return distributed.summed(facts) | {"listwise": float(listwise)}
 
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing) as parameters:
+    with encoder.adapting(
+        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
+    ) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -50,7 +50,12 @@ def negative_weights(rank: torch.Tensor, form: str) -> torch.Tensor:
 
 
 def rank_reward(
-    positive: torch.Tensor, negatives: torch.Tensor, *, gamma: float, form: str = "printed", reduction: str = "mean"
+    positive: torch.Tensor,
+    negatives: torch.Tensor,
+    *,
+    gamma: float,
+    form: str = "printed",
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """R_rank = s_p / (1 + ln r) - gamma * (sum | mean) over negatives of s_n (ln k - 1); natural logarithm.
 
@@ -67,12 +72,16 @@ def rank_reward(
     return positive / (1 + r.float().log()) - gamma * penalty
 
 
-def total_reward(margin: torch.Tensor, rank: torch.Tensor, *, alpha: float | torch.Tensor, epsilon: float | torch.Tensor) -> torch.Tensor:
+def total_reward(
+    margin: torch.Tensor, rank: torch.Tensor, *, alpha: float | torch.Tensor, epsilon: float | torch.Tensor
+) -> torch.Tensor:
     """R_total = alpha R_margin + epsilon R_rank; the paper takes 0.4 and 0.6."""
     return alpha * margin + epsilon * rank
 
 
-def adaptive_weights(rank: torch.Tensor, *, alpha: float, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def adaptive_weights(
+    rank: torch.Tensor, *, alpha: float, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights that follow the state of training: (alpha, epsilon) per query, (Q, 1, ...), with the same sum as the fixed ones.
 
     The margin says nothing about rollouts that fail, the rank nothing about those that succeed; so the margin gets the

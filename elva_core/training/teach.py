@@ -29,7 +29,9 @@ def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Roo
     """
     if settings.path:
         return settings.path
-    key = hashlib.sha256(settings.model_dump_json().encode() + prompts.model_dump_json().encode() + VERSION.encode())
+    key = hashlib.sha256(
+        settings.model_dump_json().encode() + prompts.model_dump_json().encode() + VERSION.encode()
+    )
     key.update(root.union_train_path().read_bytes())
     folder = cache / f"backbone-{key.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
@@ -38,7 +40,11 @@ def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Roo
     queries, candidates = root.union_train(), root.pool("", "train", "global")
     texts = [c.text for c in candidates if c.text] + [root.query_text(q) for q in queries]
     # the prompt's own words must be whole tokens, as they are in a large vocabulary
-    frame = [f"user\n{text}\n{request}\nassistant\n" for text in texts[:2000] for request in (prompts.eol_request, prompts.summary_request)]
+    frame = [
+        f"user\n{text}\n{request}\nassistant\n"
+        for text in texts[:2000]
+        for request in (prompts.eol_request, prompts.summary_request)
+    ]
     model, processor = small_models.build(texts + frame, settings.tiny, seed=settings.seed)
     encoder.add_ret_token(model, processor.tokenizer, prompts.ret_token)
     taught = Encoder(model, processor, prompts)
@@ -51,16 +57,24 @@ def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Roo
     return str(folder)
 
 
-def _optimisers(parameters: dict[str, torch.nn.Parameter], optimiser: OptimiserSettings) -> list[torch.optim.Optimizer]:
+def _optimisers(
+    parameters: dict[str, torch.nn.Parameter], optimiser: OptimiserSettings
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for the rest: half the steps of AdamW alone (LOG.md)."""
-    inside = {n: p for n, p in parameters.items() if p.ndim == 2 and ("layers." in n or "blocks." in n or "merger." in n)}
+    inside = {
+        n: p
+        for n, p in parameters.items()
+        if p.ndim == 2 and ("layers." in n or "blocks." in n or "merger." in n)
+    }
     rest = [p for n, p in parameters.items() if n not in inside]
     rate, decay = optimiser.lr, optimiser.weight_decay
     muon = torch.optim.Muon(inside.values(), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=decay), muon]
 
 
-def redrawn(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: TeachSettings, rng: np.random.Generator) -> torch.Tensor:
+def redrawn(
+    pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: TeachSettings, rng: np.random.Generator
+) -> torch.Tensor:
     """Patch rows of randomly scaled, turned, shifted and lit images: the model should learn more than five hands' habits.
 
     Args:
@@ -71,7 +85,11 @@ def redrawn(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: Tea
     for _, height, width in grids.unique(dim=0).tolist():
         members = (grids[:, 1] == height) & (grids[:, 2] == width)
         rows, n = members[owner], int(members.sum())
-        image = pixels[rows].view(n, height // 2, width // 2, 2, 2, 6, patch, patch).permute(0, 5, 1, 3, 6, 2, 4, 7)
+        image = (
+            pixels[rows]
+            .view(n, height // 2, width // 2, 2, 2, 6, patch, patch)
+            .permute(0, 5, 1, 3, 6, 2, 4, 7)
+        )
         image = image.reshape(n, 6, height * patch, width * patch)
         scale, turn, right, down = torch.from_numpy(rng.uniform(-teach.warp, teach.warp, size=(4, n))).float()
         cos, sin = turn.cos() * (1 + scale), turn.sin() * (1 + scale)
@@ -85,7 +103,12 @@ def redrawn(pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: Tea
 
 
 def teach_vision(
-    taught: Encoder, root: mbeir.Root, candidates: Sequence[mbeir.Candidate], teach: TeachSettings, seed: int, folder: Path
+    taught: Encoder,
+    root: mbeir.Root,
+    candidates: Sequence[mbeir.Candidate],
+    teach: TeachSettings,
+    seed: int,
+    folder: Path,
 ) -> list[dict]:
     """The tower learns to name the grains of an image: softmax over all grain texts, several may be right.
 
@@ -103,7 +126,9 @@ def teach_vision(
     patch = taught.processor.image_processor.patch_size
 
     def step_fn(step: int) -> dict[str, float]:
-        taught.augment = partial(redrawn, patch=patch, teach=teach, rng=distributed.rng_for(seed, "redrawn", step))
+        taught.augment = partial(
+            redrawn, patch=patch, teach=teach, rng=distributed.rng_for(seed, "redrawn", step)
+        )
         epoch, place = divmod(step * batch, len(images) // batch * batch)
         order = distributed.rng_for(seed, "vision order", epoch).permutation(len(images))
         chosen = [images[i] for i in order[place : place + batch]]
@@ -111,13 +136,22 @@ def teach_vision(
         for row, c in enumerate(chosen):
             for _, text in mbeir.grains(c):
                 targets[row, column[text]] = 1
-        features = taught.backbone.model.get_image_features(*taught.pixels([root.image_path(c.image) for c in chosen])).pooler_output
+        features = taught.backbone.model.get_image_features(
+            *taught.pixels([root.image_path(c.image) for c in chosen])
+        ).pooler_output
         log_p = readout(torch.stack([f.mean(0) for f in features])).log_softmax(-1)
         loss = -(targets * log_p).sum() / batch
         loss.backward()
         return {"loss": float(loss.detach())}
 
-    rows = loop.optimise(parameters, step_fn, lesson.steps, lesson.optimiser, folder, optimisers=_optimisers(parameters, lesson.optimiser))
+    rows = loop.optimise(
+        parameters,
+        step_fn,
+        lesson.steps,
+        lesson.optimiser,
+        folder,
+        optimisers=_optimisers(parameters, lesson.optimiser),
+    )
     tower.requires_grad_(False)
     taught.augment = None
     return rows
@@ -133,21 +167,33 @@ def teach_language(
     folder: Path,
 ) -> list[dict]:
     """The language model learns to write the grains of its input as a summary; the tower is frozen by now."""
-    known = {modality: [r for r in (*queries, *candidates) if r.modality == modality and mbeir.grains(r)] for modality in mbeir.MODALITIES}
+    known = {
+        modality: [r for r in (*queries, *candidates) if r.modality == modality and mbeir.grains(r)]
+        for modality in mbeir.MODALITIES
+    }
     tokenizer, request = taught.processor.tokenizer, taught.settings.summary_request
     language = taught.backbone.model.language_model.requires_grad_(True)
     parameters, lesson = dict(language.named_parameters()), teach.language
-    turns = ("image", "text", "image", "image,text")  # one modality per batch: less padding; images are the harder ones
+    turns = (
+        "image",
+        "text",
+        "image",
+        "image,text",
+    )  # one modality per batch: less padding; images are the harder ones
 
     def step_fn(step: int) -> dict[str, float]:
         rng = distributed.rng_for(seed, "language", step)
         rows = known[turns[step % len(turns)]]
         chosen = [rows[i] for i in rng.integers(len(rows), size=lesson.batch)]
         items: list[Item] = [
-            query_item(root, r, prompt_index=int(rng.integers(4))) if isinstance(r, mbeir.Query) else candidate_item(root, r)
+            query_item(root, r, prompt_index=int(rng.integers(4)))
+            if isinstance(r, mbeir.Query)
+            else candidate_item(root, r)
             for r in chosen
         ]
-        endings = [[*tokenizer(mbeir.caption(r), add_special_tokens=False).input_ids, taught.end_id] for r in chosen]
+        endings = [
+            [*tokenizer(mbeir.caption(r), add_special_tokens=False).input_ids, taught.end_id] for r in chosen
+        ]
         width = max(map(len, endings))
         states = taught.states(taught.batch(items, request, endings))[:, -width - 1 : -1]
         labels = torch.tensor([[-100] * (width - len(e)) + e for e in endings])
@@ -156,6 +202,13 @@ def teach_language(
         loss.backward()
         return {"loss": float(loss.detach())}
 
-    rows = loop.optimise(parameters, step_fn, lesson.steps, lesson.optimiser, folder, optimisers=_optimisers(parameters, lesson.optimiser))
+    rows = loop.optimise(
+        parameters,
+        step_fn,
+        lesson.steps,
+        lesson.optimiser,
+        folder,
+        optimisers=_optimisers(parameters, lesson.optimiser),
+    )
     language.requires_grad_(False)
     return rows

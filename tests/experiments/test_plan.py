@@ -226,7 +226,7 @@ def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, 
 @pytest.mark.parametrize("sides", ["query", "all"])
 @pytest.mark.parametrize("candidates", ["step", "mined"])
 def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, sides, candidates):
-    changes = {"queries": 2, "queries_per_step": 2, "rollouts": 3, "candidates": candidates, "rollout_sides": sides}
+    changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
     per_query = 2 + s.negatives.hard + s.negatives.random

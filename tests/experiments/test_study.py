@@ -19,7 +19,7 @@ from elva_core.mrbench import annotate, build
 def profile(smoke):
     """Smoke, with short training."""
     quick = {"steps": 2, "batch": 4}
-    stage3 = {"queries": 4, "queries_per_step": 2, "rollouts": 2, "negatives": {"hard": 1, "random": 1}}
+    stage3 = {"queries": 4, "queries_per_step": 2, "num_generations": 2, "negatives": {"hard": 1, "random": 1}}
     arms = {"arms": ["stage 2", "InfoNCE control", "stage 3", "stage 2, cap 4", "held out, stage 3"]}
     return smoke.changed({"stage1": quick, "stage2": quick, "control": {"steps": 1, "batch": 2}, "stage3": stage3, "study": arms})
 

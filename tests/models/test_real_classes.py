@@ -92,7 +92,7 @@ def trained(request, root, texts, emojis, tmp_path_factory):
             "stage3": {
                 "queries": 4,
                 "queries_per_step": 2,
-                "rollouts": 2,
+                "num_generations": 2,
                 "lora": {"rank": 4},
                 "negatives": {"hard": 2, "random": 2, "threshold": 2.0, "pool": 8},
                 "optimiser": {"lr": 0.01, "checkpoint_every": 2},

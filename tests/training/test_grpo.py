@@ -27,12 +27,12 @@ def ranked(tiny, root, smoke):
 
 
 def stage3(smoke, **changes):
-    return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "rollouts": 3} | changes)
+    return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "num_generations": 3} | changes)
 
 
 def noise(encoder, ranked, settings, seed=0):
     sides = len(grpo.sides(ranked[0], settings.rollout_sides))
-    shape = (len(ranked), sides, settings.rollouts, encoder.settings.max_summary_tokens)
+    shape = (len(ranked), sides, settings.num_generations, encoder.settings.max_summary_tokens)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -92,11 +92,11 @@ def test_the_margin_weighs_as_much_as_a_query_is_solved():
 def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
     """Gains are given: dividing by the tiny spread of an untrained model's rewards would blow up rounding."""
     monkeypatch.setattr(grpo.losses, "advantages", lambda r, *_: torch.arange(r.numel()).float().view_as(r) - 2)
-    for aggregation in ("sequence", "dr_grpo", "dapo"):
+    for loss_type in ("grpo", "dr_grpo", "dapo"):
         gradients = []
         for chunk in (2, 6, 8):
             model = encoder.load(model_folder, smoke.encoder)
-            settings = stage3(smoke, chunk=chunk, rollouts=2, aggregation=aggregation)
+            settings = stage3(smoke, chunk=chunk, num_generations=2, loss_type=loss_type)
             model.add_lora(settings.lora, seed=0)
             grpo.step(model, ranked[:4], settings, noise(model, ranked[:4], settings))
             gradients.append(torch.cat([p.grad.flatten() for p in model.trainable().values() if p.grad is not None]))
@@ -120,7 +120,7 @@ def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_
     model = encoder.load(model_folder, smoke.encoder.model_copy(update={"max_summary_tokens": 2}))
     pair = model.processor.tokenizer("Katze Hund")["input_ids"][:2]
     model.banned_ids = torch.tensor(sorted(set(range(model.vocabulary_rows)) - set(pair)))
-    settings = stage3(smoke, kl_weight=0.0, aggregation="dr_grpo", advantage="none", chunk=1)
+    settings = stage3(smoke, beta=0.0, loss_type="dr_grpo", scale_rewards="none", chunk=1)
     model.add_lora(settings.lora, seed=0)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.trainable().values():  # far enough from the start for summaries to matter
@@ -372,7 +372,7 @@ def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_p
     few = {"queries": 6, "queries_per_step": 3}
     settings = {
         "score, sequence": stage3(smoke, **few),
-        "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", aggregation="dapo", advantage="batch", rollout_sides="all"),
+        "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", loss_type="dapo", scale_rewards="batch", rollout_sides="all"),
         "InfoNCE": smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}),
     }[what]
     found = {}

@@ -74,10 +74,10 @@ def test_k3_is_never_negative_and_zero_only_for_equal_policies():
     assert (p * losses.k3(p.log(), r.log())).sum().item() == pytest.approx((p * (p / r).log()).sum().item(), rel=1e-5)
 
 
-def loss(log_p, advantage, mask, log_old=None, log_ref=None, aggregation="sequence"):
+def loss(log_p, advantage, mask, log_old=None, log_ref=None, loss_type="grpo"):
     return losses.policy_loss(
         log_p, log_p.detach() if log_old is None else log_old, log_p.detach() if log_ref is None else log_ref, mask, advantage,
-        clip=0.2, kl_weight=0.5, aggregation=aggregation, max_length=4,
+        clip=0.2, beta=0.5, loss_type=loss_type, max_length=4,
     )  # fmt: skip
 
 
@@ -91,11 +91,11 @@ def test_on_policy_the_loss_is_minus_the_advantage_and_its_gradient_that_of_rein
     assert facts == {"kl": 0.0, "clip_fraction": 0.0}
 
 
-def test_the_three_aggregations_by_hand():
+def test_the_three_loss_types_by_hand():
     log_p = torch.zeros(2, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
     gain = torch.tensor([1.0, 3.0])
-    got = [loss(log_p, gain, mask, aggregation=a)[0].item() for a in ("sequence", "dr_grpo", "dapo")]
+    got = [loss(log_p, gain, mask, loss_type=a)[0].item() for a in ("grpo", "dr_grpo", "dapo")]
     assert got == pytest.approx([-(1 + 3) / 2, -(4 + 3) / 8, -(4 + 3) / 5])
 
 
@@ -106,6 +106,6 @@ def test_a_clipped_token_has_no_gradient():
     assert log_p.grad.abs().max() == 0 and facts["clip_fraction"] == 1
 
 
-def test_unknown_aggregation_is_refused():
+def test_unknown_loss_type_is_refused():
     with pytest.raises(ValueError, match="none of"):
-        loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), aggregation="mean")
+        loss(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1), loss_type="mean")

@@ -53,8 +53,8 @@ def trainer(model_folder, tmp_path, request):
     return made
 
 
-@pytest.mark.parametrize(("trainer", "aggregation"), [(name, name) for name in THEIR_NAMES], indirect=["trainer"])
-def test_the_loss_and_its_gradient_equal_trls(trainer, aggregation, inputs, monkeypatch):
+@pytest.mark.parametrize(("trainer", "loss_type"), [(name, name) for name in THEIR_NAMES], indirect=["trainer"])
+def test_the_loss_and_its_gradient_equal_trls(trainer, loss_type, inputs, monkeypatch):
     log_p, log_old, log_reference, mask, advantage = inputs
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (log_p, torch.zeros_like(log_p), None))
     batch = {
@@ -70,7 +70,7 @@ def test_the_loss_and_its_gradient_equal_trls(trainer, aggregation, inputs, monk
     theirs = trainer._compute_loss(trainer.model, batch)
     (their_gradient,) = torch.autograd.grad(theirs, log_p)
     ours, _ = losses.policy_loss(
-        log_p, log_old, log_reference, mask, advantage, clip=CLIP, kl_weight=KL_WEIGHT, aggregation=aggregation, max_length=LENGTH
+        log_p, log_old, log_reference, mask, advantage, clip=CLIP, beta=KL_WEIGHT, loss_type=loss_type, max_length=LENGTH
     )
     (our_gradient,) = torch.autograd.grad(ours, log_p)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
