@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-import families
 import pytest
 import torch
-from conftest import exit_codes
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+import families
+from conftest import exit_codes
 from elva_core import distributed, sharding
 from elva_core.models import encoder, generation
 from elva_core.retrieval import retriever

@@ -9,8 +9,8 @@ import signal
 
 import pytest
 import torch
-from conftest import exit_codes, mined
 
+from conftest import exit_codes, mined
 from elva_core import distributed, zero
 from elva_core.config import OptimiserSettings
 from elva_core.data.items import Item

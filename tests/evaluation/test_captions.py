@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COMMAND, started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
+from conftest import COMMAND, started
 from elva_core import cli
 from elva_core import config as profiles
 from elva_core.data import caption_sets, mbeir

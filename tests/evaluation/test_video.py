@@ -8,7 +8,6 @@ import json
 import pickle
 from pathlib import Path
 
-import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+import families
 from elva_core import cli, files
 from elva_core import config as settings
 from elva_core.data import caption_sets, emoji, images, mbeir, video_sets

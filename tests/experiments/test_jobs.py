@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import COMMAND, started
 from safetensors.torch import load_file
 
+from conftest import COMMAND, started
 from elva_core import cli, files
 from elva_core.data import sources
 from elva_core.experiments import jobs as training

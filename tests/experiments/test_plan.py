@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import mined
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from conftest import mined
 from elva_core import cli, config, distributed
 from elva_core.config import ProfileError
 from elva_core.data import items as data_items

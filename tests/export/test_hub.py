@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 
-import families
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +14,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForImageTextToText
 
+import families
 from elva_core import cli
 from elva_core.data import images
 from elva_core.data import items as data_items

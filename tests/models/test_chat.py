@@ -6,13 +6,13 @@ import functools
 import json
 import re
 
-import families
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import families
 from elva_core.data import frames as clips
 from elva_core.data import images
 from elva_core.data import items as data_items

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import transformers
@@ -20,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Tokeni
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+import families
 from elva_core import config
 from elva_core.data import emoji, mbeir
 from elva_core.data import items as data_items

@@ -10,9 +10,9 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import exit_codes, mined
 from safetensors.torch import load_file, save_file
 
+from conftest import exit_codes, mined
 from elva_core import distributed, files
 from elva_core.config import NegativeSettings, RlvrSettings
 from elva_core.models import encoder, generation

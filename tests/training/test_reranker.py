@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import mined
 from pydantic import ValidationError
 
+from conftest import mined
 from elva_core.config import ProfileError
 from elva_core.data import images as image_files
 from elva_core.data import items as data_items

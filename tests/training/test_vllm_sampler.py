@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-import vllm_stand_in
-from conftest import exit_codes, mined
 from safetensors.torch import load_file
 from test_grpo import noise as numbers
 from test_grpo import stage3, train_as_one_of
 from transformers import AutoProcessor
 
+import vllm_stand_in
+from conftest import exit_codes, mined
 from elva_core.config import LoraSettings, VllmSettings
 from elva_core.models import encoder, generation, vllm_sampler
 from elva_core.training import grpo, loop, losses
