@@ -1,18 +1,16 @@
-"""One claim = one row = one verdict: the paper's numbers (params/reported.yaml) beside what was measured here.
+"""Claims: what was measured beside the paper's figure, with a verdict; and the figures that were not run.
 
-table = assemble(reported(), measured, evidence=True)
+table = assemble(measured, statistics.reported(), profile="cpu", evidence=True)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
-from elva_core import distributed
-from elva_core.evaluation import statistics, video
-from elva_core.retrieval import metrics
+from elva_core.evaluation import statistics
+from elva_core.experiments.results import MRBENCH
 
 COLUMNS = [
     "claim",
@@ -26,375 +24,196 @@ COLUMNS = [
     "n",
     "seeds",
     "baseline",
-    "verdict",
 ]
-VERDICTS = ("reproduced", "same direction", "not reproduced", "not run")
-# The paper's headline on MRBench compares with LamRA-Ret: stage 2, read at the EOL token. Stage 2 at [RET] is the harder one.
-GAINS = ("stage 3 over stage 2, EOL only", "stage 3 over stage 2")
+COLUMNS += ["verdict", "backbone"]
+VERDICTS = ("reproduced", "same direction", "inconclusive", "contradicted", "below", "not run")
+# The paper's headline on MRBench is over LamRA-Ret: stage 2, read at EOL. Stage 2 at [RET] is the harder one.
+BASELINES = ("stage 2, EOL only", "stage 2")
+GAIN, DISTANCE = "relative gain of hit@5, %", "mean cosine distance"
 
 
-def not_run(tables: dict) -> list[dict]:
-    """Claims that need M-BEIR, licensed sets or GPUs, each with the command that would run it."""
+def assemble(
+    measured: pd.DataFrame,
+    tables: dict,
+    *,
+    evidence: bool,
+    profile: str = "",
+    official: Mapping[str, pd.DataFrame] | None = None,
+) -> pd.DataFrame:
+    """claims.csv: the main claims first, then every other result, then the paper's figures that were not run.
+
+    Args:
+        measured: rows of results.SCHEMA; a later row replaces an earlier one of its claim, metric, dataset
+        and backbone.
+        tables: params/reported.yaml. evidence: False where a run tests plumbing; its verdicts are "not run".
+        official: `own_setting` takes them: the paper's own tables as this profile measured them.
+
+    Returns:
+        COLUMNS; verdict is empty for a result without a figure in the paper, or in another setting than the
+        paper's.
+    """
+    claims = _beside_paper(measured, tables)
+    claims["verdict"] = [_verdict(row) for row in claims.to_dict("records")]
+    papers = [*_not_run(tables), *own_setting(tables, profile, official or {})]
+    table = pd.concat([claims, pd.DataFrame(papers)], ignore_index=True).reindex(columns=COLUMNS)
+    table = table[~table.duplicated(["claim", "metric", "dataset", "backbone"], keep="last")]
+    if not evidence:
+        table.loc[table["verdict"] != "", "verdict"] = "not run"
+    first = table.index.isin(main(table, tables).index)
+    return pd.concat([table[first], table[~first]], ignore_index=True)
+
+
+def _beside_paper(measured: pd.DataFrame, tables: dict) -> pd.DataFrame:
+    """Results as claims: named, and with the paper's figure where MRBench's main claims have one."""
+    gain, distance = tables["mrbench_gain"], tables["grain_distance"]
+    printed = {("stage 3", baseline, GAIN): (gain["value"], gain["source"]) for baseline in BASELINES}
+    for model, value in distance["values"].items():
+        printed[model, "", DISTANCE] = value, distance["source"]
+    growth = round(distance["values"]["stage 3"] - distance["values"]["stage 2"], 6)
+    printed["stage 3", "stage 2", DISTANCE] = growth, distance["source"]
+    rows = []
+    for row in measured.to_dict("records"):
+        of_model = row["model"] + (f" over {row['baseline']}" if row["baseline"] else "")
+        claim = {
+            "claim": ", ".join(filter(None, (of_model, row["unit"], row["group"]))),
+            "source": row["experiment"],
+        }
+        key = row["model"], row["baseline"], row["metric"]
+        if row["experiment"] == MRBENCH and not row["unit"] and key in printed:
+            row["paper"], claim["source"] = printed[key]
+        rows.append(claim | row | {"ours": row["value"], "seeds": row["seed"]})
+    return pd.DataFrame(rows, columns=[column for column in COLUMNS if column != "verdict"])
+
+
+def _verdict(claim: dict) -> str:
+    """Of a difference that the paper has a figure for; a score stands in another setting than the paper's."""
+    if not claim["baseline"] or not claim["paper"] or pd.isna(claim["paper"]) or pd.isna(claim["ci_low"]):
+        return ""
+    return statistics.verdict(claim["paper"], claim["ci_low"], claim["ci_high"], difference=True)
+
+
+def _not_run(tables: dict) -> list[dict]:
+    """Figures that need M-BEIR, licensed sets or GPUs; the command that would run each is its baseline."""
     rows = []
     for table in (t for t in tables.values() if "rows" in t):
         for method, profile in table["ours"].items():
+            command = table["needs"].format(profile=profile)
+            common = {"source": table["source"], "metric": table["metric"], "baseline": command, "seeds": ""}
             values = table["rows"][method]
-            columns = [*table["columns"], "Avg"][: len(values)]
-            common = {
-                "source": table["source"],
-                "metric": table["metric"],
-                "baseline": table["needs"].format(profile=profile),
-            }
-            rows += [
-                common | {"claim": f"{method}, {column}", "dataset": column, "paper": value}
-                for column, value in zip(columns, values, strict=True)
-            ]
+            for column, value in zip([*table["columns"], "Avg"][: len(values)], values, strict=True):
+                claim = {
+                    "claim": f"{method}, {column}",
+                    "dataset": column,
+                    "paper": value,
+                    "verdict": "not run",
+                }
+                rows.append(common | claim | {"backbone": ""})
     return rows
 
 
-def official(tables: dict, profile: str, found: Mapping[str, pd.DataFrame], evidence: bool) -> list[dict]:
-    """Figures of the paper's own tables that a run of its profile has measured; they take the place of the same claims not run.
+def own_setting(tables: dict, profile: str, measured: Mapping[str, pd.DataFrame]) -> list[dict]:
+    """Figures of the paper's own tables as a run of their profile measures them, in place of figures not run.
 
     Args:
-        found: name in params/reported.yaml -> value, ci_low, ci_high (shares; nan without an interval) and n, by column of that table.
+        measured: name in params/reported.yaml -> value, ci_low, ci_high (shares; nan without an interval) and
+        n, by
+            column of that table.
     """
     rows = []
-    for name, measured in found.items():
+    for name, frame in measured.items():
         table = tables[name]
         for method in (method for method, needed in table["ours"].items() if needed == profile):
             printed = dict(zip([*table["columns"], "Avg"], table["rows"][method], strict=False))
-            for r in measured.itertuples():
-                row = {
-                    "claim": f"{method}, {r.Index}",
-                    "source": table["source"],
-                    "dataset": r.Index,
-                    "metric": table["metric"],
-                }
-                row |= {"paper": printed[r.Index]} | statistics.percent(r)
-                reached = row["ours"] >= row["paper"] or row["ci_high"] >= row["paper"]
-                rows.append(
-                    row
-                    | {"verdict": ("reproduced" if reached else "not reproduced") if evidence else "not run"}
-                )
+            for column, share in frame.iterrows():
+                low, ours, high = 100 * share["ci_low"], 100 * share["value"], 100 * share["ci_high"]
+                reached = ours if pd.isna(high) else high  # a mean of columns has no interval
+                row = {"claim": f"{method}, {column}", "source": table["source"], "dataset": column}
+                row |= {"metric": table["metric"], "paper": printed[column], "baseline": "", "backbone": ""}
+                row |= {"ours": ours, "ci_low": low, "ci_high": high, "n": share["n"]}
+                row["verdict"] = statistics.verdict(printed[column], low, reached, difference=False)
+                rows.append(row)
     return rows
 
 
-def measured(
-    results: pd.DataFrame,
-    pairs: Sequence[dict],
-    distances: pd.DataFrame,
-    tables: dict,
-    dataset: str,
-    evidence: bool,
-    samples: int,
-) -> list[dict]:
-    """Rows for what this run measured; a verdict only where the paper has a number to compare the direction with.
+def main(table: pd.DataFrame, tables: dict) -> pd.DataFrame:
+    """What was measured of the paper's main claims, on MRBench."""
+    sources = [MRBENCH, tables["mrbench_gain"]["source"], tables["grain_distance"]["source"]]
+    return table[table["ours"].notna() & table["source"].isin(sources)]
 
-    Args:
-        results: MRBench rows with model, unit, metric, value, ci_low, ci_high, n; unit "average" is the mean over tasks.
-        pairs: `comparison` dictionaries. distances: model, kind, distance, qid.
-        evidence: False (smoke) makes every verdict "not run": such a run tests plumbing.
-        samples: of the bootstrap.
+
+def counted(table: pd.DataFrame) -> str:
+    """How many claims got which verdict; results without one are counted apart.
+
+    >>> counted(pd.DataFrame({"verdict": ["reproduced", "", "not run"], "ours": [1.0, 2.0, None]}))
+    '1 claim compared: 1 reproduced. 1 result without a verdict. 1 figure of the paper not run.'
     """
-    common = {"source": "ours", "dataset": f"MRBench-{dataset}"}
-    rows = [common | _score(r) for r in results.itertuples()]
-    for pair in pairs:
-        row = common | _gain(pair)
-        if row["claim"] in GAINS and pair["metric"] == "hit@5":
-            row |= {"paper": tables["mrbench_gain"]["value"], "source": tables["mrbench_gain"]["source"]}
-        rows.append(row | {"verdict": verdict(row, evidence)})
-    return rows + _distances(distances, tables["grain_distance"], dataset, evidence, samples)
-
-
-def _distances(
-    distances: pd.DataFrame, reported: dict, dataset: str, evidence: bool, samples: int
-) -> list[dict]:
-    """Mean distance of each model, and the paired growth from stage 2 to stage 3, with intervals over queries."""
-    of_query = distances.groupby(["qid", "model"])["distance"].mean().unstack("model")
-    values = {name: (of_query[name], paper) for name, paper in reported["values"].items() if name in of_query}
-    if {"stage 2", "stage 3"} <= values.keys():
-        (old, before), (new, after) = values["stage 2"], values["stage 3"]
-        values["stage 3 over stage 2"] = new - old, after - before
-    rows = []
-    for name, (own, paper) in values.items():
-        low, high = metrics.bootstrap_interval(
-            own.to_numpy(), samples, distributed.rng_for(0, "grain distance", name)
-        )
-        row = {
-            "claim": f"grain distance, {name}",
-            "source": reported["source"],
-            "dataset": f"MRBench-{dataset}",
-        }
-        row |= {
-            "metric": "mean cosine distance",
-            "paper": paper,
-            "ours": own.mean(),
-            "ci_low": low,
-            "ci_high": high,
-            "n": len(own),
-        }
-        gain = "over" in name
-        rows.append(
-            row | {"baseline": "stage 2" if gain else "", "verdict": verdict(row, evidence) if gain else ""}
-        )
-    return rows
-
-
-def _score(r) -> dict:
-    """The hit rate of a model on a unit."""
-    return {
-        "claim": f"{r.model}, {r.unit}",
-        "metric": r.metric,
-        "baseline": "",
-        "verdict": "",
-    } | statistics.percent(r)
-
-
-def _gain(pair: dict) -> dict:
-    """A `comparison` relative to its old model, in percent."""
-    scale = 100 / pair["old value"] if pair["old value"] else np.nan
-    row = {
-        "claim": f"{pair['new']} over {pair['old']}",
-        "metric": f"relative gain of {pair['metric']}, %",
-        "n": pair["n"],
-    }
-    row |= {"ours": pair["relative %"], "ci_low": scale * pair["ci_low"], "ci_high": scale * pair["ci_high"]}
-    return row | {"baseline": pair["old"]}
-
-
-def traded(
-    quality: pd.DataFrame, pairs: Sequence[dict], speed: pd.DataFrame, dataset: str, source: str
-) -> list[dict]:
-    """Rows for what an answer costs and what more or less cost buys; the paper has no numbers for it, so there are no verdicts.
-
-    Args:
-        quality, pairs: as `results` and `pairs` of `measured`; units other than the average stay in the table.
-        speed: as `throughput.measure` gives it.
-        source: the question they belong to, which the report folds them under.
-    """
-    common = {"source": source, "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
-    rows = [common | _score(r) for r in quality[quality["unit"] == "average"].itertuples()]
-    rows += [common | _gain(pair) for pair in pairs]
-    asked = speed[speed["side"] == "queries"].drop_duplicates(
-        ["per second", "batch"]
-    )  # one row where ways cost the same
-    for r in asked.to_dict("records"):
-        row = common | {"claim": r["way"], "n": r["n"]}
-        rows.append(row | {"metric": f"queries per second, {r['batch']} at a time", "ours": r["per second"]})
-        if r["batch"] == 1:  # in a larger one all wait for the longest summary
-            rows.append(row | {"metric": "forward passes, queries", "ours": r["forwards"]})
-    return rows
-
-
-def reranked(pairs: pd.DataFrame, taken: pd.DataFrame, dataset: str) -> list[dict]:
-    """Rows for what a second look brings and costs; no verdicts, for the paper does not rerank.
-
-    Args:
-        pairs: `fusion.compared`. taken: `fusion.seconds`.
-    """
-    common = {"source": "reranking", "dataset": f"MRBench-{dataset}", "verdict": ""}
-    rows = []
-    for pair in pairs.to_dict("records"):
-        row = common | {
-            "claim": f"{pair['new']} over {pair['old']}",
-            "metric": f"difference of {pair['metric']}, points",
-        }
-        points = {
-            "ours": 100 * pair["difference"],
-            "ci_low": 100 * pair["ci_low"],
-            "ci_high": 100 * pair["ci_high"],
-        }
-        rows.append(row | points | {"n": pair["n"], "baseline": pair["old"]})
-    for r in taken.to_dict("records"):
-        # the name of the retriever alone has many rows already
-        rows.append(
-            common
-            | {
-                "claim": r["model"],
-                "metric": "milliseconds per query",
-                "ours": 1000 * r["seconds"],
-                "n": r["n"],
-            }
-        )
-    return rows
-
-
-def studied(
-    scores: pd.DataFrame, differences: pd.DataFrame, tables: dict, dataset: str, evidence: bool
-) -> list[dict]:
-    """Rows for what the study measured; they take the place of the chain's rows of the same claim and metric.
-
-    Args:
-        scores: percent; arm, unit, value, ci_low, ci_high, n, seeds, spread. differences: relative to `old`, in percent, with interval.
-    """
-    common = {"source": "ours", "dataset": f"MRBench-{dataset}", "baseline": "", "verdict": ""}
-    rows = []
-    for r in scores.itertuples():
-        seeds = _seeds(r.seeds, r.spread)
-        numbers = {"ours": r.value, "ci_low": r.ci_low, "ci_high": r.ci_high, "n": r.n, "seeds": seeds}
-        rows.append(common | {"claim": f"{r.arm}, {r.unit}", "metric": "hit@5"} | numbers)
-    for r in differences.to_dict("records"):
-        row = common | {
-            "claim": r["arm"],
-            "metric": "relative gain of hit@5, %",
-            "baseline": r["old"],
-            "seeds": _seeds(r["seeds"]),
-        }
-        row |= {
-            "ours": r["relative"],
-            "ci_low": r["relative low"],
-            "ci_high": r["relative high"],
-            "n": r["n"],
-        }
-        if r["arm"] in GAINS:
-            row |= {"paper": tables["mrbench_gain"]["value"], "source": tables["mrbench_gain"]["source"]}
-        rows.append(row | {"verdict": verdict(row, evidence)})
-    return rows
-
-
-def in_points(differences: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
-    """Rows for arms compared in points of hit@5, beside the points of the average that the paper compares.
-
-    Args:
-        differences: arm, old, value, ci_low, ci_high, paper, source, n, seeds, as `comparisons.beside_paper` gives them.
-    """
-    rows = []
-    for r in differences.itertuples():
-        row = {
-            "claim": r.arm,
-            "source": r.source,
-            "dataset": dataset,
-            "metric": "difference of hit@5, points",
-            "baseline": r.old,
-        }
-        row |= {
-            "ours": r.value,
-            "ci_low": r.ci_low,
-            "ci_high": r.ci_high,
-            "paper": r.paper,
-            "n": r.n,
-            "seeds": _seeds(r.seeds),
-        }
-        same = (r.ci_high < 0) if r.paper < 0 else (r.ci_low > 0)
-        said = (
-            "" if r.paper != r.paper else "same direction" if same else "not reproduced"
-        )  # another average than the paper's
-        rows.append(row | {"verdict": said if evidence else "not run"})
-    return rows
-
-
-def generalised(scores: pd.DataFrame, differences: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
-    """Rows for unseen data: each model's score, and paired differences beside what the paper's model gains on the set of that kind.
-
-    Args:
-        scores: shares; model, set, group, metric, value, ci_low, ci_high, n, as `unseen.table` gives them. differences: as
-            `unseen.differences` gives them; paper in points.
-    """
-    common, rows = (
-        {"source": "Table 2, own rows", "dataset": f"{dataset}, unseen", "baseline": "", "verdict": ""},
-        [],
+    judged = table[table["ours"].notna() & ~table["verdict"].isin(["", "not run"])]
+    order = judged["verdict"].value_counts().reindex(VERDICTS).dropna().astype(int)
+    results = int(table["ours"].notna().sum()) - len(judged)
+    parts = [
+        _plural(len(judged), "claim") + " compared",
+        ", ".join(f"{n} {name}" for name, n in order.items()),
+    ]
+    return (
+        f"{': '.join(filter(None, parts))}. {_plural(results, 'result')} without a verdict. "
+        f"{_plural(int(table['ours'].isna().sum()), 'figure')} of the paper not run."
     )
-    for r in scores.itertuples():
-        rows.append(
-            common
-            | {"claim": ", ".join(filter(None, (r.model, r.set, r.group))), "metric": r.metric}
-            | statistics.percent(r)
-        )
-    for r in differences.itertuples():
-        row = common | {
-            "claim": ", ".join(filter(None, (f"{r.new} over {r.old}", r.set, r.group))),
-            "baseline": r.old,
-            "paper": r.paper,
-        }
-        said = (
-            "" if r.paper != r.paper else "same direction" if r.ci_low > 0 else "not reproduced"
-        )  # another set than the paper's
-        rows.append(
-            row
-            | statistics.percent(r)
-            | {"metric": f"difference of {r.metric}, points", "verdict": said if evidence else "not run"}
-        )
-    return rows
 
 
-def verdict(row: dict, evidence: bool) -> str:
-    """Of a gain, where the paper has one: reproduced if it is as large and its interval above zero, same direction if only the latter."""
-    if not evidence:
-        return "not run"
-    if row.get("paper", np.nan) != row.get("paper", np.nan):
-        return ""
-    if not row["ci_low"] > 0:
-        return "not reproduced"
-    return "reproduced" if row["ours"] >= row["paper"] else "same direction"
-
-
-def _seeds(seeds: Sequence[int], spread: float = np.nan) -> str:
-    return f"{len(seeds)} ({', '.join(map(str, seeds))}){f', sd {spread:.1f}' if spread == spread else ''}"
-
-
-def assemble(rows: Sequence[dict], seed: int) -> pd.DataFrame:
-    """claims.csv: fixed columns, `not run` where nothing was measured; a later row replaces an earlier one of its claim and metric."""
-    table = (
-        pd.DataFrame(rows)
-        .reindex(columns=COLUMNS)
-        .astype(dict.fromkeys(("seeds", "verdict", "baseline"), object))
-    )
-    table = table[~table.duplicated(["claim", "metric", "dataset"], keep="last")].reset_index(drop=True)
-    missing = table["ours"].isna()
-    table.loc[missing, "verdict"] = "not run"
-    table["seeds"] = table["seeds"].fillna(pd.Series(np.where(missing, "", f"1 ({seed})"), dtype=object))
-    table["baseline"] = table["baseline"].fillna("")
-    return table
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
-    """The result table of README and report: hit@5 of the main models, gains that the paper or the control ask for; provenance below."""
-    own = main(table, tables)
-    models = own[own["metric"] == "hit@5"]
+    """The result table of README and report: hit@5 of the main models, the main comparisons, provenance.
+
+    Models that started from different backbones stand in tables of their own, the one of most seeds first.
+    """
+    rows = main(table, tables)
+    models = rows[(rows["metric"] == "hit@5") & (rows["baseline"] == "")]
     models = models.assign(
         model=models["claim"].str.rpartition(", ")[0], unit=models["claim"].str.rpartition(", ")[2]
     )
-    units = [u for u in dict.fromkeys(models["unit"]) if u != "average"]
+    blocks = []
+    for backbone in dict.fromkeys(
+        models.sort_values("seeds", key=_seed_count, kind="stable", ascending=False)["backbone"]
+    ):
+        compared = rows[(rows["backbone"] == backbone) & rows["metric"].isin([GAIN, DISTANCE])]
+        compared = compared[compared["paper"].notna() | compared["baseline"].eq("InfoNCE control")]
+        blocks += [f"Backbone {backbone}:", _of_models(models[models["backbone"] == backbone])]
+        blocks += [listed(compared)] if len(compared) else []
+    return "\n\n".join([*blocks, note])
+
+
+def _seed_count(seeds: pd.Series) -> pd.Series:
+    return seeds.str.extract(r"^(\d+)", expand=False).astype(int)
+
+
+def _of_models(models: pd.DataFrame) -> str:
+    """hit@5 of each model on each unit and on average."""
+    units = [unit for unit in dict.fromkeys(models["unit"]) if unit != "average"]
     lines = [
         f"| hit@5, % | {' | '.join(units)} | average [95 %] | n | seeds |",
         "|" + "--|" * (len(units) + 4),
     ]
-    for name, part in models.groupby("model", sort=False):
-        found = part.set_index("unit")
-        mean = found.loc["average"]
-        cells = [f"{found.loc[u, 'ours']:.1f}" for u in units]
+    for name, rows in models.groupby("model", sort=False):
+        by_unit = rows.set_index("unit")
+        mean = by_unit.loc["average"]
+        cells = [f"{by_unit.loc[unit, 'ours']:.1f}" for unit in units]
         lines.append(
             f"| {name} | {' | '.join(cells)} | {_number(mean)} | {int(mean['n']):,} | {mean['seeds']} |"
         )
-    asked = own["paper"].notna() | own["baseline"].eq("InfoNCE control")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            listed(own[asked & own["metric"].str.contains("gain of hit@5|distance", regex=True)]),
-            "",
-            note,
-        ]
-    )
-
-
-def main(table: pd.DataFrame, tables: dict) -> pd.DataFrame:
-    """What was measured of the paper's main claims, on MRBench; the other measured rows name the table or the question they belong to."""
-    sources = ["ours", tables["mrbench_gain"]["source"], tables["grain_distance"]["source"]]
-    return table[table["ours"].notna() & table["source"].isin(sources)]
+    return "\n".join(lines)
 
 
 def listed(table: pd.DataFrame) -> str:
     """Claims as Markdown, one row each."""
     lines = ["| claim | metric | paper | ours [95 %] | n | seeds | verdict |", "|--|--|--|--|--|--|--|"]
-    for _, r in table.iterrows():
-        paper, n = (
-            "" if r["paper"] != r["paper"] else f"{r['paper']:.3g}",
-            "" if r["n"] != r["n"] else f"{int(r['n']):,}",
-        )
-        lines.append(
-            f"| {r['claim']} | {r['metric']} | {paper} | {_number(r)} | {n} | {r['seeds']} | {r['verdict']} |"
-        )
+    for _, row in table.iterrows():
+        paper = "" if pd.isna(row["paper"]) else f"{row['paper']:.3g}"
+        count = "" if pd.isna(row["n"]) else f"{int(row['n']):,}"
+        cells = [row["claim"], row["metric"], paper, _number(row), count, row["seeds"], row["verdict"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -402,27 +221,5 @@ def _number(row: pd.Series) -> str:
     digits = 3 if "distance" in row["metric"] else 1
     ours, low, high = (
         f"{round(row[c], digits) + 0.0:.{digits}f}" for c in ("ours", "ci_low", "ci_high")
-    )  # + 0.0: no -0.0
-    return ours + (f" [{low}, {high}]" if row["ci_low"] == row["ci_low"] else "")
-
-
-def clips(results: pd.DataFrame, gains: pd.DataFrame, dataset: str, evidence: bool) -> list[dict]:
-    """Rows of csv.
-
-    Args:
-        results: `table` of `measure` of several models. gains: `gain`.
-    """
-    most = results[results["frames"] == results["frames"].max()]
-    motions = most.loc[(most["words"] == "name, motion") & (most["motion"] != "all"), "motion"].nunique()
-    found = most[(most["words"] == "name") & most["metric"].eq("hit@5") | (most["motion"] == "all")]
-    rows = []
-    for r in found.itertuples():
-        row = {
-            "claim": f"{r.model}, {r.motion}, {r.frames} frames",
-            "source": video.SOURCES.get(r.set, "Table 7"),
-            "dataset": dataset,
-        }
-        row |= {"metric": r.metric} | statistics.percent(r)
-        chance = f"chance {100 / motions:.1f}" if r.motion == "all" else ""
-        rows.append(row | {"baseline": chance, "verdict": "" if evidence else "not run"})
-    return rows + in_points(gains, dataset, evidence)
+    )  # no -0.0
+    return ours if pd.isna(row["ci_low"]) else f"{ours} [{low}, {high}]"

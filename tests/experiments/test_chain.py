@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
-import subprocess
-from types import SimpleNamespace
 
 import nbformat
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from elva_core import cli, config, files
 from elva_core.data import mbeir
 from elva_core.data import sources as prepare
-from elva_core.evaluation import statistics
-from elva_core.experiments import chain, claims, report, stages, study
+from elva_core.experiments import chain, stages, study
 from elva_core.experiments.chain import ChainError
 from elva_core.retrieval import cache
 
@@ -132,71 +125,6 @@ def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
     assert "is missing; restore the file" in capsys.readouterr().out
 
 
-def hits():
-    rng = np.random.default_rng(0)
-    rows = []
-    for unit, base in (("a", 0.2), ("b", 0.6)):
-        for q in range(400):
-            u = rng.random()
-            rows += [{"model": m, "unit": unit, "qid": str(q), "hit@5": float(u < base + d)} for m, d in (("old", 0), ("new", 0.1))]
-    return pd.DataFrame(rows)
-
-
-def test_a_comparison_is_paired_and_weighs_tasks_equally():
-    table = hits()
-    got = statistics.comparison(table, "new", "old", 5, 500, 0)
-    by_hand = table.groupby(["model", "unit"])["hit@5"].mean().groupby("model").mean()
-    assert got["difference"] == pytest.approx(by_hand["new"] - by_hand["old"])
-    assert got["ci_low"] < got["difference"] < got["ci_high"]
-    # paired: the difference is 0 or 1, its standard error sqrt(0.1 * 0.9 / 800) = 0.011, far below the unpaired 0.022
-    assert got["ci_high"] - got["ci_low"] < 2 * 1.96 * 0.014
-
-
-def test_the_audit_finds_the_figures_that_do_not_add_up():
-    audit = statistics.audit(statistics.reported()).set_index("what")
-    assert audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "recomputed"] == 24.4
-    assert not audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "agrees"]
-    assert audit.loc["Table 1, ELVA-7B: mean of 16 columns", "recomputed"] == 58.64
-
-
-def test_without_evidence_every_verdict_is_not_run():
-    results = pd.DataFrame(
-        [{"model": "stage 3", "unit": "average", "metric": "hit@5", "value": 0.5, "ci_low": 0.4, "ci_high": 0.6, "n": 9}]
-    )
-    pair = {
-        "new": "stage 3",
-        "old": "stage 2",
-        "metric": "hit@5",
-        "new value": 0.5,
-        "old value": 0.4,
-        "ci_low": 0.05,
-        "ci_high": 0.15,
-        "relative %": 25.0,
-        "n": 9,
-    }
-    far = [0.1, 0.3, 0.2, 0.4]  # of two queries, under two models
-    distances = pd.DataFrame({"model": ["stage 2"] * 2 + ["stage 3"] * 2, "qid": ["a", "b"] * 2, "distance": far})
-    for evidence, verdict in ((True, "reproduced"), (False, "not run")):
-        rows = claims.measured(results, [pair], distances, statistics.reported(), "x", evidence, 20)
-        table = claims.assemble([*rows, *claims.not_run(statistics.reported())], 1)
-        gain = table.set_index("claim").loc["stage 3 over stage 2"]
-        assert gain["verdict"] == verdict and gain["ci_low"] == pytest.approx(12.5)
-        grown = table.set_index("claim").loc["grain distance, stage 3 over stage 2"]
-        assert grown["verdict"] == verdict and grown["ours"] == pytest.approx(0.1) and grown["paper"] == pytest.approx(0.08)
-        assert (table.loc[table["ours"].isna(), "verdict"] == "not run").all() and list(table.columns) == claims.COLUMNS
-
-
-@pytest.mark.parametrize(
-    ("ours", "low", "high", "verdict"),
-    [(14, 9, 19, "reproduced"), (8, 3, 15, "same direction"), (20, -1, 40, "not reproduced"), (-3, -9, 3, "not reproduced")],
-)
-def test_a_gain_is_reproduced_only_if_it_is_as_large_as_the_papers_and_above_zero(ours, low, high, verdict):
-    row = {"ours": ours, "ci_low": low, "ci_high": high, "paper": 13.1}
-    assert claims.verdict(row, evidence=True) == verdict
-    assert claims.verdict(row, evidence=False) == "not run"
-    assert claims.verdict(row | {"paper": np.nan}, evidence=True) == ""
-
-
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outputs, monkeypatch, capsys, trained):
     """Table 5 needs no stage 3 of the chain: a study of two arms ends well without it."""
@@ -223,111 +151,6 @@ def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outp
     assert trained != ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
 
 
-def test_rows_of_the_study_take_the_place_of_the_single_run():
-    single = {"claim": "stage 3, average", "metric": "hit@5", "dataset": "MRBench-x", "ours": 30.0, "n": 9}
-    scores = pd.DataFrame(
-        [{"arm": "stage 3", "unit": "average", "value": 31.0, "ci_low": 29.0, "ci_high": 33.0, "n": 9, "seeds": (1, 2), "spread": 0.5}]
-    )
-    columns = ["arm", "old", "relative", "relative low", "relative high", "n", "seeds"]
-    differences = pd.DataFrame([["stage 3 over stage 2", "stage 2", 15.0, 9.0, 20.0, 9, (1, 2)]], columns=columns)
-    table = claims.assemble([single, *claims.studied(scores, differences, statistics.reported(), "x", True)], 7).set_index("claim")
-    assert table.loc["stage 3, average", "ours"] == 31 and table.loc["stage 3, average", "seeds"] == "2 (1, 2), sd 0.5"
-    gain = table.loc["stage 3 over stage 2"]
-    assert gain["paper"] == 13.1 and gain["ci_low"] == 9 and gain["verdict"] == "reproduced"
-
-
-def test_a_difference_in_points_has_the_papers_direction_only_if_its_interval_has():
-    columns = ["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]
-    rows = [
-        ["a", "stage 3", -2.0, -3.0, -1.0, -1.5, "Table 8", 9, (1,)],
-        ["b", "stage 3", -2.0, -5.0, 1.0, -0.5, "Table 8", 9, (1,)],
-        ["c", "stage 3", 1.0, 0.5, 2.0, np.nan, "ours", 9, (1,)],
-        ["d", "stage 3", 1.0, 0.5, 2.0, 2.7, "Table 3", 9, (1,)],
-    ]
-    said = claims.in_points(pd.DataFrame(rows, columns=columns), "x", True)
-    assert [r["verdict"] for r in said] == ["same direction", "not reproduced", "", "same direction"]
-
-
-def test_what_a_run_of_the_papers_profile_measures_takes_the_place_of_claims_not_run(tmp_path):
-    """Table 1 in the order of its columns, Table 6 from MRBench, Table 2 and Table 7 by the names of their columns."""
-    profile, reported = config.load("qwen2vl-7b"), statistics.reported()
-    common = {"model": "stage 3", "pool": "local", "n": 100}
-    rows = [common | {"unit": u, "metric": f"hit@{k}", "value": i / 100} for i, (u, k) in enumerate(mbeir.OFFICIAL_UNITS.items())]
-    tables = {"50_evaluate/results": pd.DataFrame(rows).assign(ci_low=lambda t: t["value"] - 0.01, ci_high=lambda t: t["value"] + 0.01)}
-    bench = [{"unit": u, "metric": "hit@5", "value": 0.9} for u in (*profile.mrbench.units, "average")]
-    tables["50_evaluate/mrbench"] = pd.DataFrame(bench).assign(model="stage 3", ci_low=0.8, ci_high=0.95, n=50)
-    found = {"question": "Table 2", "set": "ccneg", "task": "pairs", "group": "", "metric": "accuracy", "model": "stage 3", "value": 0.5}
-    tables["80_generalise/unseen"] = pd.DataFrame([found])
-    clip = {
-        "set": "MSVD",
-        "metric": "hit@5",
-        "frames": 8,
-        "words": "name",
-        "model": "stage 3",
-        "value": 0.1,
-        "ci_low": 0.0,
-        "ci_high": 0.2,
-        "n": 9,
-    }
-    tables["82_transfer/clips"] = pd.DataFrame([clip, clip | {"frames": 1, "value": 0.9}])
-    for name, table in tables.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-    run = SimpleNamespace(settings=profile, require=lambda stage: tmp_path / stage)
-    own = claims.official(reported, "qwen2vl-7b", report._official(run, reported), True)
-    table = claims.assemble([*claims.not_run(reported), *own], 17).set_index(["source", "claim"])
-    assert len(table) == len(claims.not_run(reported))  # each in the place of its own
-    of_7b = table[table["ours"].notna()]
-    assert of_7b.loc["Table 1"]["ours"].tolist() == pytest.approx([*range(16), 7.5])
-    assert of_7b.loc["Table 1"]["paper"].tolist() == reported["table1"]["rows"]["ELVA-7B"]
-    assert of_7b.loc["Table 6"]["verdict"].tolist() == ["reproduced"] * 5 and len(of_7b) == 17 + 5 + 1 + 1
-    assert of_7b.loc[("Table 2", "ELVA-7B, CC-Neg accuracy"), ["ours", "verdict"]].tolist() == [50, "not reproduced"]
-    assert of_7b.loc[("Table 7", "ELVA-7B, MSVD R@5"), "ours"] == pytest.approx(10)
-    assert table.loc[("Table 1", "ELVA-2B, VisualNews t0"), "verdict"] == "not run"
-    assert claims.official(reported, "cpu", report._official(run, reported), True) == []
-
-
-def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():
-    tables = statistics.reported()
-    rows = claims.not_run(tables)
-    wanted = sum(len(t["rows"][m]) for t in tables.values() if "rows" in t for m in t["ours"])
-    assert len(rows) == wanted and len({(r["source"], r["claim"]) for r in rows}) == wanted
-    assert {r["source"] for r in rows} == {f"Table {i}" for i in range(1, 9)}
-    assert all("make reproduce" in r["baseline"] or "python -m elva_core" in r["baseline"] for r in rows)
-
-
-def test_the_page_holds_its_pictures_and_needs_no_other_file(tmp_path):
-    (tmp_path / "figures").mkdir()
-    Image.new("RGB", (2, 2)).save(tmp_path / "figures/a.png")
-    text = "# Title\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n![what it shows](figures/a.png)\n"
-    text += "\n" + report._folded("More", pd.DataFrame([dict.fromkeys(claims.COLUMNS, 0.5) | {"claim": "folded", "metric": "hit@5"}]))
-    page = report.page(text, tmp_path)
-    assert "<title>Title</title>" in page and "<td>1</td>" in page
-    assert "<td>folded</td>" in page.split("<details><summary>More (1)</summary>")[1].split("</details>")[0]
-    assert "figures/a.png" not in page and "http" not in page
-    picture = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
-    assert picture == (tmp_path / "figures/a.png").read_bytes()
-
-
-def committed(path: str) -> str:
-    """A file as it is committed: a run of one's own replaces the one in the working tree."""
-    shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=files.REPOSITORY, capture_output=True, text=True)
-    if shown.returncode:
-        pytest.skip(f"{path} cannot be read from git: {shown.stderr.strip()}")
-    return shown.stdout
-
-
-def test_the_readme_shows_the_committed_reference_run():
-    readme = committed("README.md")
-    for name, file in (("claims", "table.md"), ("stages", "stages.md")):
-        shown = readme.split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
-        assert shown.strip() == committed(f"outputs/cpu/90_report/{file}").strip()
-    table = pd.read_csv(io.StringIO(committed("outputs/cpu/90_report/claims.csv")))
-    assert list(table.columns) == claims.COLUMNS
-    texts = dict.fromkeys(("verdict", "baseline", "seeds"), "")
-    assert claims.markdown(table.fillna(texts), statistics.reported(), "").strip() in readme
-
-
 def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
     tiny.save(tmp_path / "model", stage="test", parent="none")
@@ -340,12 +163,6 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     assert "no test units ['nowhere_task0']" in capsys.readouterr().err
     assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
-
-
-def test_a_readme_without_markers_is_refused(tmp_path):
-    (tmp_path / "R.md").write_text("nothing")
-    with pytest.raises(ValueError, match="once each"):
-        report.update_readme(tmp_path / "R.md", {"claims": "x"})
 
 
 def test_the_manifest_lists_every_file_and_is_written_last(outputs):

@@ -1,0 +1,72 @@
+"""Paired differences, the audit of the printed figures, and the one verdict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elva_core.evaluation import statistics
+
+numbers = st.floats(-100, 100, allow_nan=False)
+intervals = st.tuples(numbers, numbers).map(sorted)
+
+
+@given(st.floats(0.01, 50), intervals)
+def test_exactly_one_of_four_verdicts_holds_of_a_difference(paper, interval):
+    low, high = interval
+    holds = {
+        "reproduced": low > 0 and high >= paper,
+        "same direction": low > 0 and high < paper,
+        "inconclusive": low <= 0 and high >= paper / 2,
+        "contradicted": low <= 0 and high < paper / 2,
+    }
+    assert sum(holds.values()) == 1 and holds[statistics.verdict(paper, low, high, difference=True)]
+
+
+@given(st.floats(0.01, 50), intervals)
+def test_a_difference_and_its_mirror_have_the_same_verdict(paper, interval):
+    low, high = interval
+    mirrored = statistics.verdict(-paper, -high, -low, difference=True)
+    assert mirrored == statistics.verdict(paper, low, high, difference=True)
+
+
+@given(st.floats(0.01, 50), intervals)
+def test_an_interval_that_holds_the_papers_value_never_contradicts_it(paper, interval):
+    low, high = min(interval[0], paper), max(interval[1], paper)
+    assert statistics.verdict(paper, low, high, difference=True) in ("reproduced", "inconclusive")
+
+
+def test_a_score_in_the_papers_setting_is_reproduced_if_its_interval_reaches_the_papers():
+    assert statistics.verdict(50.0, 40.0, 50.0, difference=False) == "reproduced"
+    assert statistics.verdict(50.0, 60.0, 70.0, difference=False) == "reproduced"
+    assert statistics.verdict(50.0, 40.0, 49.9, difference=False) == "below"
+    with pytest.raises(ValueError, match="no direction"):
+        statistics.verdict(0.0, -1.0, 1.0, difference=True)
+
+
+def test_a_comparison_is_paired_and_weighs_tasks_equally():
+    rng = np.random.default_rng(0)
+    rows = []
+    for unit, base in (("a", 0.2), ("b", 0.6)):
+        for q in range(400):
+            u = rng.random()
+            rows += [{"model": m, "unit": unit, "qid": str(q), "hit@5": float(u < base + d)} for m, d in (("old", 0), ("new", 0.1))]
+    table = pd.DataFrame(rows)
+    row = statistics.comparison(table, "new", "old", 5, 500, 0)
+    by_hand = table.groupby(["model", "unit"])["hit@5"].mean().groupby("model").mean()
+    assert row["value"] == pytest.approx(by_hand["new"] - by_hand["old"])
+    assert row["ci_low"] < row["value"] < row["ci_high"]
+    # paired: the difference is 0 or 1, its standard error sqrt(0.1 * 0.9 / 800) = 0.011, far below the unpaired 0.022
+    assert row["ci_high"] - row["ci_low"] < 2 * 1.96 * 0.014
+    relative = [row["relative low"], row["relative"], row["relative high"]]
+    assert relative == pytest.approx([100 * row[x] / by_hand["old"] for x in ("ci_low", "value", "ci_high")])
+
+
+def test_the_audit_finds_the_figures_that_do_not_add_up():
+    audit = statistics.audit(statistics.reported()).set_index("what")
+    assert audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "recomputed"] == 24.4
+    assert not audit.loc["Table 6, Qwen2-VL-7B: mean of 4 columns", "agrees"]
+    assert audit.loc["Table 1, ELVA-7B: mean of 16 columns", "recomputed"] == 58.64

@@ -1,0 +1,76 @@
+"""Arms of a study side by side: scores over seeds, paired differences, curves; by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from elva_core.experiments import compare, figures
+from elva_core.experiments.study import Study
+
+
+@pytest.fixture
+def made_up():
+    """Two arms, two seeds, two tasks with two queries each; ranks by hand."""
+    ranks = {
+        ("old", 1): [1, 9, 9, 9],
+        ("old", 2): [1, 9, 9, 1],
+        ("new", 1): [1, 1, 9, 9],
+        ("new", 2): [1, 1, 1, 1],
+        ("new", 3): [1, 9, 9, 9],
+    }
+    rows = [
+        {"arm": arm, "seed": seed, "unit": f"x_task{i // 2}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
+        for (arm, seed), own in ranks.items()
+        for i, rank in enumerate(own)
+    ]
+    runs = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks])
+    empty = pd.DataFrame()
+    return Study(runs, pd.DataFrame(rows), empty, empty, empty)
+
+
+def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):
+    # old: 25 and 50 percent, new: 50 and 100 (its third seed has no counterpart)
+    row = compare.differences(made_up, [("new", "old")], 5, samples=500).iloc[0]
+    assert row["seeds"] == (1, 2) and row["by seed"] == pytest.approx((25, 50))
+    assert row["value"] == pytest.approx(37.5) and row["relative"] == pytest.approx(100)
+    # gains, mean over seeds: 0 and 1 in task 0, 0.5 and 0 in task 1; resampled inside each task the average is 0 to 75 percent
+    assert row["ci_low"] == pytest.approx(0) and row["ci_high"] == pytest.approx(75)
+
+
+def test_more_than_nothing_is_a_difference_without_a_percentage(made_up):
+    hits = made_up.hits.assign(rank=made_up.hits["rank"].where(made_up.hits["arm"] == "new", 9))
+    row = compare.differences(dataclasses.replace(made_up, hits=hits), [("new", "old")], 5, samples=10).iloc[0]
+    assert row["value"] == pytest.approx(75) and np.isnan([row["relative"], row["relative low"], row["relative high"]]).all()
+
+
+def test_the_title_of_the_curves_says_what_they_show():
+    points = pd.DataFrame([["a", 0, 1.0], ["a", 1000, 2.0], ["b", 0, 1.0], ["b", 1000, 1.5]], columns=["run", "queries", "value"])
+    assert compare.efficiency_title(points, "a", "b") == "Mean of a above that of b from 1,000 queries on"
+    assert compare.efficiency_title(points, "b", "a") == "b does not pass a"
+    assert compare.efficiency_title(points[points["queries"] > 0], "a", "b") == "Mean of a above that of b from 1,000 queries on"
+    assert compare.efficiency_title(points.assign(value=points["value"] + (points["run"] == "a")), "a", "b").endswith("from 0 queries on")
+    assert compare.efficiency_title(points[:2], "a", "b") == "Not trained in this study: b"
+    assert compare.efficiency_title(points[:0], "a", "b") == "Not trained in this study: a and b"
+
+
+def test_a_figure_of_arms_that_the_profile_does_not_name_says_so(made_up, smoke):
+    table = compare.differences(made_up, [("new", "old")], 5, samples=10)
+    curves = compare.efficiency(made_up, smoke, 5, 10)
+    titles = [
+        figures.arms(table, "All", "points").get_suptitle(),
+        figures.arms(table[:0].assign(paper=np.nan), "None", "points").get_suptitle(),
+        figures.efficiency(curves, "None").get_suptitle(),
+    ]
+    assert titles == ["All (n = 4 queries)", "None (no arm of the study)", "None (no arm of the study, 95 % intervals)"]
+
+
+def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
+    table = compare.scores(made_up, ["new"], 5, samples=50).set_index("unit")
+    assert table.loc["average", "value"] == pytest.approx((50 + 100 + 25) / 3)
+    assert table.loc["average", "by seed"] == pytest.approx((50, 100, 25))
+    assert table.loc["average", "spread"] == pytest.approx(np.std([50, 100, 25], ddof=1))
+    assert table.loc["x_task0", "value"] == pytest.approx(100 * (2 + 2 + 1) / 6)
