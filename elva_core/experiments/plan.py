@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elva_core.config import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
-from elva_core.experiments import workload
-from elva_core.experiments.workload import Cost, Side, Workload
+from elva_core.experiments import estimate
+from elva_core.experiments.estimate import Cost, Side, Workload
 
 SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32
@@ -34,6 +34,9 @@ class Peak:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+    def __or__(self, more: Mapping[str, float]) -> Peak:
+        return Peak({**self.parts, **more}, self.lower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,76 +60,57 @@ class Stage:
 
 def stages(load: Workload) -> list[Stage]:
     """The rows of the plan, in the order of the chain."""
-    s, data, rows = load.settings, load.data, []
+    s, data, batch, dealt = load.settings, load.data, load.settings.evaluation.batch, load.dealt
+    embedding = _writing(load, batch, "evaluation.batch")
+    rows = []
     if s.mrbench.annotator.kind == "transformers":
         peak = _writing(load.annotator(), s.mrbench.annotator.batch, "mrbench.annotator.batch")
         rows.append(Stage("MRBench, annotation", load.annotation(), 1, peak))
-    sentence = Side(data.nli_tokens, 0.0)
+
+    # stages 1 to 3 and the control of stage 3
+    sentence, query, candidate = Side(data.nli_tokens, 0.0), load.side("query"), load.side("candidate")
     rows += _contrastive(load, "stage 1", s.stage1, sentence, sentence)
-    rows += _contrastive(
-        load,
-        "stage 2",
-        s.stage2,
-        load.side("query", "train"),
-        load.side("candidate", "train"),
-        distinct=data.train_pool,
-    )
-    batch, mining = _writing(load, s.evaluation.batch, "evaluation.batch"), load.mining()
-    rows.append(Stage("mining", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
+    union = load.side("query", "train"), load.side("candidate", "train")
+    rows += _contrastive(load, "stage 2", s.stage2, *union, distinct=data.train_pool)
+    mining = load.mining()
+    rows.append(Stage("mining", mining, dealt(mining.prompts / batch), embedding))
     for sides in ("query", "all"):
-        dealt = load.dealt(s.stage3.queries_per_step)
-        rows.append(
-            Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, _rlvr_peak(load, sides))
-        )
+        name, devices = f"stage 3, rollout_sides: {sides}", dealt(s.stage3.queries_per_step)
+        rows.append(Stage(name, load.rlvr(sides), devices, _rlvr_peak(load, sides)))
     negatives = s.stage3.negatives
-    rows += _contrastive(
-        load,
-        "control",
-        s.control,
-        load.side("query"),
-        load.side("candidate"),
-        negatives=negatives.hard + negatives.random,
-        distinct=s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool)),
-    )
+    distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
+    each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
+    rows += _contrastive(load, "control", s.control, query, candidate, **each)
+
+    # what follows the stages, and the evaluation
     if s.distil:
-        train, made = load.distillation()
+        train, written = load.distillation()
+        length = load.longest(union[1], s.encoder.eol_request)
+        teacher = {"teacher's embeddings": 2 * s.distil.pairs * load.sizes.hidden * 4 / 1e9}
+        peak = _training(load, "distil.chunk", s.distil, s.distil.chunk * length) | teacher
+        rows.append(Stage("single pass", train, dealt(s.distil.batch / s.distil.chunk), peak))
         rows.append(
-            Stage(
-                "single pass",
-                train,
-                load.dealt(math.ceil(s.distil.batch / s.distil.chunk)),
-                _distillation_peak(load),
-            )
-        )
-        rows.append(
-            Stage(
-                "single pass, its summaries",
-                made,
-                load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)),
-                batch,
-            )
+            Stage("single pass, its summaries", written, dealt(2 * s.distil.pairs / batch), embedding)
         )
     if s.rerank:
         train, mining, val, looks = load.reranking()
         prompts = s.rerank.batch * (2 + s.rerank.negatives) / 2  # the mean of the two kinds of step
-        rows.append(
-            Stage("reranker", train, load.dealt(math.ceil(prompts / s.rerank.chunk)), _reranking_peak(load))
+        longest, chunk = (
+            load.longest(load.together(s.rerank.window), s.rerank.listwise_request),
+            s.rerank.chunk,
         )
-        rows.append(
-            Stage(
-                "reranker, its negatives",
-                mining,
-                load.dealt(math.ceil(mining.prompts / s.evaluation.batch)),
-                batch,
-            )
-        )
-        rows.append(Stage("reranker, val embedded", val, 1, batch))
-        rows.append(Stage("reranker, second looks", looks, 1, _looking_peak(load)))
+        peak = _training(load, "rerank.chunk", s.rerank, chunk * longest, chunk)
+        rows.append(Stage("reranker", train, dealt(prompts / chunk), peak))
+        rows.append(Stage("reranker, its negatives", mining, dealt(mining.prompts / batch), embedding))
+        rows.append(Stage("reranker, val embedded", val, 1, embedding))
+        inside = s.rerank.prompts * longest * _inside(load)
+        peak = _peak(load, "rerank.prompts", inside, s.rerank.prompts)
+        rows.append(Stage("reranker, second looks", looks, 1, peak))
     models = load.known.evaluated_models
-    rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
-    return rows + [
-        Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")
-    ]
+    rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, embedding))
+    for pool in ("local", "global"):
+        rows.append(Stage(f"their search, {pool} pool", load.search(pool) * models, 1))
+    return rows
 
 
 def _contrastive(
@@ -135,110 +119,53 @@ def _contrastive(
     s: ContrastiveSettings,
     query: Side,
     candidate: Side,
-    *,
-    negatives: int = 0,
-    distinct: float = math.inf,
+    negatives=0,
+    distinct=math.inf,
 ) -> list[Stage]:
     """Training, and the summaries that it trains on; both are divided by chunks, which never mix queries and candidates."""
-    train, made = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
-    dealt = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
-    key = name.replace(" ", "")
-    rows = [Stage(name, train, dealt, _training_peak(load, key, s, s.batch * (2 + negatives), candidate))]
-    together = min(SUMMARIES_AT_ONCE, s.batch * (2 + negatives) / load.devices)
-    peak = _writing(load, together, f"{key}.batch", s.lora.rank)
-    return rows + ([Stage(f"{name}, its summaries", made, dealt, peak)] if made.rollouts else [])
+    train, written = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
+    devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
+    key, items = name.replace(" ", ""), s.batch * (2 + negatives)
+    # one chunk has a graph at a time; without gradient_cache all chunks of a batch
+    rows, lower = s.chunk, f"{key}.chunk"
+    if not s.gradient_cache and load.devices == 1 and items != s.chunk:
+        rows, lower = items, f"{key}.chunk with gradient_cache: true"
+    prompts, ending = load.settings.encoder, load.cap + 1 if s.ret_share else 0
+    length = load.longest(candidate, prompts.summary_request if ending else prompts.eol_request) + ending
+    peak = _training(load, lower, s, rows * length, rows * ending)
+    stages = [Stage(name, train, devices, peak)]
+    if written.rollouts:
+        together = min(SUMMARIES_AT_ONCE, items / load.devices)
+        peak = _writing(load, together, f"{key}.batch", s.lora.rank)
+        stages.append(Stage(f"{name}, its summaries", written, devices, peak))
+    return stages
 
 
-def _weights(load: Workload, rank: int = 0) -> dict[str, float]:
-    trained = load.sizes.training_bytes(rank) / 1e9 if rank else 0.0
-    return {"weights": load.sizes.parameters * load.width / 1e9, "adapter and optimiser": trained}
-
-
-def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int, candidate: Side) -> Peak:
-    """One chunk with its graph; without gradient_cache all chunks of a batch."""
-    ending = load.cap + 1 if s.ret_share else 0
-    rows = s.chunk if s.gradient_cache or load.devices > 1 else items
-    request = load.settings.encoder.summary_request if ending else load.settings.encoder.eol_request
-    kept = load.sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    parts = _weights(load, s.lora.rank) | {
-        "activations": rows * (load.longest(candidate, request) + ending) * kept / 1e9,
-        "logits": _logits(load, rows * ending),
+def _peak(load: Workload, lower: str, activations: float, positions: float, rank=0, cache=0.0) -> Peak:
+    """Bytes of activations and of the key/value cache, positions with logits at once, the adapter's rank."""
+    trained = load.sizes.training_bytes(rank) if rank else 0.0
+    parts = {
+        "weights": load.sizes.parameters * load.width,
+        "adapter and optimiser": trained,
+        "activations": activations,
+        "key/value cache": cache,
+        "logits": load.known.assumed.logit_copies * 4 * load.sizes.vocabulary * positions,
     }
-    return Peak(parts, f"{key}.chunk" if rows == s.chunk else f"{key}.chunk with gradient_cache: true")
+    return Peak({part: size / 1e9 for part, size in parts.items()}, lower)
 
 
-def _distillation_peak(load: Workload) -> Peak:
-    """One chunk with its graph, and the teacher's embeddings that it is compared with."""
-    s, sizes = load.settings.distil, load.sizes
-    kept = sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    length = load.longest(load.side("candidate", "train"), load.settings.encoder.eol_request)
-    parts = _weights(load, s.lora.rank) | {
-        "activations": s.chunk * length * kept / 1e9,
-        "teacher's embeddings": 2 * s.pairs * sizes.hidden * 4 / 1e9,
-    }
-    return Peak(parts, "distil.chunk")
-
-
-def _reranking_peak(load: Workload) -> Peak:
-    """One chunk of the longest prompts, a query with a whole window, with its graph."""
-    s, sizes = load.settings.rerank, load.sizes
-    kept = sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    length = load.longest(load.together(s.window), s.listwise_request)
-    parts = _weights(load, s.lora.rank) | {
-        "activations": s.chunk * length * kept / 1e9,
-        "logits": _logits(load, s.chunk),
-    }
-    return Peak(parts, "rerank.chunk")
-
-
-def _looking_peak(load: Workload) -> Peak:
-    """One call of the longest prompts without a graph: the inside of one layer, and the logits of one position."""
-    s = load.settings.rerank
-    inside = s.prompts * load.longest(load.together(s.window), s.listwise_request) * _inside(load)
-    return Peak(
-        _weights(load) | {"activations": inside / 1e9, "logits": _logits(load, s.prompts)}, "rerank.prompts"
-    )
-
-
-def _rlvr_peak(load: Workload, sides: str) -> Peak:
-    """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
-    s, sizes = load.settings.stage3, load.sizes
-    inputs, side = load.inputs(sides), load.side("candidate" if sides == "all" else "query")
-    rollouts, prompt, ending = (
-        inputs * s.num_generations,
-        load.longest(side, load.settings.encoder.summary_request),
-        load.cap + 1,
-    )
-    activations = (inputs * prompt + rollouts * ending) * sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0
-    )
-    cache = (prompt + ending) * sizes.kv_bytes(load.width) + prompt * sizes.kv_bytes(
-        load.width, repeated=True
-    )
-    parts = _weights(load, s.lora.rank) | {
-        "activations": activations / 1e9,
-        "key/value cache": rollouts * cache / 1e9,
-        "logits": _logits(load, rollouts * load.cap),
-        "vLLM": load.gpu.memory * s.vllm.gpu_memory_utilization if s.sampler == "vllm" else 0.0,
-    }
-    return Peak(parts, "stage3.chunk")
+def _training(load: Workload, lower: str, s, tokens: float, positions: float = 0, cache: float = 0) -> Peak:
+    """Tokens whose graph is kept for the way back to the adapter of training section `s`."""
+    again, dropout = getattr(s, "gradient_checkpointing", False), s.lora.dropout > 0
+    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=dropout, checkpointing=again)
+    return _peak(load, lower, tokens * kept, positions, s.lora.rank, cache)
 
 
 def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
     """Summaries written in one call: the inside of one layer, the cache of all, and the logits of one position."""
     length = load.longest(load.side("candidate"), load.settings.encoder.summary_request)
-    parts = _weights(load, rank) | {
-        "activations": rows * length * _inside(load) / 1e9,
-        "key/value cache": rows * (length + load.cap + 1) * load.sizes.kv_bytes(load.width) / 1e9,
-        "logits": _logits(load, rows),
-    }
-    return Peak(parts, lower)
+    cache = rows * (length + load.cap + 1) * load.sizes.kv_bytes(load.width)
+    return _peak(load, lower, rows * length * _inside(load), rows, rank, cache)
 
 
 def _inside(load: Workload) -> int:
@@ -246,47 +173,51 @@ def _inside(load: Workload) -> int:
     return (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
 
 
-def _logits(load: Workload, positions: float) -> float:
-    return load.known.assumed.logit_copies * 4 * load.sizes.vocabulary * positions / 1e9
+def _rlvr_peak(load: Workload, sides: str) -> Peak:
+    """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
+    s, inputs, ending = load.settings.stage3, load.inputs(sides), load.cap + 1
+    side, rollouts = load.side("candidate" if sides == "all" else "query"), inputs * s.num_generations
+    prompt = load.longest(side, load.settings.encoder.summary_request)
+    kept, repeated = (load.sizes.kv_bytes(load.width, repeated=r) for r in (False, True))
+    cache = rollouts * ((prompt + ending) * kept + prompt * repeated)
+    vllm = {"vLLM": load.gpu.memory * s.vllm.gpu_memory_utilization if s.sampler == "vllm" else 0.0}
+    tokens = inputs * prompt + rollouts * ending
+    return _training(load, "stage3.chunk", s, tokens, rollouts * load.cap, cache=cache) | vllm
 
 
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    rank = max(
-        stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank) if stage
-    )
+    sections = (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank)
+    rank = max(section.lora.rank for section in sections if section)
+    vectors = sum(u.pool for u in load.data.units.values()) * sizes.hidden
     return {
         "images": load.data.images_gb,
         f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,
         "largest checkpoint": CHECKPOINT_BYTES * sizes.adapter(rank) / 1e9,
-        "embeddings of all pools in float16, a model": 2
-        * sum(u.pool for u in load.data.units.values())
-        * sizes.hidden
-        / 1e9,
+        "embeddings of all pools in float16, a model": 2 * vectors / 1e9,
     }
 
 
 def show(settings: Settings, *, gpu: str | None, devices: int, console: Console) -> None:
     """Prints the plan and what does not fit."""
-    load = workload.make(settings, gpu=gpu, devices=devices)
+    load = estimate.make(settings, gpu=gpu, devices=devices)
     planned, name = stages(load), gpu or load.known.default_gpu[settings.device.partition(":")[0]]
     work = _table(
         f"{settings.profile} on {devices} x {name}, every summary {load.cap} tokens long",
         ("stage", "prompts", "summaries", "tokens", "FLOP", "devices", "time", "waiting", "GB a device"),
     )
     for s in planned:
-        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)] + [
-            _scaled(s.cost.tokens),
-            _scaled(s.cost.flops),
-        ]
+        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)]
+        counts += [_scaled(s.cost.tokens), _scaled(s.cost.flops)]
         where, full = (f"{s.devices:.3g}", f"{s.peak.total:,.3g}") if s.peak else ("host", "")
         work.add_row(s.name, *counts, where, _time(s.hours), f"{s.waiting:.0%}" if s.peak else "", full)
-    parts = list(dict.fromkeys(part for s in planned if s.peak for part in s.peak.parts))
+    peaks = {s.name: s.peak for s in planned if s.peak}
+    parts = list(dict.fromkeys(part for peak in peaks.values() for part in peak.parts))
     memory = _table("Memory of the fullest device, GB", ("stage", *parts))
-    for s in planned:
-        if s.peak:
-            memory.add_row(s.name, *(f"{s.peak.parts[p]:,.3g}" if s.peak.parts.get(p) else "" for p in parts))
+    for stage, peak in peaks.items():
+        sizes = [peak.parts.get(part, 0) for part in parts]
+        memory.add_row(stage, *(f"{size:,.3g}" if size else "" for size in sizes))
     wide = Console(file=console.file, width=max(console.width, 150))
     for shown in (work, memory, *([] if settings.data.emoji else [_reported(settings)])):
         wide.print(shown)
@@ -316,9 +247,9 @@ def _time(hours: float) -> str:
     >>> _time(0.5), _time(12.34), _time(0.001)
     ('30 min', '12.3 h', '3.6 s')
     """
-    amount, unit = (
-        (hours, "h") if hours >= 1 else (60 * hours, "min") if hours >= 1 / 60 else (3600 * hours, "s")
-    )
+    seconds = 3600 * hours
+    size, unit = next(x for x in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= x[0])
+    amount = seconds / (size or 1)
     return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
 
 
@@ -334,7 +265,7 @@ def _reported(settings: Settings) -> Table:
     title = "Beside reported times, with one forward more as theirs, stage 2 without the steps at [RET]"
     table = _table(title, ("stage", "devices", "reported, h", "ours, h", "ours over reported"))
     for run in runs:
-        for s in stages(workload.make(theirs, gpu=run["gpu"], devices=run["devices"])):
+        for s in stages(estimate.make(theirs, gpu=run["gpu"], devices=run["devices"])):
             if s.name.startswith(run["stage"]):
                 numbers = (f"{run['hours']}", f"{s.hours:.3g}", f"{s.hours / run['hours']:.2f}")
                 table.add_row(f"{run['by']}: {s.name}", f"{run['devices']} x {run['gpu']}", *numbers)
@@ -348,7 +279,7 @@ def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
         out.append(
             f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step"
         )
-    vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, _weights(load)["weights"]
+    vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, load.sizes.parameters * load.width / 1e9
     if s3.sampler == "vllm" and vllm < weights:
         out.append(
             f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization"

@@ -13,60 +13,39 @@ import yaml
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
 
 from conftest import mined
 from elva_core import cli, config, distributed
 from elva_core.config import ProfileError
 from elva_core.data import items as data_items
 from elva_core.data import mbeir
-from elva_core.experiments import catalogue, plan, sizes, workload
-from elva_core.experiments.workload import Side, Workload
+from elva_core.experiments import estimate, plan, sizes
+from elva_core.experiments.estimate import Side, Workload
 from elva_core.models import encoder, generation
 from elva_core.training import contrastive, grpo, reranker
 
-ARCHITECTURES = catalogue.known().architectures
+# what the classes have at the sizes of the hub's config.json; its pages show 2.21 B and 8.29 B
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+}
 
 
-def config_of(s: sizes.Sizes, **language) -> Qwen2VLConfig:
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": s.vocabulary,
-            "hidden_size": s.hidden,
-            "intermediate_size": s.intermediate,
-            "num_hidden_layers": s.layers,
-            "num_attention_heads": s.heads,
-            "num_key_value_heads": s.kv_heads,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        | language,
-        vision_config={
-            "depth": s.vision_layers,
-            "embed_dim": s.vision_hidden,
-            "hidden_size": s.hidden,
-            "mlp_ratio": s.vision_intermediate // s.vision_hidden,
-            "patch_size": s.patch,
-        },
-        tie_word_embeddings=s.tied,
-    )
-
-
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_parameters_are_those_of_the_class_built_on_the_meta_device(name):
-    planned = sizes.Sizes(**ARCHITECTURES[name])
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config_of(planned))
-    assert sum(p.numel() for p in model.parameters()) == planned.parameters
-    assert sum(p.numel() for p in model.model.visual.parameters()) == planned.vision_parameters
-    assert sizes.of_config(model.config) == planned
+def test_parameters_are_those_of_the_published_models():
+    architectures = sizes.known().architectures
+    assert {name: sizes.of_model(name, architectures).parameters for name in architectures} == PUBLISHED
 
 
 def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model(tiny, smoke):
     planned = sizes.of_config(tiny.backbone.config)
     assert sum(p.numel() for p in tiny.backbone.parameters()) == planned.parameters
-    bound = sizes.of_tiny(smoke.backbone.tiny, catalogue.known().tiny_tokens)
-    assert bound.vocabulary >= planned.vocabulary and dataclasses.replace(bound, vocabulary=planned.vocabulary) == planned
+    bound, rows = sizes.of_tiny(smoke.backbone.tiny, sizes.known().tiny_tokens), tiny.backbone.config.get_text_config().vocab_size
+    unused = (bound.vocabulary - rows) * bound.hidden  # of words that the texts do not hold
+    assert unused >= 0
+    differing = {"vocabulary": rows, "parameters": bound.parameters - unused, "logit": bound.logit - 2 * unused}
+    assert dataclasses.replace(bound, **differing) == planned
     tiny.add_lora(smoke.stage2.lora, seed=0)
     assert sum(p.numel() for p in tiny.trainable().values()) == planned.adapter(smoke.stage2.lora.rank) + planned.hidden
 
@@ -90,7 +69,7 @@ def test_flops_are_those_that_torch_counts(tiny, items, smoke):
     assert counted(lambda: states.append(tiny.states(batch))) == planned.forward(rows * length, length, rank)
     assert counted(lambda: states[0][:, -1].sum().backward()) == planned.backward(rows * length, length, rank)
     hidden = states[0].detach()
-    assert counted(lambda: tiny.logits(hidden)) == planned.logits(rows * length)
+    assert counted(lambda: tiny.logits(hidden)) == planned.logit * rows * length
 
 
 @pytest.fixture
@@ -98,8 +77,7 @@ def saving(smoke):
     """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
 
     def run(dtype, dropout, work):
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
-        backbone = Qwen2VLForConditionalGeneration(config_of(SMALL, rope_parameters=rope)).to(dtype)
+        backbone = Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
         holder = object.__new__(encoder.Encoder)
         holder.model, holder.ret_id = backbone, 3
         holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
@@ -118,7 +96,22 @@ def saving(smoke):
     return run
 
 
-SMALL = sizes.Sizes(128, 3, 4, 2, 512, 300, True, 32, 1, 128, 14)
+CONFIG = Qwen2VLConfig(
+    text_config={
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 4, "num_heads": 2},
+    tie_word_embeddings=True,
+)
+SMALL = sizes.of_config(CONFIG)
 MASK = torch.ones(2, 40, dtype=torch.long)
 MASK[0, :5] = 0  # padding, as almost every batch has it: attention then wants keys and values for every head
 
@@ -157,7 +150,7 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
 
 
 def test_the_literal_reading_is_nine_million_summaries():
-    load = workload.make(config.load("qwen2vl-7b"))
+    load = estimate.make(config.load("qwen2vl-7b"))
     assert load.rlvr("all").rollouts == 11_000 * 8 * 102 == 8_976_000
     assert load.rlvr("query").rollouts == 11_000 * 8 + 11_000 * 101  # of the query; one of each candidate
 
@@ -172,7 +165,7 @@ def pictures(root):
 def load(tiny, smoke, monkeypatch) -> Workload:
     """The smoke profile on the tiny model, for inputs that are drawings alone, each seen anew."""
     tiny.settings = tiny.settings.model_copy(update={"cache_vision": False})
-    made = workload.make(smoke)
+    made = estimate.make(smoke)
     data = made.data.model_copy(update={"padding": 1.0})
     changed = smoke.model_copy(update={"encoder": tiny.settings})
     monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, 1.0))
@@ -270,7 +263,7 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, p
 
 
 def test_recomputed_layers_cost_a_forward_and_save_memory():
-    load = workload.make(config.load("qwen2vl-7b"))
+    load = estimate.make(config.load("qwen2vl-7b"))
     query, candidate, again = load.side("query"), load.side("candidate"), load.settings.stage1
     plain = again.model_copy(update={"gradient_checkpointing": False})
     (once, _), (twice, _) = (load.contrastive(s, query, candidate) for s in (plain, again))
@@ -283,7 +276,7 @@ def test_recomputed_layers_cost_a_forward_and_save_memory():
 
 def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path):
     with_root = smoke.changed({"data": {"root": str(own_root.folder), "nli": str(tmp_path / "nli.csv")}})
-    data = catalogue.dataset(with_root.model_copy(update={"profile": "nowhere"}), catalogue.known())
+    data = sizes.dataset(with_root.model_copy(update={"profile": "nowhere"}), sizes.known())
     assert list(data.units) == own_root.units("test")
     for name, unit in data.units.items():
         assert (unit.test, unit.pool) == (len(own_root.queries(name, "test")), len(own_root.pool(name, "test")))
@@ -291,8 +284,8 @@ def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path)
 
 
 def test_the_table_of_m_beir_adds_up_to_its_totals():
-    """190,573 test queries, 5,609,079 candidates, about 1.1 M training queries (mbeir_format 6)."""
-    units = catalogue.known().datasets["M-BEIR"].units
+    """190,573 test queries, 5,609,079 candidates, about 1.1 M training queries (UniIR's data card)."""
+    units = sizes.known().datasets["M-BEIR"].units
     assert list(units) == list(mbeir.OFFICIAL_UNITS)
     assert sum(u.test for u in units.values()) == 190_573 and sum(u.pool for u in units.values()) == 5_609_079
     assert sum(u.train for u in units.values()) == pytest.approx(1.1e6, rel=0.05)
@@ -309,7 +302,7 @@ def test_devices_that_are_kept_busy_are_those_of_the_share_of_each_process(monke
 
 
 def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process():
-    one, eight = ({s.name: s for s in plan.stages(workload.make(config.load("qwen2vl-7b"), gpu="H20", devices=n))} for n in (1, 8))
+    one, eight = ({s.name: s for s in plan.stages(estimate.make(config.load("qwen2vl-7b"), gpu="H20", devices=n))} for n in (1, 8))
     for name in ("stage 1", "stage 2", "stage 2, its summaries", "stage 3, rollout_sides: all", "control"):
         assert one[name].hours == pytest.approx(8 * eight[name].hours)
     assert one["mining"].hours == pytest.approx(eight["mining"].devices * eight["mining"].hours)
@@ -323,41 +316,41 @@ def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_proces
 @pytest.mark.parametrize("gpu", ["H100", "H20", "A100"])
 @pytest.mark.parametrize("profile", ["qwen2vl-2b", "qwen2vl-7b"])
 def test_the_papers_profiles_fit(profile, gpu, devices):
-    load = workload.make(config.load(profile), gpu=gpu, devices=devices)
+    load = estimate.make(config.load(profile), gpu=gpu, devices=devices)
     assert not [line for line in plan.advice(load, plan.stages(load), gpu) if line.startswith(("does not fit", "cannot run"))]
 
 
 def test_what_does_not_fit_is_named_with_the_key_to_lower():
     profile = config.load("qwen2vl-7b")
-    load = workload.make(profile, gpu="L40S")
+    load = estimate.make(profile, gpu="L40S")
     said = plan.advice(load, plan.stages(load), "L40S")
     assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in said)
     small = profile.changed({"stage2": {"chunk": 20}})
-    load = workload.make(small, gpu="L40S")
+    load = estimate.make(small, gpu="L40S")
     assert not any("stage 2 needs" in line for line in plan.advice(load, plan.stages(load), "L40S"))
 
 
 def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
     profile = config.load("qwen2vl-7b")
     with_vllm = profile.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
-    plain, beside = ({s.name: s for s in plan.stages(workload.make(s))} for s in (profile, with_vllm))
+    plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (profile, with_vllm))
     for name, stage in beside.items():
         if stage.peak:
             more = 0.2 * 80 if name.startswith("stage 3") else 0
             assert stage.peak.total - plain[name].peak.total == pytest.approx(more)
-    load = workload.make(with_vllm)
+    load = estimate.make(with_vllm)
     said = "\n".join(plan.advice(load, plan.stages(load), "H100"))
     assert "cannot run: vLLM has 16 GB for 17 GB of weights" in said and "lower stage3.chunk" in said
 
 
 def test_a_step_needs_a_query_for_every_device():
-    load = workload.make(config.load("qwen2vl-7b"), devices=9)
+    load = estimate.make(config.load("qwen2vl-7b"), devices=9)
     assert "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step" in plan.advice(load, plan.stages(load), "H100")
 
 
 @pytest.mark.parametrize(("multi_grain", "asked"), [(1.0, 1000), (0.5, 2000), (0.001, 24_809 + 5000 + 2120 + 4170)])
 def test_annotation_stops_at_the_share_of_a_unit_or_at_its_end(multi_grain, asked):
-    load = workload.make(config.load("qwen2vl-7b"))
+    load = estimate.make(config.load("qwen2vl-7b"))
     load = dataclasses.replace(load, data=load.data.model_copy(update={"multi_grain": multi_grain}))
     assert load.annotation().prompts == load.annotation().rollouts == asked
 
@@ -366,10 +359,10 @@ def test_only_a_model_that_is_loaded_here_is_planned_to_annotate():
     profile = config.load("qwen2vl-7b")
     served = {"kind": "openai", "base_url": "http://localhost:8000/v1"}
     for annotator, rows in (({}, 1), (served, 0), ({"kind": "exact", "model": None}, 0)):
-        load = workload.make(profile.changed({"mrbench": {"annotator": annotator}}))
+        load = estimate.make(profile.changed({"mrbench": {"annotator": annotator}}))
         assert len([s for s in plan.stages(load) if "annotation" in s.name]) == rows
     with pytest.raises(ProfileError, match=r"M-BEIR has no unit of mrbench\.units"):
-        workload.make(profile.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
+        estimate.make(profile.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
@@ -393,17 +386,15 @@ def test_the_papers_hours_stand_beside_ours():
 
 def test_unknown_gpu_backbone_and_data_are_named(smoke):
     with pytest.raises(ProfileError, match=r"no GPU 'B900' in .*plan\.yaml; it has H100"):
-        workload.make(smoke, gpu="B900")
+        estimate.make(smoke, gpu="B900")
     with pytest.raises(ProfileError, match=r"no entry for no/where in .*no config\.json on this machine"):
-        workload.make(smoke.changed({"backbone": {"path": "no/where"}}))
+        estimate.make(smoke.changed({"backbone": {"path": "no/where"}}))
     with pytest.raises(ProfileError, match=r"no data set 'x' .*it has M-BEIR, emoji"):
-        workload.make(smoke.changed({"data": {"name": "x"}}))
-    with pytest.raises(ProfileError, match="knows the sizes of Qwen2-VL, not of qwen2_5_vl"):
-        from transformers import Qwen2_5_VLConfig
-
-        sizes.of_config(Qwen2_5_VLConfig())
+        estimate.make(smoke.changed({"data": {"name": "x"}}))
+    with pytest.raises(ProfileError, match="counts qwen2_vl and qwen2_5_vl, not qwen3_vl"):
+        sizes.of_config(Qwen3VLConfig())
 
 
 def test_sizes_of_a_folder_come_from_its_config(model_folder, smoke, tiny):
-    load = workload.make(smoke.changed({"backbone": {"path": str(model_folder)}}))
+    load = estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}}))
     assert load.sizes == sizes.of_config(tiny.backbone.config)

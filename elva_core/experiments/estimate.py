@@ -1,0 +1,370 @@
+"""How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
+
+Arithmetic on the profile, the counts of the backbone and of the data, and the assumptions of params/plan.yaml; no weight is
+loaded. It counts what the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Costs are
+those of all devices together; what one of several cannot take as a whole call shows in the rows per call.
+
+    load = make(config.load("qwen2vl-2b"), gpu="H20")
+    load.rlvr("all").rollouts
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
+from elva_core.data import mbeir
+from elva_core.experiments.sizes import (
+    TABLE,
+    Dataset,
+    Gpu,
+    Known,
+    Sizes,
+    Unit,
+    dataset,
+    known,
+    of_model,
+    of_tiny,
+)
+
+VISION_CALL = 64  # images per call of Encoder._vision_features
+
+
+def task_of(unit: str) -> int:
+    return int(unit.rpartition("_task")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Inputs of one kind: mean text tokens, mean images (of one item: the share that has one); so many items in one prompt."""
+
+    text: float
+    image: float
+    items: float = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
+
+    waiting: those of the seconds in which the device waits for Python: for an image, or for the start of the next layer.
+    """
+
+    prompts: float = 0
+    rollouts: float = 0
+    tokens: float = 0
+    flops: float = 0
+    seconds: float = 0
+    waiting: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(*(getattr(self, n) * times for n in self.__slots__))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A profile on `devices` of one kind."""
+
+    settings: Settings
+    known: Known
+    sizes: Sizes
+    data: Dataset
+    gpu: Gpu
+    kind: str  # cuda or cpu
+    devices: int  # a process each
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.settings.dtype == "bfloat16" else 4
+
+    @property
+    def cap(self) -> int:
+        return self.settings.encoder.max_summary_tokens
+
+    @property
+    def image_tokens(self) -> float:
+        pixels = self.data.image_pixels
+        return self.sizes.image_tokens(min(pixels, self.settings.encoder.max_pixels or pixels))
+
+    def length(self, side: Side, request: str) -> float:
+        """Mean tokens of a prompt."""
+        text = min(side.text, side.items * self.settings.encoder.max_text_tokens)
+        return self._frame(request) + text + side.image * (self.image_tokens + 2)
+
+    def longest(self, side: Side, request: str) -> float:
+        """Tokens of the longest prompt that the encoder's limits allow: one such row pads all rows of its call."""
+        limits = self.settings.encoder
+        image = self.sizes.image_tokens(limits.max_pixels or self.data.image_pixels) + 2 if side.image else 0
+        return self._frame(request) + side.items * (limits.max_text_tokens + image)
+
+    def _frame(self, request: str) -> float:
+        assumed = self.known.assumed
+        return assumed.chat_tokens[self.kind] + len(request) / assumed.characters_per_token
+
+    def dealt(self, parts: float) -> float:
+        """Devices that the equal parts, rounded up, keep busy on average, dealt in turn (`distributed.own_share`)."""
+        whole = math.ceil(parts)
+        return whole / math.ceil(whole / self.devices)
+
+    def side(self, which: str, weight: str | None = None) -> Side:
+        """Mean query or candidate over the units, weighted by a count of theirs, or alike."""
+        units = {name: getattr(u, weight) if weight else 1 for name, u in self.data.units.items()}
+        total, place = sum(units.values()), ("query", "candidate").index(which)
+        text = sum(n * getattr(self.data.units[name], which) for name, n in units.items())
+        image = sum(n for name, n in units.items() if "image" in mbeir.MODALITIES_OF[task_of(name)][place])
+        return Side(text / total, image / total)
+
+    def together(self, candidates: float) -> Side:
+        """A query and so many candidates in one prompt."""
+        query, candidate = self.side("query", "train"), self.side("candidate", "train")
+        text, image = (q + candidates * c for q, c in zip(*((s.text, s.image) for s in (query, candidate))))
+        return Side(text, image, 1 + candidates)
+
+    def _seconds(
+        self, flops: float, layers: float, read: float = 0.0, images: float = 0.0
+    ) -> tuple[float, float]:
+        """Preparing images, then the slowest of computing, reading memory, and starting layers from Python; and what of it is waiting."""
+        assumed = self.known.assumed
+        computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
+        busy = max(computing, read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share))
+        waiting = images * self.data.image_pixels / 1e6 * assumed.seconds_per_megapixel
+        waiting += max(0.0, layers * assumed.seconds_per_layer[self.kind] - busy)
+        return busy + waiting, waiting
+
+    def read(
+        self,
+        rows: float,
+        side: Side,
+        request: str,
+        *,
+        per_call: float,
+        rank: int = 0,
+        backward: bool = False,
+        checkpointing: bool = False,
+        continuations: int = 0,
+        ending: int = 0,
+        logits: int = 0,
+        mixed: bool = True,
+    ) -> Cost:
+        """Prompts run through tower and language model, with the way back if asked.
+
+        Args:
+            per_call: rows of one forward. rank: of the adapter, 0 for none.
+            continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is part of the row).
+            logits: positions per row, or per continuation. mixed: padded rows of different lengths.
+        """
+        sizes, data = self.sizes, self.data
+        length = self.length(side, request) + (0 if continuations else ending)
+        padded = length * (data.padding if mixed else 1.0)
+        parts = [(rows * padded, padded)]  # tokens, and the positions that each attends to
+        if continuations:
+            parts.append((rows * continuations * ending, padded + ending))
+        forwards = 1 + (backward and checkpointing)
+        flops = sum(sizes.forward(*part, rank) for part in parts) * forwards
+        flops += sizes.logit * rows * max(1, continuations) * logits * (1 + backward)
+        flops += sum(sizes.backward(*part, rank) for part in parts) * backward
+        images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
+        flops += sizes.vision(images, self.image_tokens)
+        layers = rows / per_call * sizes.layers * len(parts) * (forwards + 2 * backward)
+        layers += images / min(per_call, VISION_CALL) * sizes.vision_layers
+        tokens = rows * (length + continuations * ending)
+        return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers, images=images))
+
+    def learn(self, rows: float, side: Side, request: str, s, **shape) -> Cost:
+        """`read` with the way back to the adapter of training section `s`."""
+        again = getattr(s, "gradient_checkpointing", False)
+        return self.read(rows, side, request, rank=s.lora.rank, backward=True, checkpointing=again, **shape)
+
+    def write(
+        self, rows: float, side: Side, rollouts: int, *, per_call: float, rank: int = 0, mixed: bool = True
+    ) -> Cost:
+        """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET]."""
+        sizes, request, per_call = self.sizes, self.settings.encoder.summary_request, min(per_call, rows)
+        prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
+        steps, together = self.cap + 1, per_call * rollouts
+        context = self.length(side, request) + (self.cap + 2) / 2
+        flops = sizes.forward(together, context, rank) + sizes.logit * together
+        weights = (sizes.linear + sizes.adapter(rank) + sizes.hidden * sizes.vocabulary) * self.width
+        moved = weights + together * context * sizes.kv_bytes(self.width)
+        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, sizes.layers, moved))
+        summaries = rows * rollouts
+        return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
+
+    def embed(self, rows: float, which: str, weight: str | None = None) -> Cost:
+        """Queries or candidates embedded one summary each, of like length in a call (retriever.py)."""
+        batch = self.settings.evaluation.batch
+        return self.write(rows, self.side(which, weight), 1, per_call=batch, mixed=False)
+
+    def contrastive(
+        self,
+        s: ContrastiveSettings,
+        query: Side,
+        candidate: Side,
+        *,
+        negatives: int = 0,
+        distinct: float = math.inf,
+    ) -> tuple[Cost, Cost]:
+        """(training, writing the summaries it trains on).
+
+        Args:
+            negatives: of a query, beside its positive.
+            distinct: candidates that there are; each process writes a summary once, for the chunks that are its own.
+        """
+        ret_steps, encoder = int(s.steps * s.ret_share), self.settings.encoder
+        readings = (
+            (s.steps - ret_steps, encoder.eol_request, 0),
+            (ret_steps, encoder.summary_request, self.cap + 1),
+        )
+        train, written = Cost(), Cost()
+        for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
+            for steps, request, ending in readings:
+                shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
+                train += self.learn(steps * n, side, request, s, **shape)
+                if s.gradient_cache or self.devices > 1:
+                    train += self.read(steps * n, side, request, rank=s.lora.rank, **shape)
+            if summaries := ret_steps * n:
+                missing = min(summaries, distinct * self.devices) if side is candidate else summaries
+                per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / summaries
+                written += self.write(missing, side, 1, per_call=per_call)
+        return train, written
+
+    def distillation(self) -> tuple[Cost, Cost]:
+        """(training the single pass, the teacher's summaries); comparing with the bank is little beside a forward."""
+        s, train, written = self.settings.distil, Cost(), Cost()
+        rows, request = s.steps * s.batch / 2, self.settings.encoder.eol_request
+        for which in ("query", "candidate"):
+            train += self.learn(rows, self.side(which, "train"), request, s, per_call=min(s.chunk, s.batch))
+            written += self.embed(s.pairs, which, "train")
+        return train, written
+
+    def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
+        """(training the reranker, mining its negatives, embedding val, its looks at the answers to MRBench and to a sample of val)."""
+        s, bench, train, looks = self.settings.rerank, self.bench, Cost(), Cost()
+        answers = self.settings.mrbench.queries + s.validation * len(bench)
+        # listwise windows overlap by one candidate, as `reranker.windows` has it
+        windows = 1 if s.depth <= s.window else math.ceil((s.depth - 1) / (s.window - 1))
+        for request, prompts, trained, shown, seen in (
+            (s.pointwise_request, 1 + s.negatives, 1, s.depth, 1),
+            (s.listwise_request, 1, (2 + s.window) / 2, windows, min(s.window, s.depth)),
+        ):
+            rows, per_call = s.steps / 2 * s.batch * prompts, min(s.chunk, s.batch * prompts)
+            train += self.learn(rows, self.together(trained), request, s, per_call=per_call, logits=1)
+            looks += self.read(answers * shown, self.together(seen), request, per_call=s.prompts, logits=1)
+        drawn = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool, "again_every": None}}}
+        mined = replace(self, settings=self.settings.changed(drawn)).mining()
+        val = self.embed(s.validation * len(bench), "query")
+        val += self.embed(sum(u.pool for u in bench.values()), "candidate")  # as large as test's
+        return train, mined, val, looks
+
+    @property
+    def own_queries(self) -> int:
+        """Queries of a step of stage 3 that one device takes."""
+        return math.ceil(self.settings.stage3.queries_per_step / self.devices)
+
+    def inputs(self, rollout_sides: str) -> int:
+        """Inputs of one call of stage 3: those of `chunk` rollouts, if a device has as many."""
+        s = self.settings.stage3
+        fitting = max(1, s.chunk // s.num_generations)
+        return fitting if rollout_sides == "all" else min(fitting, self.own_queries)
+
+    def rlvr(self, rollout_sides: str) -> Cost:
+        """Stage 3: sampling, candidates of the step, reference and policy."""
+        s, request, cost = self.settings.stage3, self.settings.encoder.summary_request, Cost()
+        rows = s.queries // s.queries_per_step * s.queries_per_step
+        candidates = rows * (1 + s.negatives.hard + s.negatives.random)
+        rank, per_call = s.lora.rank, self.inputs(rollout_sides)
+        shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap}
+        for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
+            side = self.side(which)
+            cost += self.write(n, side, s.num_generations, per_call=per_call, rank=rank)
+            cost += self.read(n, side, request, per_call=per_call, **shape)
+            cost += self.learn(n, side, request, s, per_call=per_call, **shape)
+        if rollout_sides == "query" and s.candidates == "step":
+            per_call = min(s.chunk, self.own_queries * candidates / rows / 2)  # texts and images apart
+            cost += self.write(candidates, self.side("candidate"), 1, per_call=per_call, rank=rank)
+        return cost
+
+    def mining(self) -> Cost:
+        """Negatives of stage 3: a pool per modality, the queries and their positives; as often as it is repeated."""
+        s, again, everything = (
+            self.settings.stage3,
+            self.settings.stage3.negatives.again_every,
+            self.data.train_pool,
+        )
+        rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
+        pool = min(everything, len(mbeir.MODALITIES) * (s.negatives.pool or everything))
+        return (self.embed(pool + s.queries, "candidate") + self.embed(s.queries, "query")) * rounds
+
+    def evaluation(self) -> Cost:
+        """One model: every test query and every candidate once, whatever pool asks for it."""
+        queries, pool = (sum(getattr(u, n) for u in self.data.units.values()) for n in ("test", "pool"))
+        return self.embed(queries, "query", "test") + self.embed(pool, "candidate", "pool")
+
+    def search(self, pool: str) -> Cost:
+        """Exact search of one model, on the host: one pass over the pool gives the best and the ranks."""
+        units = self.data.units.values()
+        local, everything = sum(u.test * u.pool for u in units), sum(u.pool for u in units)
+        pairs = local if pool == "local" else sum(u.test for u in units) * everything
+        flops = 2 * self.sizes.hidden * pairs
+        return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
+
+    @property
+    def bench(self) -> dict[str, Unit]:
+        """The units that MRBench's queries are taken from.
+
+        Raises:
+            ProfileError: the data has none of these units.
+        """
+        s, all_units = self.settings.mrbench, self.data.units
+        units = {name: u for name, u in all_units.items() if name in s.units or task_of(name) in s.tasks}
+        if not units:
+            name = self.settings.data.name
+            raise ProfileError(f"{name} has no unit of mrbench.units or mrbench.tasks; correct them")
+        return units
+
+    def annotator(self) -> Workload:
+        """One of the devices with the model that names MRBench's grains, and the units whose queries it reads."""
+        from elva_core.mrbench import annotate
+
+        annotator, request = self.settings.mrbench.annotator, annotate.PROMPT + annotate.QUOTE["text"]
+        prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens}
+        return replace(
+            self,
+            sizes=of_model(annotator.model, self.known.architectures),
+            data=self.data.model_copy(update={"units": self.bench}),
+            settings=self.settings.changed({"encoder": prompts}),
+            devices=1,
+        )
+
+    def annotation(self) -> Cost:
+        """Queries of MRBench's units are read until each unit has its share of those with several grains, or no more queries."""
+        annotator, bench = self.annotator(), self.settings.mrbench
+        share = bench.queries / len(self.bench)
+        share = bench.queries // len(self.bench) / self.data.multi_grain
+        queries = sum(min(u.test, share) for u in self.bench.values())
+        return annotator.write(queries, annotator.side("query"), 1, per_call=bench.annotator.batch)
+
+
+def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Workload:
+    """The workload of a profile.
+
+    Args:
+        gpu: a name of params/plan.yaml; None takes the default of the profile's device.
+
+    Raises:
+        ProfileError: an unknown GPU, backbone or data set; names what there is.
+    """
+    table, model = known(), settings.backbone
+    name = gpu or table.default_gpu[settings.device.partition(":")[0]]
+    if name not in table.gpus:
+        raise ProfileError(f"no GPU {name!r} in {TABLE}; it has {', '.join(table.gpus)}")
+    sizes = (
+        of_model(model.path, table.architectures) if model.path else of_tiny(model.tiny, table.tiny_tokens)
+    )
+    kind = "cpu" if name == "cpu" else "cuda"
+    return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices)
