@@ -1,8 +1,9 @@
 """How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
 
-Arithmetic on the profile, the counts of the backbone and of the data, and the assumptions of params/plan.yaml; no weight is
-loaded. It counts what the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Costs are
-those of all devices together; what one of several cannot take as a whole call shows in the rows per call.
+Arithmetic on the profile, the counts of the backbone and of the data, and the assumptions of params/plan.yaml;
+no weight is loaded. It counts what the loops of training/, retrieval/ and mrbench/ do, every summary being as long
+as its cap. Costs are those of all devices together; what one of several cannot take as a whole call shows in the
+rows per call.
 
     load = make(config.load("qwen2vl-2b"), gpu="H20")
     load.rlvr("all").rollouts
@@ -15,18 +16,7 @@ from dataclasses import dataclass, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.experiments.sizes import (
-    TABLE,
-    Dataset,
-    Gpu,
-    Known,
-    Sizes,
-    Unit,
-    dataset,
-    known,
-    of_model,
-    of_tiny,
-)
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
 
 VISION_CALL = 64  # images per call of Encoder._vision_features
 
@@ -37,7 +27,7 @@ def task_of(unit: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Inputs of one kind: mean text tokens, mean images (of one item: the share that has one); so many items in one prompt."""
+    """Inputs of one kind: mean text tokens, mean images (of one item: the share that has one), items in one prompt."""
 
     text: float
     image: float
@@ -46,9 +36,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
+    """What work takes; of several works, their sum.
 
-    waiting: those of the seconds in which the device waits for Python: for an image, or for the start of the next layer.
+    prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
+    waiting: those in which the device waits for Python: for an image, or for the start of the next layer.
     """
 
     prompts: float = 0
@@ -125,10 +116,12 @@ class Workload:
         text, image = (q + candidates * c for q, c in zip(*((s.text, s.image) for s in (query, candidate))))
         return Side(text, image, 1 + candidates)
 
-    def _seconds(
-        self, flops: float, layers: float, read: float = 0.0, images: float = 0.0
-    ) -> tuple[float, float]:
-        """Preparing images, then the slowest of computing, reading memory, and starting layers from Python; and what of it is waiting."""
+    def _seconds(self, flops: float, layers: float, read=0.0, images=0.0) -> tuple[float, float]:
+        """(seconds, those of waiting): images prepared, then the slowest of computing, reading memory and starting layers.
+
+        Args:
+            layers: that Python starts. read: bytes. images: that the host opens and resizes.
+        """
         assumed = self.known.assumed
         computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
         busy = max(computing, read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share))
@@ -144,54 +137,51 @@ class Workload:
         *,
         per_call: float,
         rank: int = 0,
-        backward: bool = False,
-        checkpointing: bool = False,
+        learning=None,
         continuations: int = 0,
         ending: int = 0,
         logits: int = 0,
         mixed: bool = True,
     ) -> Cost:
-        """Prompts run through tower and language model, with the way back if asked.
+        """Prompts run through tower and language model.
 
         Args:
             per_call: rows of one forward. rank: of the adapter, 0 for none.
+            learning: the training section whose adapter the way back is taken to; None: forward only.
             continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is part of the row).
             logits: positions per row, or per continuation. mixed: padded rows of different lengths.
         """
-        sizes, data = self.sizes, self.data
+        model, data, backward = self.sizes, self.data, learning is not None
+        rank = learning.lora.rank if backward else rank
         length = self.length(side, request) + (0 if continuations else ending)
         padded = length * (data.padding if mixed else 1.0)
         parts = [(rows * padded, padded)]  # tokens, and the positions that each attends to
         if continuations:
             parts.append((rows * continuations * ending, padded + ending))
-        forwards = 1 + (backward and checkpointing)
-        flops = sum(sizes.forward(*part, rank) for part in parts) * forwards
-        flops += sizes.logit * rows * max(1, continuations) * logits * (1 + backward)
-        flops += sum(sizes.backward(*part, rank) for part in parts) * backward
+        # FLOPs: layers, once more where they are computed again; output layer; the way back; tower
+        forwards = 1 + getattr(learning, "gradient_checkpointing", False)
+        flops = sum(model.forward(*part, rank) for part in parts) * forwards
+        flops += model.logit * rows * max(1, continuations) * logits * (1 + backward)
+        flops += sum(model.backward(*part, rank) for part in parts) * backward
         images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
-        flops += sizes.vision(images, self.image_tokens)
-        layers = rows / per_call * sizes.layers * len(parts) * (forwards + 2 * backward)
-        layers += images / min(per_call, VISION_CALL) * sizes.vision_layers
+        flops += model.vision(images, self.image_tokens)
+        layers = rows / per_call * model.layers * len(parts) * (forwards + 2 * backward)
+        layers += images / min(per_call, VISION_CALL) * model.vision_layers
         tokens = rows * (length + continuations * ending)
         return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers, images=images))
-
-    def learn(self, rows: float, side: Side, request: str, s, **shape) -> Cost:
-        """`read` with the way back to the adapter of training section `s`."""
-        again = getattr(s, "gradient_checkpointing", False)
-        return self.read(rows, side, request, rank=s.lora.rank, backward=True, checkpointing=again, **shape)
 
     def write(
         self, rows: float, side: Side, rollouts: int, *, per_call: float, rank: int = 0, mixed: bool = True
     ) -> Cost:
         """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET]."""
-        sizes, request, per_call = self.sizes, self.settings.encoder.summary_request, min(per_call, rows)
+        model, request, per_call = self.sizes, self.settings.encoder.summary_request, min(per_call, rows)
         prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
         steps, together = self.cap + 1, per_call * rollouts
         context = self.length(side, request) + (self.cap + 2) / 2
-        flops = sizes.forward(together, context, rank) + sizes.logit * together
-        weights = (sizes.linear + sizes.adapter(rank) + sizes.hidden * sizes.vocabulary) * self.width
-        moved = weights + together * context * sizes.kv_bytes(self.width)
-        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, sizes.layers, moved))
+        flops = model.forward(together, context, rank) + model.logit * together
+        weights = (model.linear + model.adapter(rank) + model.hidden * model.vocabulary) * self.width
+        moved = weights + together * context * model.kv_bytes(self.width)
+        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, model.layers, moved))
         summaries = rows * rollouts
         return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
 
@@ -201,50 +191,41 @@ class Workload:
         return self.write(rows, self.side(which, weight), 1, per_call=batch, mixed=False)
 
     def contrastive(
-        self,
-        s: ContrastiveSettings,
-        query: Side,
-        candidate: Side,
-        *,
-        negatives: int = 0,
-        distinct: float = math.inf,
+        self, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives=0, distinct=math.inf
     ) -> tuple[Cost, Cost]:
         """(training, writing the summaries it trains on).
 
         Args:
             negatives: of a query, beside its positive.
-            distinct: candidates that there are; each process writes a summary once, for the chunks that are its own.
+            distinct: candidates that there are; each process writes a summary once, for its own chunks.
         """
-        ret_steps, encoder = int(s.steps * s.ret_share), self.settings.encoder
-        readings = (
-            (s.steps - ret_steps, encoder.eol_request, 0),
-            (ret_steps, encoder.summary_request, self.cap + 1),
-        )
+        at_ret, encoder = int(s.steps * s.ret_share), self.settings.encoder
+        eol, ret = (s.steps - at_ret, encoder.eol_request, 0), (at_ret, encoder.summary_request, self.cap + 1)
         train, written = Cost(), Cost()
         for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
-            for steps, request, ending in readings:
+            for steps, request, ending in (eol, ret):
                 shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
-                train += self.learn(steps * n, side, request, s, **shape)
+                train += self.read(steps * n, side, request, learning=s, **shape)
                 if s.gradient_cache or self.devices > 1:
                     train += self.read(steps * n, side, request, rank=s.lora.rank, **shape)
-            if summaries := ret_steps * n:
-                missing = min(summaries, distinct * self.devices) if side is candidate else summaries
-                per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / summaries
+            if rows := at_ret * n:
+                missing = min(rows, distinct * self.devices) if side is candidate else rows
+                per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
                 written += self.write(missing, side, 1, per_call=per_call)
         return train, written
 
     def distillation(self) -> tuple[Cost, Cost]:
-        """(training the single pass, the teacher's summaries); comparing with the bank is little beside a forward."""
+        """(training the single pass, the teacher's summaries); comparing embeddings is little beside a forward."""
         s, train, written = self.settings.distil, Cost(), Cost()
-        rows, request = s.steps * s.batch / 2, self.settings.encoder.eol_request
+        rows, shape = s.steps * s.batch / 2, {"per_call": min(s.chunk, s.batch), "learning": s}
         for which in ("query", "candidate"):
-            train += self.learn(rows, self.side(which, "train"), request, s, per_call=min(s.chunk, s.batch))
+            train += self.read(rows, self.side(which, "train"), self.settings.encoder.eol_request, **shape)
             written += self.embed(s.pairs, which, "train")
         return train, written
 
     def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
-        """(training the reranker, mining its negatives, embedding val, its looks at the answers to MRBench and to a sample of val)."""
-        s, bench, train, looks = self.settings.rerank, self.bench, Cost(), Cost()
+        """(training the reranker, mining its negatives, embedding val, its looks at answers to MRBench and a val sample)."""
+        s, bench, train, looks = self.settings.rerank, self.bench.units, Cost(), Cost()
         answers = self.settings.mrbench.queries + s.validation * len(bench)
         # listwise windows overlap by one candidate, as `reranker.windows` has it
         windows = 1 if s.depth <= s.window else math.ceil((s.depth - 1) / (s.window - 1))
@@ -252,8 +233,8 @@ class Workload:
             (s.pointwise_request, 1 + s.negatives, 1, s.depth, 1),
             (s.listwise_request, 1, (2 + s.window) / 2, windows, min(s.window, s.depth)),
         ):
-            rows, per_call = s.steps / 2 * s.batch * prompts, min(s.chunk, s.batch * prompts)
-            train += self.learn(rows, self.together(trained), request, s, per_call=per_call, logits=1)
+            rows, shape = s.steps / 2 * s.batch * prompts, {"per_call": min(s.chunk, s.batch * prompts)}
+            train += self.read(rows, self.together(trained), request, learning=s, logits=1, **shape)
             looks += self.read(answers * shown, self.together(seen), request, per_call=s.prompts, logits=1)
         drawn = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool, "again_every": None}}}
         mined = replace(self, settings=self.settings.changed(drawn)).mining()
@@ -283,7 +264,7 @@ class Workload:
             side = self.side(which)
             cost += self.write(n, side, s.num_generations, per_call=per_call, rank=rank)
             cost += self.read(n, side, request, per_call=per_call, **shape)
-            cost += self.learn(n, side, request, s, per_call=per_call, **shape)
+            cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
         if rollout_sides == "query" and s.candidates == "step":
             per_call = min(s.chunk, self.own_queries * candidates / rows / 2)  # texts and images apart
             cost += self.write(candidates, self.side("candidate"), 1, per_call=per_call, rank=rank)
@@ -291,14 +272,11 @@ class Workload:
 
     def mining(self) -> Cost:
         """Negatives of stage 3: a pool per modality, the queries and their positives; as often as it is repeated."""
-        s, again, everything = (
-            self.settings.stage3,
-            self.settings.stage3.negatives.again_every,
-            self.data.train_pool,
-        )
+        s, everything = self.settings.stage3, self.data.train_pool
+        again, pool = s.negatives.again_every, s.negatives.pool or everything
         rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
-        pool = min(everything, len(mbeir.MODALITIES) * (s.negatives.pool or everything))
-        return (self.embed(pool + s.queries, "candidate") + self.embed(s.queries, "query")) * rounds
+        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.queries
+        return (self.embed(candidates, "candidate") + self.embed(s.queries, "query")) * rounds
 
     def evaluation(self) -> Cost:
         """One model: every test query and every candidate once, whatever pool asks for it."""
@@ -314,18 +292,18 @@ class Workload:
         return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
 
     @property
-    def bench(self) -> dict[str, Unit]:
-        """The units that MRBench's queries are taken from.
+    def bench(self) -> Dataset:
+        """The data with the units that MRBench's queries are taken from.
 
         Raises:
             ProfileError: the data has none of these units.
         """
-        s, all_units = self.settings.mrbench, self.data.units
-        units = {name: u for name, u in all_units.items() if name in s.units or task_of(name) in s.tasks}
-        if not units:
+        s, units = self.settings.mrbench, self.data.units
+        chosen = {name: u for name, u in units.items() if name in s.units or task_of(name) in s.tasks}
+        if not chosen:
             name = self.settings.data.name
             raise ProfileError(f"{name} has no unit of mrbench.units or mrbench.tasks; correct them")
-        return units
+        return self.data.model_copy(update={"units": chosen})
 
     def annotator(self) -> Workload:
         """One of the devices with the model that names MRBench's grains, and the units whose queries it reads."""
@@ -333,21 +311,16 @@ class Workload:
 
         annotator, request = self.settings.mrbench.annotator, annotate.PROMPT + annotate.QUOTE["text"]
         prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens}
-        return replace(
-            self,
-            sizes=of_model(annotator.model, self.known.architectures),
-            data=self.data.model_copy(update={"units": self.bench}),
-            settings=self.settings.changed({"encoder": prompts}),
-            devices=1,
-        )
+        settings = self.settings.changed({"encoder": prompts})
+        model = of_model(annotator.model, self.known.architectures)
+        return replace(self, sizes=model, data=self.bench, settings=settings, devices=1)
 
     def annotation(self) -> Cost:
-        """Queries of MRBench's units are read until each unit has its share of those with several grains, or no more queries."""
-        annotator, bench = self.annotator(), self.settings.mrbench
-        share = bench.queries / len(self.bench)
-        share = bench.queries // len(self.bench) / self.data.multi_grain
-        queries = sum(min(u.test, share) for u in self.bench.values())
-        return annotator.write(queries, annotator.side("query"), 1, per_call=bench.annotator.batch)
+        """Queries are read until each unit has its share of those with several grains, or no more queries."""
+        annotator, s, units = self.annotator(), self.settings.mrbench, self.bench.units.values()
+        share = s.queries // len(units) / self.data.multi_grain
+        queries = sum(min(unit.test, share) for unit in units)
+        return annotator.write(queries, annotator.side("query"), 1, per_call=s.annotator.batch)
 
 
 def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Workload:

@@ -1,10 +1,10 @@
-"""Sizes that the compute and memory estimate is made of: GPUs, data sets and assumptions of params/plan.yaml, and a model's counts.
+"""What the estimate is made of: GPUs, assumptions and data sets of params/plan.yaml, and a model's counts.
 
-A model's parameters, FLOPs and bytes are counted by torch on the meta device: it is built from its configuration without
-weights, its parts run at two lengths under FlopCounterMode, and what grows with the length and with its square is read off.
-A multiply-add is 2 FLOPs, and attention is the whole square, as a mask saves nothing here. Only what autograd keeps is a
-formula, since a GPU's fused attention does not run on meta tensors. A data set's counts come from its files where they are
-on this machine.
+torch counts a model's parameters, FLOPs and bytes on the meta device: it is built from its configuration without
+weights, its parts run at two lengths under FlopCounterMode, and what grows with the length and with its square is
+read off. A multiply-add is 2 FLOPs, and attention is the whole square, as a mask saves nothing here. Only what
+autograd keeps is a formula, since a GPU's fused attention does not run on meta tensors. A data set's counts come
+from its files where they are on this machine.
 
     table = known()
     dataset(config.load("qwen2vl-2b"), table).units["cirr_task7"].pool
@@ -24,13 +24,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    DynamicCache,
-    PretrainedConfig,
-    Qwen2VLConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig
 
 from elva_core.config import PARAMS, ProfileError, Section, Settings, TinySettings
 from elva_core.data import mbeir
@@ -104,7 +98,7 @@ def known() -> Known:
 
 
 def dataset(settings: Settings, table: Known) -> Dataset:
-    """The entry of the profile's data in params/plan.yaml, with the counts of the files where they are on this machine.
+    """The entry of the profile's data in params/plan.yaml, with the counts of its files where they are here.
 
     Raises:
         ProfileError: no such entry.
@@ -116,16 +110,11 @@ def dataset(settings: Settings, table: Known) -> Dataset:
         )
     data = table.datasets[name]
     if emoji:  # as the settings ask for it: upper bounds, for some units hold fewer
-        size, train = emoji.size or data.collection, max(emoji.queries_per_unit["train"], emoji.up_sample)
-        counts = {
-            "train": train,
-            "test": emoji.queries_per_unit["test"],
-            "pool": size * len(emoji.vendors["test"]),
-        }
+        size, limits = emoji.size or data.collection, emoji.queries_per_unit
+        train, drawings = max(limits["train"], emoji.up_sample), size * len(emoji.vendors["train"])
+        counts = {"train": train, "test": limits["test"], "pool": size * len(emoji.vendors["test"])}
         units = {unit: values.model_copy(update=counts) for unit, values in data.units.items()}
-        pool = (
-            2 * size * (len(emoji.vendors["train"]) + 1)
-        )  # drawings alone and captioned; names and translations
+        pool = 2 * drawings + 2 * size  # drawings stand alone and captioned; names and translations
         data = data.model_copy(update={"units": units, "union_rows": train * len(units), "train_pool": pool})
     folder = stages.stage_folder(settings.profile, "10_prepare_data")
     root = mbeir.Root(Path(settings.data.root or folder / "root"))
@@ -153,7 +142,7 @@ def lines(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Counts of a model; FLOPs are a pair: per token (patch in the tower), and per token and position that it attends to."""
+    """Counts of a model. Pairs are FLOPs per token (patch in the tower), and per token and position it attends to."""
 
     parameters: int
     hidden: int
@@ -184,7 +173,7 @@ class Sizes:
         return tokens * (self.language[0] + 2 * self.adapter(rank) + self.language[1] * context)
 
     def backward(self, tokens: float, context: float, rank: int) -> float:
-        """FLOPs of the way back: once the forward for frozen weights, whose own gradient nobody needs, twice for the rest."""
+        """FLOPs of the way back: once the forward for frozen weights, which need no gradient, twice for the rest."""
         return tokens * (self.language[0] + 4 * self.adapter(rank) + 2 * self.language[1] * context)
 
     def vision(self, images: float, tokens_per_image: float) -> float:
@@ -195,7 +184,7 @@ class Sizes:
     def kv_bytes(self, width: int, *, repeated: bool = False) -> int:
         """Bytes that one token keeps in the key/value cache, `width` bytes a number.
 
-        Repeated, for every head of the queries, are those that the way back needs: SDPA takes no fewer heads beside a padding mask.
+        The way back needs them repeated for every head of the queries: SDPA takes no fewer beside a padding mask.
         """
         return self.cached * width * (self.heads_per_key if repeated else 1)
 
@@ -204,28 +193,28 @@ class Sizes:
         return MASTER_BYTES * (self.adapter(rank) + self.hidden)
 
     def shared_bytes(self, rank: int, processes: int) -> float:
-        """The same where zero.py shares moments, a float32 copy and the summed gradient; weight and own gradient stay whole."""
+        """The same where zero.py shares moments, float32 copy and summed gradient; weight and own gradient stay whole."""
         return (8 + 16 / processes) * (self.adapter(rank) + self.hidden)
 
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.
 
-        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a byte whatever the dtype.
-        With checkpointing only the input of each layer stays, and one layer at a time is computed again.
+        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a byte
+        whatever the dtype. With checkpointing only the input of each layer stays, and one layer at a time is
+        computed again.
         """
         h, inner = self.hidden, self.intermediate
         inputs = 6 * h + inner  # of the adapters of q, k, v, o, gate, up and of down
         plain = 4 * inputs if width < 4 else 4 * (2 * h + inner)  # in one dtype the norms' outputs are shared
         copies = (4 + 1) * inputs if dropout else plain
         attention = width * 4 * h  # queries, repeated keys and values, result
-        layer = (
-            copies + 4 * 7 * rank + 4 * 2 * h + attention + width * 3 * inner
-        )  # 2 h: the norms, in float32
+        norms, mlp = 4 * 2 * h, width * 3 * inner
+        layer = copies + 4 * 7 * rank + norms + attention + mlp
         return width * h * self.layers + layer if checkpointing else self.layers * layer
 
 
-def of_config(config: PretrainedConfig) -> Sizes:
-    """Counts of the model of a transformers configuration; seconds on one core, nothing of its size is in memory.
+def of_config(config) -> Sizes:
+    """Counts of the model of a transformers configuration; takes seconds on one core, and no memory of its size.
 
     Raises:
         ProfileError: another family; its tower is called, or its layers keep activations, in another way.
@@ -256,7 +245,7 @@ def _count(values: str) -> Sizes:
     def look(patches: int) -> None:
         grid = torch.tensor(
             [[1, COUNTED_SIDE, patches // COUNTED_SIDE]]
-        )  # frames, height, width: no meta tensor
+        )  # (frames, height, width), read on the host
         places = torch.empty(patches, 2, device="meta")
         tower(torch.empty(patches, patch_values, device="meta"), grid_thw=grid, position_ids=places)
 
@@ -305,7 +294,8 @@ def of_model(name: str, architectures: Mapping[str, dict]) -> Sizes:
         return of_config(AutoConfig.from_pretrained(name, local_files_only=True))
     except OSError:
         raise ProfileError(
-            f"no entry for {name} in {TABLE}: architectures, and no config.json on this machine; add its sizes there"
+            f"no entry for {name} in {TABLE}: architectures, and no config.json on this machine; "
+            "add its sizes there"
         ) from None
 
 
