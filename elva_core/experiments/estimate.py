@@ -12,7 +12,8 @@ rows per call.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.data import mbeir
@@ -34,12 +35,13 @@ class Side:
     items: float = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cost:
-    """What work takes; of several works, their sum.
+    """What work takes: amounts, which add up, and the memory of a device, which is that of the fullest moment.
 
     prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
     waiting: those in which the device waits for Python: for an image, or for the start of the next layer.
+    memory: GB by part; empty for work of the host.
     """
 
     prompts: float = 0
@@ -48,12 +50,27 @@ class Cost:
     flops: float = 0
     seconds: float = 0
     waiting: float = 0
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        return self.prompts, self.rollouts, self.tokens, self.flops, self.seconds, self.waiting
+
+    @property
+    def peak(self) -> float:
+        """GB of the fullest moment."""
+        return sum(self.memory.values())
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, n) + getattr(other, n) for n in self.__slots__))
+        amounts = (a + b for a, b in zip(self.amounts, other.amounts, strict=True))
+        return Cost(*amounts, memory=max(self, other, key=lambda cost: cost.peak).memory)
 
     def __mul__(self, times: float) -> Cost:
-        return Cost(*(getattr(self, n) * times for n in self.__slots__))
+        return Cost(*(amount * times for amount in self.amounts), memory=self.memory)
+
+    def beside(self, part: str, gigabytes: float) -> Cost:
+        """The same work beside something else in memory."""
+        return replace(self, memory={**self.memory, part: gigabytes})
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ class Workload:
     def together(self, candidates: float) -> Side:
         """A query and so many candidates in one prompt."""
         query, candidate = self.side("query", "train"), self.side("candidate", "train")
-        text, image = (q + candidates * c for q, c in zip(*((s.text, s.image) for s in (query, candidate))))
+        text, image = query.text + candidates * candidate.text, query.image + candidates * candidate.image
         return Side(text, image, 1 + candidates)
 
     def _seconds(self, flops: float, layers: float, read=0.0, images=0.0) -> tuple[float, float]:
@@ -129,6 +146,30 @@ class Workload:
         waiting += max(0.0, layers * assumed.seconds_per_layer[self.kind] - busy)
         return busy + waiting, waiting
 
+    def memory(self, rank: int, activations: float, cache: float, positions: float) -> dict[str, float]:
+        """GB of a device by part: adapter and optimiser where `rank` is trained.
+
+        Args:
+            activations, cache: bytes of activations and of keys and values. positions: that have logits at once.
+        """
+        logits = self.known.assumed.logit_copies * 4 * self.sizes.vocabulary * positions
+        parts = {
+            "weights": self.sizes.parameters * self.width,
+            "adapter and optimiser": self.sizes.training_bytes(rank) if rank else 0,
+            "activations": activations,
+            "key/value cache": cache,
+            "logits": logits,
+        }
+        return {part: size / 1e9 for part, size in parts.items()}
+
+    def activation_bytes(self, learning=None) -> float:
+        """Of a token: what is kept for the way back to the adapter of training section `learning`, or is inside a layer."""
+        if learning is None:
+            return (3 * self.sizes.intermediate + 4 * self.sizes.hidden) * self.width
+        shape = {"checkpointing": getattr(learning, "gradient_checkpointing", False)}
+        dropout = learning.lora.dropout > 0
+        return self.sizes.activation_bytes(self.width, learning.lora.rank, dropout=dropout, **shape)
+
     def read(
         self,
         rows: float,
@@ -136,6 +177,8 @@ class Workload:
         request: str,
         *,
         per_call: float,
+        held: float | None = None,
+        fullest: Side | None = None,
         rank: int = 0,
         learning=None,
         continuations: int = 0,
@@ -146,7 +189,8 @@ class Workload:
         """Prompts run through tower and language model.
 
         Args:
-            per_call: rows of one forward. rank: of the adapter, 0 for none.
+            per_call: rows of one forward. held: rows in memory at once, where they are not those of one forward.
+            fullest: the longest of the prompts, where they are not alike. rank: of the adapter, 0 for none.
             learning: the training section whose adapter the way back is taken to; None: forward only.
             continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is part of the row).
             logits: positions per row, or per continuation. mixed: padded rows of different lengths.
@@ -167,13 +211,28 @@ class Workload:
         flops += model.vision(images, self.image_tokens)
         layers = rows / per_call * model.layers * len(parts) * (forwards + 2 * backward)
         layers += images / min(per_call, VISION_CALL) * model.vision_layers
-        tokens = rows * (length + continuations * ending)
-        return Cost(rows, 0, tokens, flops, *self._seconds(flops, layers, images=images))
+        tokens, seconds = (
+            rows * (length + continuations * ending),
+            self._seconds(flops, layers, images=images),
+        )
+
+        # memory, with prompts as long as the limits allow; continuations repeat the keys and values of their prompt
+        held, longest = held or per_call, self.longest(fullest or side, request)
+        together = held * (longest + max(1, continuations) * ending)
+        kept, repeated = (model.kv_bytes(self.width, repeated=r) for r in (False, True))
+        cache = held * continuations * ((longest + ending) * kept + longest * repeated * backward)
+        activations = together * self.activation_bytes(learning)
+        memory = self.memory(rank, activations, cache, held * max(1, continuations) * logits)
+        return Cost(rows, 0, tokens, flops, *seconds, memory)
 
     def write(
-        self, rows: float, side: Side, rollouts: int, *, per_call: float, rank: int = 0, mixed: bool = True
+        self, rows: float, side: Side, rollouts: int, *, per_call: float, held=None, rank=0, mixed=True
     ) -> Cost:
-        """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET]."""
+        """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET].
+
+        Arguments are those of `read`; the memory is that of the first step, with the inside of a layer of all prompts.
+        """
+        held = held or per_call
         model, request, per_call = self.sizes, self.settings.encoder.summary_request, min(per_call, rows)
         prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
         steps, together = self.cap + 1, per_call * rollouts
@@ -181,8 +240,10 @@ class Workload:
         flops = model.forward(together, context, rank) + model.logit * together
         weights = (model.linear + model.adapter(rank) + model.hidden * model.vocabulary) * self.width
         moved = weights + together * context * model.kv_bytes(self.width)
-        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, model.layers, moved))
-        summaries = rows * rollouts
+        longest, summaries = self.longest(side, request), rows * rollouts
+        cache = held * rollouts * (longest + self.cap + 1) * model.kv_bytes(self.width)
+        memory = self.memory(rank, held * longest * self.activation_bytes(), cache, held * rollouts)
+        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, model.layers, moved), memory)
         return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
 
     def embed(self, rows: float, which: str, weight: str | None = None) -> Cost:
@@ -201,27 +262,33 @@ class Workload:
         """
         at_ret, encoder = int(s.steps * s.ret_share), self.settings.encoder
         eol, ret = (s.steps - at_ret, encoder.eol_request, 0), (at_ret, encoder.summary_request, self.cap + 1)
-        train, written = Cost(), Cost()
+        train, written, items = Cost(), Cost(), s.batch * (2 + negatives)
+        # a batch is read once more where its chunks have one graph at a time
+        again = s.gradient_cache or self.devices > 1
         for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
             for steps, request, ending in (eol, ret):
                 shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
-                train += self.read(steps * n, side, request, learning=s, **shape)
-                if s.gradient_cache or self.devices > 1:
-                    train += self.read(steps * n, side, request, rank=s.lora.rank, **shape)
+                if steps:
+                    held = None if again else items
+                    train += self.read(steps * n, side, request, learning=s, held=held, **shape)
+                    train += self.read(again * steps * n, side, request, rank=s.lora.rank, **shape)
             if rows := at_ret * n:
                 missing = min(rows, distinct * self.devices) if side is candidate else rows
                 per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
-                written += self.write(missing, side, 1, per_call=per_call)
-        return train, written
+                held = min(SUMMARIES_AT_ONCE, items / self.devices)  # queries and candidates together
+                written += self.write(missing, side, 1, per_call=per_call, held=held)
+        adapter = self.sizes.training_bytes(s.lora.rank) / 1e9  # switched off while summaries are written
+        return train, written.beside("adapter and optimiser", adapter) if written.rollouts else written
 
     def distillation(self) -> tuple[Cost, Cost]:
         """(training the single pass, the teacher's summaries); comparing embeddings is little beside a forward."""
         s, train, written = self.settings.distil, Cost(), Cost()
         rows, shape = s.steps * s.batch / 2, {"per_call": min(s.chunk, s.batch), "learning": s}
+        bank = 2 * s.pairs * self.sizes.hidden * 4 / 1e9
         for which in ("query", "candidate"):
             train += self.read(rows, self.side(which, "train"), self.settings.encoder.eol_request, **shape)
             written += self.embed(s.pairs, which, "train")
-        return train, written
+        return train.beside("teacher's embeddings", bank), written
 
     def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
         """(training the reranker, mining its negatives, embedding val, its looks at answers to MRBench and a val sample)."""
@@ -234,6 +301,7 @@ class Workload:
             (s.listwise_request, 1, (2 + s.window) / 2, windows, min(s.window, s.depth)),
         ):
             rows, shape = s.steps / 2 * s.batch * prompts, {"per_call": min(s.chunk, s.batch * prompts)}
+            shape["fullest"] = self.together(s.window if trained > 1 else 1)
             train += self.read(rows, self.together(trained), request, learning=s, logits=1, **shape)
             looks += self.read(answers * shown, self.together(seen), request, per_call=s.prompts, logits=1)
         drawn = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool, "again_every": None}}}
@@ -268,7 +336,8 @@ class Workload:
         if rollout_sides == "query" and s.candidates == "step":
             per_call = min(s.chunk, self.own_queries * candidates / rows / 2)  # texts and images apart
             cost += self.write(candidates, self.side("candidate"), 1, per_call=per_call, rank=rank)
-        return cost
+        vllm = self.gpu.memory * s.vllm.gpu_memory_utilization
+        return cost.beside("vLLM", vllm if s.sampler == "vllm" else 0)
 
     def mining(self) -> Cost:
         """Negatives of stage 3: a pool per modality, the queries and their positives; as often as it is repeated."""

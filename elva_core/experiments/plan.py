@@ -1,22 +1,21 @@
-"""What a profile costs before anything starts: hours, memory per device and disk, printed; writes nothing.
+"""The compute and memory estimate of a profile, printed before anything starts: hours, memory, disk; writes nothing.
 
-`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3 both with
-rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same arithmetic.
+`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3 both
+with rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same arithmetic.
 
-    show(settings.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
+    show(config.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from elva_core.config import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
+from elva_core.config import PARAMS, ContrastiveSettings, Settings
 from elva_core.experiments import estimate
 from elva_core.experiments.estimate import Cost, Side, Workload
 
@@ -25,28 +24,13 @@ CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments 
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
-    """GB of one device at its fullest, by part; `lower` is the key of the rows per call."""
-
-    parts: Mapping[str, float]
-    lower: str
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-    def __or__(self, more: Mapping[str, float]) -> Peak:
-        return Peak({**self.parts, **more}, self.lower)
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
-    """One row: what is computed in all, the devices that it keeps busy on average, the fullest of them (none: the host)."""
+    """One row: what is computed in all, the devices that it keeps busy on average, the key of its rows per call."""
 
     name: str
     cost: Cost
     devices: float
-    peak: Peak | None = None
+    lower: str = ""
 
     @property
     def hours(self) -> float:
@@ -60,129 +44,57 @@ class Stage:
 
 def stages(load: Workload) -> list[Stage]:
     """The rows of the plan, in the order of the chain."""
-    s, data, batch, dealt = load.settings, load.data, load.settings.evaluation.batch, load.dealt
-    embedding = _writing(load, batch, "evaluation.batch")
-    rows = []
-    if s.mrbench.annotator.kind == "transformers":
-        peak = _writing(load.annotator(), s.mrbench.annotator.batch, "mrbench.annotator.batch")
-        rows.append(Stage("MRBench, annotation", load.annotation(), 1, peak))
+    s, data, rows = load.settings, load.data, []
 
+    def embedding(name: str, cost: Cost, devices: float | None = None) -> Stage:
+        calls = cost.prompts / s.evaluation.batch
+        return Stage(name, cost, devices or load.dealt(calls), "evaluation.batch")
+
+    if s.mrbench.annotator.kind == "transformers":
+        rows.append(Stage("MRBench, annotation", load.annotation(), 1, "mrbench.annotator.batch"))
     # stages 1 to 3 and the control of stage 3
-    sentence, query, candidate = Side(data.nli_tokens, 0.0), load.side("query"), load.side("candidate")
+    sentence = Side(data.nli_tokens, 0.0)
     rows += _contrastive(load, "stage 1", s.stage1, sentence, sentence)
-    union = load.side("query", "train"), load.side("candidate", "train")
-    rows += _contrastive(load, "stage 2", s.stage2, *union, distinct=data.train_pool)
-    mining = load.mining()
-    rows.append(Stage("mining", mining, dealt(mining.prompts / batch), embedding))
+    query, candidate = load.side("query", "train"), load.side("candidate", "train")
+    rows += _contrastive(load, "stage 2", s.stage2, query, candidate, distinct=data.train_pool)
+    rows.append(embedding("mining", load.mining()))
+    dealt, negatives = load.dealt(s.stage3.queries_per_step), s.stage3.negatives
     for sides in ("query", "all"):
-        name, devices = f"stage 3, rollout_sides: {sides}", dealt(s.stage3.queries_per_step)
-        rows.append(Stage(name, load.rlvr(sides), devices, _rlvr_peak(load, sides)))
-    negatives = s.stage3.negatives
+        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk"))
     distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
     each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
-    rows += _contrastive(load, "control", s.control, query, candidate, **each)
-
+    rows += _contrastive(load, "control", s.control, load.side("query"), load.side("candidate"), **each)
     # what follows the stages, and the evaluation
     if s.distil:
         train, written = load.distillation()
-        length = load.longest(union[1], s.encoder.eol_request)
-        teacher = {"teacher's embeddings": 2 * s.distil.pairs * load.sizes.hidden * 4 / 1e9}
-        peak = _training(load, "distil.chunk", s.distil, s.distil.chunk * length) | teacher
-        rows.append(Stage("single pass", train, dealt(s.distil.batch / s.distil.chunk), peak))
-        rows.append(
-            Stage("single pass, its summaries", written, dealt(2 * s.distil.pairs / batch), embedding)
-        )
+        rows.append(Stage("single pass", train, load.dealt(s.distil.batch / s.distil.chunk), "distil.chunk"))
+        rows.append(embedding("single pass, its summaries", written))
     if s.rerank:
         train, mining, val, looks = load.reranking()
         prompts = s.rerank.batch * (2 + s.rerank.negatives) / 2  # the mean of the two kinds of step
-        longest, chunk = (
-            load.longest(load.together(s.rerank.window), s.rerank.listwise_request),
-            s.rerank.chunk,
-        )
-        peak = _training(load, "rerank.chunk", s.rerank, chunk * longest, chunk)
-        rows.append(Stage("reranker", train, dealt(prompts / chunk), peak))
-        rows.append(Stage("reranker, its negatives", mining, dealt(mining.prompts / batch), embedding))
-        rows.append(Stage("reranker, val embedded", val, 1, embedding))
-        inside = s.rerank.prompts * longest * _inside(load)
-        peak = _peak(load, "rerank.prompts", inside, s.rerank.prompts)
-        rows.append(Stage("reranker, second looks", looks, 1, peak))
+        rows.append(Stage("reranker", train, load.dealt(prompts / s.rerank.chunk), "rerank.chunk"))
+        rows.append(embedding("reranker, its negatives", mining))
+        rows.append(embedding("reranker, val embedded", val, devices=1))
+        rows.append(Stage("reranker, second looks", looks, 1, "rerank.prompts"))
     models = load.known.evaluated_models
-    rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, embedding))
-    for pool in ("local", "global"):
-        rows.append(Stage(f"their search, {pool} pool", load.search(pool) * models, 1))
-    return rows
+    rows.append(embedding(f"evaluation of {models} models", load.evaluation() * models, devices=1))
+    searches = {pool: load.search(pool) * models for pool in ("local", "global")}
+    return rows + [Stage(f"their search, {pool} pool", cost, 1) for pool, cost in searches.items()]
 
 
 def _contrastive(
-    load: Workload,
-    name: str,
-    s: ContrastiveSettings,
-    query: Side,
-    candidate: Side,
-    negatives=0,
-    distinct=math.inf,
+    load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, **each
 ) -> list[Stage]:
-    """Training, and the summaries that it trains on; both are divided by chunks, which never mix queries and candidates."""
-    train, written = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
-    devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
-    key, items = name.replace(" ", ""), s.batch * (2 + negatives)
-    # one chunk has a graph at a time; without gradient_cache all chunks of a batch
-    rows, lower = s.chunk, f"{key}.chunk"
-    if not s.gradient_cache and load.devices == 1 and items != s.chunk:
-        rows, lower = items, f"{key}.chunk with gradient_cache: true"
-    prompts, ending = load.settings.encoder, load.cap + 1 if s.ret_share else 0
-    length = load.longest(candidate, prompts.summary_request if ending else prompts.eol_request) + ending
-    peak = _training(load, lower, s, rows * length, rows * ending)
-    stages = [Stage(name, train, devices, peak)]
+    """Training, and the summaries that it trains on; both are divided by chunks, which never mix the two sides."""
+    train, written = load.contrastive(s, query, candidate, **each)
+    candidates = s.batch * (1 + each.get("negatives", 0))
+    devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(candidates / s.chunk))
+    key, cached = name.replace(" ", ""), s.gradient_cache or load.devices > 1
+    lower = f"{key}.chunk" if cached else f"{key}.chunk with gradient_cache: true"
+    rows = [Stage(name, train, devices, lower)]
     if written.rollouts:
-        together = min(SUMMARIES_AT_ONCE, items / load.devices)
-        peak = _writing(load, together, f"{key}.batch", s.lora.rank)
-        stages.append(Stage(f"{name}, its summaries", written, devices, peak))
-    return stages
-
-
-def _peak(load: Workload, lower: str, activations: float, positions: float, rank=0, cache=0.0) -> Peak:
-    """Bytes of activations and of the key/value cache, positions with logits at once, the adapter's rank."""
-    trained = load.sizes.training_bytes(rank) if rank else 0.0
-    parts = {
-        "weights": load.sizes.parameters * load.width,
-        "adapter and optimiser": trained,
-        "activations": activations,
-        "key/value cache": cache,
-        "logits": load.known.assumed.logit_copies * 4 * load.sizes.vocabulary * positions,
-    }
-    return Peak({part: size / 1e9 for part, size in parts.items()}, lower)
-
-
-def _training(load: Workload, lower: str, s, tokens: float, positions: float = 0, cache: float = 0) -> Peak:
-    """Tokens whose graph is kept for the way back to the adapter of training section `s`."""
-    again, dropout = getattr(s, "gradient_checkpointing", False), s.lora.dropout > 0
-    kept = load.sizes.activation_bytes(load.width, s.lora.rank, dropout=dropout, checkpointing=again)
-    return _peak(load, lower, tokens * kept, positions, s.lora.rank, cache)
-
-
-def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
-    """Summaries written in one call: the inside of one layer, the cache of all, and the logits of one position."""
-    length = load.longest(load.side("candidate"), load.settings.encoder.summary_request)
-    cache = rows * (length + load.cap + 1) * load.sizes.kv_bytes(load.width)
-    return _peak(load, lower, rows * length * _inside(load), rows, rank, cache)
-
-
-def _inside(load: Workload) -> int:
-    """Bytes of a token inside one layer."""
-    return (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
-
-
-def _rlvr_peak(load: Workload, sides: str) -> Peak:
-    """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
-    s, inputs, ending = load.settings.stage3, load.inputs(sides), load.cap + 1
-    side, rollouts = load.side("candidate" if sides == "all" else "query"), inputs * s.num_generations
-    prompt = load.longest(side, load.settings.encoder.summary_request)
-    kept, repeated = (load.sizes.kv_bytes(load.width, repeated=r) for r in (False, True))
-    cache = rollouts * ((prompt + ending) * kept + prompt * repeated)
-    vllm = {"vLLM": load.gpu.memory * s.vllm.gpu_memory_utilization if s.sampler == "vllm" else 0.0}
-    tokens = inputs * prompt + rollouts * ending
-    return _training(load, "stage3.chunk", s, tokens, rollouts * load.cap, cache=cache) | vllm
+        rows.append(Stage(f"{name}, its summaries", written, devices, f"{key}.batch"))
+    return rows
 
 
 def disk(load: Workload) -> dict[str, float]:
@@ -210,14 +122,16 @@ def show(settings: Settings, *, gpu: str | None, devices: int, console: Console)
     for s in planned:
         counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)]
         counts += [_scaled(s.cost.tokens), _scaled(s.cost.flops)]
-        where, full = (f"{s.devices:.3g}", f"{s.peak.total:,.3g}") if s.peak else ("host", "")
-        work.add_row(s.name, *counts, where, _time(s.hours), f"{s.waiting:.0%}" if s.peak else "", full)
-    peaks = {s.name: s.peak for s in planned if s.peak}
-    parts = list(dict.fromkeys(part for peak in peaks.values() for part in peak.parts))
+        where, waiting, full = "host", "", ""
+        if s.cost.memory:
+            where, waiting, full = f"{s.devices:.3g}", f"{s.waiting:.0%}", f"{s.cost.peak:,.3g}"
+        work.add_row(s.name, *counts, where, _time(s.hours), waiting, full)
+    parts = list(dict.fromkeys(part for s in planned for part in s.cost.memory))
     memory = _table("Memory of the fullest device, GB", ("stage", *parts))
-    for stage, peak in peaks.items():
-        sizes = [peak.parts.get(part, 0) for part in parts]
-        memory.add_row(stage, *(f"{size:,.3g}" if size else "" for size in sizes))
+    for s in planned:
+        sizes = [s.cost.memory.get(part, 0) for part in parts]
+        if any(sizes):
+            memory.add_row(s.name, *(f"{size:,.3g}" if size else "" for size in sizes))
     wide = Console(file=console.file, width=max(console.width, 150))
     for shown in (work, memory, *([] if settings.data.emoji else [_reported(settings)])):
         wide.print(shown)
@@ -256,8 +170,8 @@ def _time(hours: float) -> str:
 def _reported(settings: Settings) -> Table:
     """The reported hours of the same stages, and ours on the same devices.
 
-    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET]. Their layers
-    are computed again, one forward more, and ours are in the gradient cache as well, two: here it is one.
+    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET].
+    Their layers are computed again, one forward more, and ours are in the gradient cache as well, two: here it is one.
     """
     runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
     once = {"gradient_checkpointing": False}
@@ -273,28 +187,25 @@ def _reported(settings: Settings) -> Table:
 
 
 def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
-    """What cannot run and which key to change; what leaves the device idle although there is room, and which key to raise."""
+    """What cannot run, what does not fit, what leaves the device idle although there is room; and the key to change."""
     room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
     if s3.queries_per_step < load.devices:
-        out.append(
-            f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step"
-        )
+        queries = f"{s3.queries_per_step} queries a step for {load.devices} devices"
+        out.append(f"cannot run: {queries}; raise stage3.queries_per_step")
     vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, load.sizes.parameters * load.width / 1e9
     if s3.sampler == "vllm" and vllm < weights:
-        out.append(
-            f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization"
-        )
+        has = f"vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights"
+        out.append(f"cannot run: {has}; raise stage3.vllm.gpu_memory_utilization")
     other = f"stage 3, rollout_sides: {'query' if s3.rollout_sides == 'all' else 'all'}"
-    asked = [s for s in planned if s.peak and s.name != other]
-    for s in asked:
-        fullest = max(x.peak.total for x in asked if x.peak.lower == s.peak.lower)
-        if s.peak.total > room:
-            out.append(
-                f"does not fit: {s.name} needs {s.peak.total:.0f} GB, {name} has {room:.0f} GB free; lower {s.peak.lower}"
-            )
+    rows = [s for s in planned if s.cost.memory and s.name != other]
+    for s in rows:
+        peak, fullest = s.cost.peak, max(x.cost.peak for x in rows if x.lower == s.lower)
+        if peak > room:
+            needs = f"{s.name} needs {peak:.0f} GB, {name} has {room:.0f} GB free"
+            out.append(f"does not fit: {needs}; lower {s.lower}")
         elif s.waiting > 1 / 2 and fullest < room / 2 and load.kind != "cpu":
-            used = f"waits {s.waiting:.0%} of its time and uses {s.peak.total:.0f} GB"
-            out.append(f"mostly idle: {s.name} {used}; raise {s.peak.lower}")
+            used = f"waits {s.waiting:.0%} of its time and uses {peak:.0f} GB"
+            out.append(f"mostly idle: {s.name} {used}; raise {s.lower}")
     return out
 
 

@@ -335,9 +335,9 @@ def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
     with_vllm = profile.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
     plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (profile, with_vllm))
     for name, stage in beside.items():
-        if stage.peak:
+        if stage.cost.memory:
             more = 0.2 * 80 if name.startswith("stage 3") else 0
-            assert stage.peak.total - plain[name].peak.total == pytest.approx(more)
+            assert stage.cost.peak - plain[name].cost.peak == pytest.approx(more)
     load = estimate.make(with_vllm)
     said = "\n".join(plan.advice(load, plan.stages(load), "H100"))
     assert "cannot run: vLLM has 16 GB for 17 GB of weights" in said and "lower stage3.chunk" in said
