@@ -1,9 +1,9 @@
-"""How much work each stage of a profile is: sequences, tokens, FLOPs and seconds of one device.
+"""How much work each stage of a profile is: sequences, tokens, FLOPs, seconds of one device, memory.
 
-Arithmetic on the profile, the counts of the backbone and of the data, and the assumptions of params/plan.yaml;
-no weight is loaded. It counts what the loops of training/, retrieval/ and mrbench/ do, every summary being as long
-as its cap. Costs are those of all devices together; what one of several cannot take as a whole call shows in the
-rows per call.
+Arithmetic on the profile, the counts of backbone and data, and the assumptions of params/plan.yaml. It counts
+what the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Amounts are
+those of all devices, memory that of the fullest one; what one of several cannot take as a whole call shows in
+the rows per call.
 
     load = make(config.load("qwen2vl-2b"), gpu="H20")
     load.rlvr("all").rollouts
@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.mrbench import annotate
 
 VISION_CALL = 64  # images per call of Encoder._vision_features
 
 
 def task_of(unit: str) -> int:
+    """The number of a unit's task, which its name ends with."""
     return int(unit.rpartition("_task")[2])
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Inputs of one kind: mean text tokens, mean images (of one item: the share that has one), items in one prompt."""
+    """Mean text tokens and images of a prompt (of an item: the share that has an image), and its items."""
 
     text: float
     image: float
@@ -37,7 +39,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Cost:
-    """What work takes: amounts, which add up, and the memory of a device, which is that of the fullest moment.
+    """What work takes: amounts, which add up, and the memory of a device, that of its fullest moment.
 
     prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
     waiting: those in which the device waits for Python: for an image, or for the start of the next layer.
@@ -54,7 +56,7 @@ class Cost:
 
     @property
     def amounts(self) -> tuple[float, ...]:
-        return self.prompts, self.rollouts, self.tokens, self.flops, self.seconds, self.waiting
+        return astuple(self)[:-1]
 
     @property
     def peak(self) -> float:
@@ -105,7 +107,7 @@ class Workload:
         return self._frame(request) + text + side.image * (self.image_tokens + 2)
 
     def longest(self, side: Side, request: str) -> float:
-        """Tokens of the longest prompt that the encoder's limits allow: one such row pads all rows of its call."""
+        """Tokens of the longest prompt that the encoder's limits allow: one such row pads all of its call."""
         limits = self.settings.encoder
         image = self.sizes.image_tokens(limits.max_pixels or self.data.image_pixels) + 2 if side.image else 0
         return self._frame(request) + side.items * (limits.max_text_tokens + image)
@@ -115,7 +117,7 @@ class Workload:
         return assumed.chat_tokens[self.kind] + len(request) / assumed.characters_per_token
 
     def dealt(self, parts: float) -> float:
-        """Devices that the equal parts, rounded up, keep busy on average, dealt in turn (`distributed.own_share`)."""
+        """Devices that equal parts, rounded up, keep busy on average, dealt by `distributed.own_share`."""
         whole = math.ceil(parts)
         return whole / math.ceil(whole / self.devices)
 
@@ -134,10 +136,10 @@ class Workload:
         return Side(text, image, 1 + candidates)
 
     def _seconds(self, flops: float, layers: float, read=0.0, images=0.0) -> tuple[float, float]:
-        """(seconds, those of waiting): images prepared, then the slowest of computing, reading memory and starting layers.
+        """(seconds, those of waiting): images, then the slowest of computing, reading and starting layers.
 
         Args:
-            layers: that Python starts. read: bytes. images: that the host opens and resizes.
+            layers: that Python starts. read: bytes of memory. images: that the host opens and resizes.
         """
         assumed = self.known.assumed
         computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
@@ -150,25 +152,16 @@ class Workload:
         """GB of a device by part: adapter and optimiser where `rank` is trained.
 
         Args:
-            activations, cache: bytes of activations and of keys and values. positions: that have logits at once.
+            activations, cache: bytes, the latter of keys and values. positions: that have logits at once.
         """
-        logits = self.known.assumed.logit_copies * 4 * self.sizes.vocabulary * positions
         parts = {
             "weights": self.sizes.parameters * self.width,
             "adapter and optimiser": self.sizes.training_bytes(rank) if rank else 0,
             "activations": activations,
             "key/value cache": cache,
-            "logits": logits,
+            "logits": self.known.assumed.logit_copies * 4 * self.sizes.vocabulary * positions,
         }
         return {part: size / 1e9 for part, size in parts.items()}
-
-    def activation_bytes(self, learning=None) -> float:
-        """Of a token: what is kept for the way back to the adapter of training section `learning`, or is inside a layer."""
-        if learning is None:
-            return (3 * self.sizes.intermediate + 4 * self.sizes.hidden) * self.width
-        shape = {"checkpointing": getattr(learning, "gradient_checkpointing", False)}
-        dropout = learning.lora.dropout > 0
-        return self.sizes.activation_bytes(self.width, learning.lora.rank, dropout=dropout, **shape)
 
     def read(
         self,
@@ -189,51 +182,48 @@ class Workload:
         """Prompts run through tower and language model.
 
         Args:
-            per_call: rows of one forward. held: rows in memory at once, where they are not those of one forward.
+            per_call: rows of a forward. held: rows in memory at once, where they are not those of a forward.
             fullest: the longest of the prompts, where they are not alike. rank: of the adapter, 0 for none.
             learning: the training section whose adapter the way back is taken to; None: forward only.
-            continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is part of the row).
+            continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is in the row).
             logits: positions per row, or per continuation. mixed: padded rows of different lengths.
         """
-        model, data, backward = self.sizes, self.data, learning is not None
-        rank = learning.lora.rank if backward else rank
+        model, data, kept = self.sizes, self.data, self.sizes.inside_bytes(self.width)
+        backward, again = learning is not None, getattr(learning, "gradient_checkpointing", False)
+        if backward:
+            rank, dropout = learning.lora.rank, learning.lora.dropout > 0
+            kept = model.activation_bytes(self.width, rank, dropout=dropout, checkpointing=again)
         length = self.length(side, request) + (0 if continuations else ending)
         padded = length * (data.padding if mixed else 1.0)
         parts = [(rows * padded, padded)]  # tokens, and the positions that each attends to
         if continuations:
             parts.append((rows * continuations * ending, padded + ending))
         # FLOPs: layers, once more where they are computed again; output layer; the way back; tower
-        forwards = 1 + getattr(learning, "gradient_checkpointing", False)
-        flops = sum(model.forward(*part, rank) for part in parts) * forwards
+        flops = sum(model.forward(*part, rank) for part in parts) * (1 + again)
         flops += model.logit * rows * max(1, continuations) * logits * (1 + backward)
         flops += sum(model.backward(*part, rank) for part in parts) * backward
         images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
         flops += model.vision(images, self.image_tokens)
-        layers = rows / per_call * model.layers * len(parts) * (forwards + 2 * backward)
+        layers = rows / per_call * model.layers * len(parts) * (1 + again + 2 * backward)
         layers += images / min(per_call, VISION_CALL) * model.vision_layers
-        tokens, seconds = (
-            rows * (length + continuations * ending),
-            self._seconds(flops, layers, images=images),
-        )
-
-        # memory, with prompts as long as the limits allow; continuations repeat the keys and values of their prompt
+        seconds = self._seconds(flops, layers, images=images)
+        # memory, with prompts as long as the limits allow; the way back repeats a prompt's keys and values
         held, longest = held or per_call, self.longest(fullest or side, request)
         together = held * (longest + max(1, continuations) * ending)
-        kept, repeated = (model.kv_bytes(self.width, repeated=r) for r in (False, True))
-        cache = held * continuations * ((longest + ending) * kept + longest * repeated * backward)
-        activations = together * self.activation_bytes(learning)
-        memory = self.memory(rank, activations, cache, held * max(1, continuations) * logits)
-        return Cost(rows, 0, tokens, flops, *seconds, memory)
+        once, repeated = (model.kv_bytes(self.width, repeated=r) for r in (False, True))
+        cache = held * continuations * ((longest + ending) * once + longest * repeated * backward)
+        memory = self.memory(rank, together * kept, cache, held * max(1, continuations) * logits)
+        return Cost(rows, 0, rows * (length + continuations * ending), flops, *seconds, memory)
 
     def write(
         self, rows: float, side: Side, rollouts: int, *, per_call: float, held=None, rank=0, mixed=True
     ) -> Cost:
         """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET].
 
-        Arguments are those of `read`; the memory is that of the first step, with the inside of a layer of all prompts.
+        Arguments are those of `read`; the memory is that of the first step, one layer of all prompts inside.
         """
-        held = held or per_call
-        model, request, per_call = self.sizes, self.settings.encoder.summary_request, min(per_call, rows)
+        held, per_call = held or per_call, min(per_call, rows)
+        model, request = self.sizes, self.settings.encoder.summary_request
         prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
         steps, together = self.cap + 1, per_call * rollouts
         context = self.length(side, request) + (self.cap + 2) / 2
@@ -242,7 +232,7 @@ class Workload:
         moved = weights + together * context * model.kv_bytes(self.width)
         longest, summaries = self.longest(side, request), rows * rollouts
         cache = held * rollouts * (longest + self.cap + 1) * model.kv_bytes(self.width)
-        memory = self.memory(rank, held * longest * self.activation_bytes(), cache, held * rollouts)
+        memory = self.memory(rank, held * longest * model.inside_bytes(self.width), cache, held * rollouts)
         one_step = Cost(0, 0, 0, flops, *self._seconds(flops, model.layers, moved), memory)
         return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
 
@@ -281,7 +271,7 @@ class Workload:
         return train, written.beside("adapter and optimiser", adapter) if written.rollouts else written
 
     def distillation(self) -> tuple[Cost, Cost]:
-        """(training the single pass, the teacher's summaries); comparing embeddings is little beside a forward."""
+        """(training the single pass, the teacher's summaries); comparing vectors is little beside them."""
         s, train, written = self.settings.distil, Cost(), Cost()
         rows, shape = s.steps * s.batch / 2, {"per_call": min(s.chunk, s.batch), "learning": s}
         bank = 2 * s.pairs * self.sizes.hidden * 4 / 1e9
@@ -291,7 +281,7 @@ class Workload:
         return train.beside("teacher's embeddings", bank), written
 
     def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
-        """(training the reranker, mining its negatives, embedding val, its looks at answers to MRBench and a val sample)."""
+        """(training the reranker, mining its negatives, embedding val, its looks at MRBench and val)."""
         s, bench, train, looks = self.settings.rerank, self.bench.units, Cost(), Cost()
         answers = self.settings.mrbench.queries + s.validation * len(bench)
         # listwise windows overlap by one candidate, as `reranker.windows` has it
@@ -340,7 +330,7 @@ class Workload:
         return cost.beside("vLLM", vllm if s.sampler == "vllm" else 0)
 
     def mining(self) -> Cost:
-        """Negatives of stage 3: a pool per modality, the queries and their positives; as often as it is repeated."""
+        """Negatives of stage 3: a pool per modality, queries and their positives, as often as repeated."""
         s, everything = self.settings.stage3, self.data.train_pool
         again, pool = s.negatives.again_every, s.negatives.pool or everything
         rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
@@ -375,9 +365,7 @@ class Workload:
         return self.data.model_copy(update={"units": chosen})
 
     def annotator(self) -> Workload:
-        """One of the devices with the model that names MRBench's grains, and the units whose queries it reads."""
-        from elva_core.mrbench import annotate
-
+        """A device with the model that names MRBench's grains, and the units whose queries it reads."""
         annotator, request = self.settings.mrbench.annotator, annotate.PROMPT + annotate.QUOTE["text"]
         prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens}
         settings = self.settings.changed({"encoder": prompts})

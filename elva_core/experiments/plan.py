@@ -1,7 +1,8 @@
-"""The compute and memory estimate of a profile, printed before anything starts: hours, memory, disk; writes nothing.
+"""The compute and memory estimate of a profile, printed before anything starts: hours, memory, disk.
 
-`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3 both
-with rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same arithmetic.
+`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3
+both with rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same
+arithmetic. Writes nothing.
 
     show(config.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
 """
@@ -25,7 +26,7 @@ CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One row: what is computed in all, the devices that it keeps busy on average, the key of its rows per call."""
+    """One row: what is computed in all, the devices kept busy on average, the key of its rows per call."""
 
     name: str
     cost: Cost
@@ -85,7 +86,7 @@ def stages(load: Workload) -> list[Stage]:
 def _contrastive(
     load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, **each
 ) -> list[Stage]:
-    """Training, and the summaries that it trains on; both are divided by chunks, which never mix the two sides."""
+    """Training, and the summaries that it trains on; both are divided by chunks, which have one side each."""
     train, written = load.contrastive(s, query, candidate, **each)
     candidates = s.batch * (1 + each.get("negatives", 0))
     devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(candidates / s.chunk))
@@ -170,8 +171,9 @@ def _time(hours: float) -> str:
 def _reported(settings: Settings) -> Table:
     """The reported hours of the same stages, and ours on the same devices.
 
-    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET].
-    Their layers are computed again, one forward more, and ours are in the gradient cache as well, two: here it is one.
+    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at
+    [RET]. Their layers are computed again, one forward more, and ours are in the gradient cache as well, two:
+    here it is one.
     """
     runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
     once = {"gradient_checkpointing": False}
@@ -187,7 +189,7 @@ def _reported(settings: Settings) -> Table:
 
 
 def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
-    """What cannot run, what does not fit, what leaves the device idle although there is room; and the key to change."""
+    """What cannot run, does not fit, or leaves a device idle that has room, with the key to change."""
     room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
     if s3.queries_per_step < load.devices:
         queries = f"{s3.queries_per_step} queries a step for {load.devices} devices"
@@ -217,22 +219,27 @@ def _shared(load: Workload) -> list[str]:
     whole, shared = sizes.training_bytes(rank) / 1e9, sizes.shared_bytes(rank, load.devices) / 1e9
     layers = sizes.linear * load.width / 1e9
     return [
-        f"by ddp.yaml; zero2.yaml: adapter and optimiser of stage 2 take {shared:.3g} GB of each device instead of {whole:.3g}; "
-        f"fsdp2.yaml: {layers / load.devices:.3g} GB of frozen layers instead of {layers:.3g}, and one layer at a time whole"
+        "by ddp.yaml; zero2.yaml: adapter and optimiser of stage 2 take "
+        f"{shared:.3g} GB of each device instead of {whole:.3g}; "
+        f"fsdp2.yaml: {layers / load.devices:.3g} GB of frozen layers instead of {layers:.3g}, "
+        "and one layer at a time whole"
     ]
 
 
 def _assumptions(load: Workload) -> list[str]:
-    a, data = load.known.assumed, load.data
+    a, data, gpu = load.known.assumed, load.data, load.gpu
     query, candidate = (load.side(which, "train") for which in ("query", "candidate"))
     epochs = load.settings.stage2.steps * load.settings.stage2.batch / data.union_rows
     return [
-        f"assumed: {a.utilisation:.0%} of {load.gpu.tflops:g} TFLOP/s, {a.bandwidth_share:.0%} of {load.gpu.bandwidth:g} GB/s, "
-        f"{1000 * a.seconds_per_layer[load.kind]:g} ms a layer from Python; {load.image_tokens:.0f} tokens an image, "
-        f"{query.text:.0f} text tokens a query and {candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
-        f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of {data.union_rows:,} rows; "
-        "every value and its source: params/plan.yaml",
-        "memory: with the longest prompt that the encoder's limits allow; waiting: for images from the host, or for Python",
+        f"assumed: {a.utilisation:.0%} of {gpu.tflops:g} TFLOP/s, "
+        f"{a.bandwidth_share:.0%} of {gpu.bandwidth:g} GB/s, "
+        f"{1000 * a.seconds_per_layer[load.kind]:g} ms a layer from Python; "
+        f"{load.image_tokens:.0f} tokens an image, {query.text:.0f} text tokens a query and "
+        f"{candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
+        f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of "
+        f"{data.union_rows:,} rows; every value and its source: params/plan.yaml",
+        "memory: with the longest prompt that the encoder's limits allow; "
+        "waiting: for images from the host, or for Python",
         *_shared(load),
         "of one device, whatever their number: annotation, val, second looks and evaluation",
         "not planned: a server that annotates, and what vLLM saves",

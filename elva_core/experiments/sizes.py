@@ -1,10 +1,10 @@
 """What the estimate is made of: GPUs, assumptions and data sets of params/plan.yaml, and a model's counts.
 
-torch counts a model's parameters, FLOPs and bytes on the meta device: it is built from its configuration without
-weights, its parts run at two lengths under FlopCounterMode, and what grows with the length and with its square is
-read off. A multiply-add is 2 FLOPs, and attention is the whole square, as a mask saves nothing here. Only what
-autograd keeps is a formula, since a GPU's fused attention does not run on meta tensors. A data set's counts come
-from its files where they are on this machine.
+torch counts a model's parameters, FLOPs and bytes on the meta device: it is built from its configuration
+without weights, its parts run at two lengths under FlopCounterMode, and what grows with the length and with
+its square is read off. A multiply-add is 2 FLOPs, and attention is the whole square, as a mask saves nothing
+here. Only what autograd keeps is a formula, since a GPU's fused attention does not run on meta tensors.
+A data set's counts come from its files where they are on this machine.
 
     table = known()
     dataset(config.load("qwen2vl-2b"), table).units["cirr_task7"].pool
@@ -142,7 +142,7 @@ def lines(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Counts of a model. Pairs are FLOPs per token (patch in the tower), and per token and position it attends to."""
+    """Counts of a model; pairs are FLOPs per token (or patch), and per token and position it attends to."""
 
     parameters: int
     hidden: int
@@ -173,7 +173,7 @@ class Sizes:
         return tokens * (self.language[0] + 2 * self.adapter(rank) + self.language[1] * context)
 
     def backward(self, tokens: float, context: float, rank: int) -> float:
-        """FLOPs of the way back: once the forward for frozen weights, which need no gradient, twice for the rest."""
+        """FLOPs of the way back: once the forward for frozen weights, which need no gradient, else twice."""
         return tokens * (self.language[0] + 4 * self.adapter(rank) + 2 * self.language[1] * context)
 
     def vision(self, images: float, tokens_per_image: float) -> float:
@@ -184,7 +184,7 @@ class Sizes:
     def kv_bytes(self, width: int, *, repeated: bool = False) -> int:
         """Bytes that one token keeps in the key/value cache, `width` bytes a number.
 
-        The way back needs them repeated for every head of the queries: SDPA takes no fewer beside a padding mask.
+        The way back needs them repeated for every head of queries: SDPA takes no fewer beside a padding mask.
         """
         return self.cached * width * (self.heads_per_key if repeated else 1)
 
@@ -193,14 +193,19 @@ class Sizes:
         return MASTER_BYTES * (self.adapter(rank) + self.hidden)
 
     def shared_bytes(self, rank: int, processes: int) -> float:
-        """The same where zero.py shares moments, float32 copy and summed gradient; weight and own gradient stay whole."""
-        return (8 + 16 / processes) * (self.adapter(rank) + self.hidden)
+        """The same where zero.py shares moments, float32 copy and summed gradient; the rest stays whole."""
+        whole = 4 + 4  # weight and own gradient
+        return (whole + 16 / processes) * (self.adapter(rank) + self.hidden)
+
+    def inside_bytes(self, width: int) -> int:
+        """Bytes of one token inside one layer, all that a forward without a graph holds of it."""
+        return (3 * self.intermediate + 4 * self.hidden) * width
 
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.
 
-        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a byte
-        whatever the dtype. With checkpointing only the input of each layer stays, and one layer at a time is
+        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a
+        byte whatever the dtype. With checkpointing only each layer's input stays, and one layer at a time is
         computed again.
         """
         h, inner = self.hidden, self.intermediate
@@ -214,7 +219,7 @@ class Sizes:
 
 
 def of_config(config) -> Sizes:
-    """Counts of the model of a transformers configuration; takes seconds on one core, and no memory of its size.
+    """Counts of the model of a transformers configuration; takes seconds on one core, no memory of its size.
 
     Raises:
         ProfileError: another family; its tower is called, or its layers keep activations, in another way.
