@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
+from transformers import (
+    DynamicCache,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+)
 
 from conftest import mined
 from elva_core import cli, config, distributed
@@ -72,6 +77,37 @@ def test_flops_are_those_that_torch_counts(tiny, items, smoke):
     assert counted(lambda: tiny.logits(hidden)) == planned.logit * rows * length
 
 
+CONFIG = Qwen2VLConfig(
+    text_config={
+        "vocab_size": 300,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 4, "num_heads": 2},
+    tie_word_embeddings=True,
+)
+
+
+def test_flops_of_a_tower_with_windows_are_those_that_torch_counts():
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 128, "num_heads": 2, "fullatt_block_indexes": [1]}
+    text = CONFIG.get_text_config().to_dict() | {"model_type": "qwen2_5_vl_text"}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    pixels, grid = torch.zeros(24 * 40, 3 * 2 * 14 * 14), torch.tensor([[1, 24, 40]])
+    flops = counted(lambda: model.model.get_image_features(pixels, grid))
+    assert flops == sizes.of_config(model.config).vision(1, 24 * 40 / 4)
+
+
+@pytest.fixture
+def small() -> sizes.Sizes:
+    return sizes.of_config(CONFIG)
+
+
 @pytest.fixture
 def saving(smoke):
     """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
@@ -96,28 +132,12 @@ def saving(smoke):
     return run
 
 
-CONFIG = Qwen2VLConfig(
-    text_config={
-        "vocab_size": 300,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-    vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 4, "num_heads": 2},
-    tie_word_embeddings=True,
-)
-SMALL = sizes.of_config(CONFIG)
 MASK = torch.ones(2, 40, dtype=torch.long)
 MASK[0, :5] = 0  # padding, as almost every batch has it: attention then wants keys and values for every head
 
 
 def words(holder, rows, length) -> torch.Tensor:
-    return holder.backbone.get_input_embeddings()(torch.randint(0, SMALL.vocabulary, (rows, length)))
+    return holder.backbone.get_input_embeddings()(torch.randint(0, CONFIG.text_config.vocab_size, (rows, length)))
 
 
 def prompt(holder) -> encoder.Batch:
@@ -126,14 +146,14 @@ def prompt(holder) -> encoder.Batch:
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_saves(smoke, saving, dtype, width, dropout):
+def test_activations_are_what_autograd_saves(smoke, small, saving, dtype, width, dropout):
     measured = saving(dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
-    planned = SMALL.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
-    planned += 3 * SMALL.layers * (6 * SMALL.hidden + SMALL.intermediate) if dropout else 0  # on a CPU the mask is float32, on a GPU a byte
+    planned = small.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
+    planned += 3 * small.layers * (6 * small.hidden + small.intermediate) if dropout else 0  # on a CPU the mask is float32, on a GPU a byte
     assert measured == pytest.approx(planned, rel=0.04)  # the last norm and a layer's mask are not planned
 
 
-def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, saving):
+def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, small, saving):
     rollouts, ending, rank = 5, 10, smoke.stage2.lora.rank
 
     def scored(h):
@@ -144,8 +164,8 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
         return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
 
-    kept = SMALL.activation_bytes(4, rank, dropout=False)
-    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)
+    kept = small.activation_bytes(4, rank, dropout=False)
+    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * small.kv_bytes(4, repeated=True)
     assert saving(torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
 
 
@@ -194,12 +214,9 @@ def rows(monkeypatch) -> dict[str, int]:
 
 def lengths(monkeypatch, tiny, picture):
     """The plan takes the true length of these prompts instead of its estimate."""
-    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in _requests(tiny.settings)}
+    requests = tiny.settings.eol_request, tiny.settings.summary_request
+    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in requests}
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
-
-
-def _requests(prompts) -> tuple[str, str]:
-    return prompts.eol_request, prompts.summary_request
 
 
 @pytest.mark.parametrize(("ret_share", "cache", "negatives"), [(0.0, False, 0), (0.0, True, 0), (1.0, False, 0), (1.0, True, 1)])
@@ -312,22 +329,31 @@ def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_proces
     assert eight[sampling].hours < one[sampling].hours < 8 * eight[sampling].hours
 
 
+def advised(profile, gpu: str, devices: int = 1) -> list[str]:
+    load = estimate.make(profile, gpu=gpu, devices=devices)
+    return plan.advice(load, plan.stages(load), gpu)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("gpu", ["H100", "H20", "A100"])
 @pytest.mark.parametrize("profile", ["qwen2vl-2b", "qwen2vl-7b"])
 def test_the_papers_profiles_fit(profile, gpu, devices):
-    load = estimate.make(config.load(profile), gpu=gpu, devices=devices)
-    assert not [line for line in plan.advice(load, plan.stages(load), gpu) if line.startswith(("does not fit", "cannot run"))]
+    assert not [line for line in advised(config.load(profile), gpu, devices) if line.startswith(("does not fit", "cannot run"))]
 
 
 def test_what_does_not_fit_is_named_with_the_key_to_lower():
     profile = config.load("qwen2vl-7b")
-    load = estimate.make(profile, gpu="L40S")
-    said = plan.advice(load, plan.stages(load), "L40S")
-    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in said)
-    small = profile.changed({"stage2": {"chunk": 20}})
-    load = estimate.make(small, gpu="L40S")
-    assert not any("stage 2 needs" in line for line in plan.advice(load, plan.stages(load), "L40S"))
+    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in advised(profile, "L40S"))
+    assert not any("stage 2 needs" in line for line in advised(profile.changed({"stage2": {"chunk": 20}}), "L40S"))
+
+
+def test_without_a_gradient_cache_one_device_holds_the_graphs_of_a_whole_batch(smoke):
+    cost = {}
+    for cached, devices in ((True, 1), (False, 1), (False, 2)):
+        s = smoke.changed({"stage2": {"gradient_cache": cached, "batch": 8, "chunk": 4}})
+        cost[cached, devices] = next(x.cost for x in plan.stages(estimate.make(s, devices=devices)) if x.name == "stage 2")
+    for part in ("activations", "logits"):
+        assert cost[False, 1].memory[part] == 2 * 8 / 4 * cost[True, 1].memory[part] == 4 * cost[False, 2].memory[part]
 
 
 def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
@@ -338,14 +364,13 @@ def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
         if stage.cost.memory:
             more = 0.2 * 80 if name.startswith("stage 3") else 0
             assert stage.cost.peak - plain[name].cost.peak == pytest.approx(more)
-    load = estimate.make(with_vllm)
-    said = "\n".join(plan.advice(load, plan.stages(load), "H100"))
+    said = "\n".join(advised(with_vllm, "H100"))
     assert "cannot run: vLLM has 16 GB for 17 GB of weights" in said and "lower stage3.chunk" in said
 
 
 def test_a_step_needs_a_query_for_every_device():
-    load = estimate.make(config.load("qwen2vl-7b"), devices=9)
-    assert "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step" in plan.advice(load, plan.stages(load), "H100")
+    line = "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step"
+    assert line in advised(config.load("qwen2vl-7b"), "H100", devices=9)
 
 
 @pytest.mark.parametrize(("multi_grain", "asked"), [(1.0, 1000), (0.5, 2000), (0.001, 24_809 + 5000 + 2120 + 4170)])
@@ -366,22 +391,16 @@ def test_only_a_model_that_is_loaded_here_is_planned_to_annotate():
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
-def test_plan_prints_every_stage_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
+def test_plan_prints_every_stage_and_the_papers_hours_beside_ours_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", profile, "--devices", "2"]) == 0
     shown = capsys.readouterr().out
     stages = ("stage 1", "stage 2", "mining", "rollout_sides: query", "rollout_sides: all", "control", "evaluation", "global pool")
-    for stage in (*stages, "single pass", "reranker", "zero2.yaml"):
-        assert stage in shown
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_papers_hours_stand_beside_ours():
-    out = io.StringIO()
-    plan.show(config.load("qwen2vl-7b"), gpu="H20", devices=8, console=Console(file=out, width=150))
     reported = yaml.safe_load((config.PARAMS / "reported.yaml").read_text())["training_time"]["runs"]
-    for run in reported:
-        assert f"{run['by']}: {run['stage']}" in out.getvalue() and f"{run['devices']} x {run['gpu']}" in out.getvalue()
+    runs = [text for run in reported for text in (f"{run['by']}: {run['stage']}", f"{run['devices']} x {run['gpu']}")]
+    for text in (*stages, "single pass", "reranker", "zero2.yaml", *(runs if profile.startswith("qwen") else [])):
+        assert text in shown
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_gpu_backbone_and_data_are_named(smoke):
