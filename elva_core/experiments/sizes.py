@@ -225,10 +225,8 @@ def of_config(config) -> Sizes:
         ProfileError: another family; its tower is called, or its layers keep activations, in another way.
     """
     if config.model_type not in FAMILIES:
-        known = " and ".join(FAMILIES)
-        raise ProfileError(
-            f"plan counts {known}, not {config.model_type}; plan a profile whose backbone is one of these"
-        )
+        counted = f"plan counts {' and '.join(FAMILIES)}, not {config.model_type}"
+        raise ProfileError(f"{counted}; enter a like configuration for its name in {TABLE}: architectures")
     return _count(config.to_json_string(use_diff=False))
 
 

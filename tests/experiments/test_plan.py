@@ -8,17 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    DynamicCache,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-)
 
 from conftest import mined
 from elva_core import cli, config, distributed
@@ -28,7 +21,7 @@ from elva_core.data import mbeir
 from elva_core.experiments import estimate, plan, sizes
 from elva_core.experiments.estimate import Side, Workload
 from elva_core.models import encoder, generation
-from elva_core.training import contrastive, grpo, reranker
+from elva_core.training import contrastive, grpo, hard_negatives, reranker
 
 # what the classes have at the sizes of the hub's config.json; its pages show 2.21 B and 8.29 B
 PUBLISHED = {
@@ -43,8 +36,9 @@ def test_parameters_are_those_of_the_published_models():
     assert {name: sizes.of_model(name, architectures).parameters for name in architectures} == PUBLISHED
 
 
-def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model(tiny, smoke):
+def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model(tiny, model_folder, smoke):
     planned = sizes.of_config(tiny.backbone.config)
+    assert estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}})).sizes == planned
     assert sum(p.numel() for p in tiny.backbone.parameters()) == planned.parameters
     bound, rows = sizes.of_tiny(smoke.backbone.tiny, sizes.known().tiny_tokens), tiny.backbone.config.get_text_config().vocab_size
     unused = (bound.vocabulary - rows) * bound.hidden  # of words that the texts do not hold
@@ -77,18 +71,10 @@ def test_flops_are_those_that_torch_counts(tiny, items, smoke):
     assert counted(lambda: tiny.logits(hidden)) == planned.logit * rows * length
 
 
-CONFIG = Qwen2VLConfig(
-    text_config={
-        "vocab_size": 300,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]},
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
+WIDTHS = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+CONFIG = transformers.Qwen2VLConfig(
+    text_config=WIDTHS | {"num_key_value_heads": 2, "rope_parameters": ROPE, "bos_token_id": None, "eos_token_id": None},
     vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 4, "num_heads": 2},
     tie_word_embeddings=True,
 )
@@ -97,7 +83,7 @@ CONFIG = Qwen2VLConfig(
 def test_flops_of_a_tower_with_windows_are_those_that_torch_counts():
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 128, "num_heads": 2, "fullatt_block_indexes": [1]}
     text = CONFIG.get_text_config().to_dict() | {"model_type": "qwen2_5_vl_text"}
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     pixels, grid = torch.zeros(24 * 40, 3 * 2 * 14 * 14), torch.tensor([[1, 24, 40]])
     flops = counted(lambda: model.model.get_image_features(pixels, grid))
     assert flops == sizes.of_config(model.config).vision(1, 24 * 40 / 4)
@@ -113,7 +99,7 @@ def saving(smoke):
     """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
 
     def run(dtype, dropout, work):
-        backbone = Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
+        backbone = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
         holder = object.__new__(encoder.Encoder)
         holder.model, holder.ret_id = backbone, 3
         holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
@@ -157,7 +143,7 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
     rollouts, ending, rank = 5, 10, smoke.stage2.lora.rank
 
     def scored(h):
-        cache = DynamicCache(config=h.backbone.config.get_text_config())
+        cache = transformers.DynamicCache(config=h.backbone.config.get_text_config())
         mask = torch.cat([MASK.repeat_interleave(rollouts, 0), torch.ones(2 * rollouts, ending, dtype=torch.long)], dim=1)
         first = h.states(prompt(h), cache)
         cache.batch_repeat_interleave(rollouts)
@@ -169,8 +155,13 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
     assert saving(torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
 
 
-def test_the_literal_reading_is_nine_million_summaries():
-    load = estimate.make(config.load("qwen2vl-7b"))
+@pytest.fixture(scope="module")
+def paper() -> config.Settings:
+    return config.load("qwen2vl-7b")
+
+
+def test_the_literal_reading_is_nine_million_summaries(paper):
+    load = estimate.make(paper)
     assert load.rlvr("all").rollouts == 11_000 * 8 * 102 == 8_976_000
     assert load.rlvr("query").rollouts == 11_000 * 8 + 11_000 * 101  # of the query; one of each candidate
 
@@ -179,6 +170,14 @@ def test_the_literal_reading_is_nine_million_summaries():
 def pictures(root):
     """Distinct inputs of equal length: drawings alone."""
     return [data_items.candidate_item(root, c) for c in root.pool("emoji_task0", "test")]
+
+
+@pytest.fixture
+def ranked(tiny, root, smoke, pictures) -> list[hard_negatives.Ranked]:
+    """Two queries for stage 3 with their positives and negatives, all of them distinct drawings."""
+    items = iter(pictures)
+    drawn = ((r, next(items), next(items), tuple(islice(items, len(r.negatives)))) for r in mined(tiny, root, smoke, 8)[:2])
+    return [dataclasses.replace(r, item=query, positive=positive, negatives=others) for r, query, positive, others in drawn]
 
 
 @pytest.fixture
@@ -235,36 +234,27 @@ def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, 
 
 @pytest.mark.parametrize("sides", ["query", "all"])
 @pytest.mark.parametrize("candidates", ["step", "mined"])
-def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, sides, candidates):
+def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked, rows, monkeypatch, sides, candidates):
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
-    per_query = 2 + s.negatives.hard + s.negatives.random
-    ranked = mined(tiny, root, smoke, 8)[:2]
-    asked = [
-        dataclasses.replace(r, item=own[0], positive=own[1], negatives=tuple(own[2:]))
-        for r, own in zip(ranked, (pictures[:per_query], pictures[per_query : 2 * per_query]), strict=True)
-    ]
     tiny.add_lora(s.lora, seed=0)
     lengths(monkeypatch, tiny, pictures[0])
     rows.update(prompts=0, rollouts=0)
-    noise = torch.rand(2, len(grpo.sides(asked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
-    flops = counted(lambda: grpo.step(tiny, asked, s, noise))
+    noise = torch.rand(
+        2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0)
+    )
+    flops = counted(lambda: grpo.step(tiny, ranked, s, noise))
     planned = load.rlvr(sides)
     assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
     assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
-def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, tmp_path):
+def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, ranked, rows, monkeypatch, tmp_path):
     """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
     s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})
     one = load.settings.mrbench.model_copy(update={"queries": 1, "tasks": (), "units": tuple(load.data.units)[:1]})
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"rerank": s, "mrbench": one}))
-    items = iter(pictures)
-    ranked = [
-        dataclasses.replace(r, item=next(items), positive=next(items), negatives=tuple(islice(items, len(r.negatives))))
-        for r in mined(tiny, root, smoke, 8)[:2]
-    ]
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
     shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
     requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
@@ -279,8 +269,8 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, p
     assert rows["prompts"] == looks.prompts == 2 * (3 + 2) and flops == pytest.approx(looks.flops, rel=0.02)
 
 
-def test_recomputed_layers_cost_a_forward_and_save_memory():
-    load = estimate.make(config.load("qwen2vl-7b"))
+def test_recomputed_layers_cost_a_forward_and_save_memory(paper):
+    load = estimate.make(paper)
     query, candidate, again = load.side("query"), load.side("candidate"), load.settings.stage1
     plain = again.model_copy(update={"gradient_checkpointing": False})
     (once, _), (twice, _) = (load.contrastive(s, query, candidate) for s in (plain, again))
@@ -318,8 +308,8 @@ def test_devices_that_are_kept_busy_are_those_of_the_share_of_each_process(monke
     assert dataclasses.replace(load, devices=devices).dealt(parts) == parts / max(shares)
 
 
-def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process():
-    one, eight = ({s.name: s for s in plan.stages(estimate.make(config.load("qwen2vl-7b"), gpu="H20", devices=n))} for n in (1, 8))
+def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process(paper):
+    one, eight = ({s.name: s for s in plan.stages(estimate.make(paper, gpu="H20", devices=n))} for n in (1, 8))
     for name in ("stage 1", "stage 2", "stage 2, its summaries", "stage 3, rollout_sides: all", "control"):
         assert one[name].hours == pytest.approx(8 * eight[name].hours)
     assert one["mining"].hours == pytest.approx(eight["mining"].devices * eight["mining"].hours)
@@ -341,10 +331,10 @@ def test_the_papers_profiles_fit(profile, gpu, devices):
     assert not [line for line in advised(config.load(profile), gpu, devices) if line.startswith(("does not fit", "cannot run"))]
 
 
-def test_what_does_not_fit_is_named_with_the_key_to_lower():
-    profile = config.load("qwen2vl-7b")
-    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in advised(profile, "L40S"))
-    assert not any("stage 2 needs" in line for line in advised(profile.changed({"stage2": {"chunk": 20}}), "L40S"))
+def test_what_does_not_fit_or_cannot_run_is_named_with_the_key_to_change(paper):
+    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in advised(paper, "L40S"))
+    assert not any("stage 2 needs" in line for line in advised(paper.changed({"stage2": {"chunk": 20}}), "L40S"))
+    assert "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step" in advised(paper, "H100", devices=9)
 
 
 def test_without_a_gradient_cache_one_device_holds_the_graphs_of_a_whole_batch(smoke):
@@ -356,10 +346,9 @@ def test_without_a_gradient_cache_one_device_holds_the_graphs_of_a_whole_batch(s
         assert cost[False, 1].memory[part] == 2 * 8 / 4 * cost[True, 1].memory[part] == 4 * cost[False, 2].memory[part]
 
 
-def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
-    profile = config.load("qwen2vl-7b")
-    with_vllm = profile.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
-    plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (profile, with_vllm))
+def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights(paper):
+    with_vllm = paper.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
+    plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (paper, with_vllm))
     for name, stage in beside.items():
         if stage.cost.memory:
             more = 0.2 * 80 if name.startswith("stage 3") else 0
@@ -368,26 +357,20 @@ def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
     assert "cannot run: vLLM has 16 GB for 17 GB of weights" in said and "lower stage3.chunk" in said
 
 
-def test_a_step_needs_a_query_for_every_device():
-    line = "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step"
-    assert line in advised(config.load("qwen2vl-7b"), "H100", devices=9)
-
-
 @pytest.mark.parametrize(("multi_grain", "asked"), [(1.0, 1000), (0.5, 2000), (0.001, 24_809 + 5000 + 2120 + 4170)])
-def test_annotation_stops_at_the_share_of_a_unit_or_at_its_end(multi_grain, asked):
-    load = estimate.make(config.load("qwen2vl-7b"))
+def test_annotation_stops_at_the_share_of_a_unit_or_at_its_end(paper, multi_grain, asked):
+    load = estimate.make(paper)
     load = dataclasses.replace(load, data=load.data.model_copy(update={"multi_grain": multi_grain}))
     assert load.annotation().prompts == load.annotation().rollouts == asked
 
 
-def test_only_a_model_that_is_loaded_here_is_planned_to_annotate():
-    profile = config.load("qwen2vl-7b")
+def test_only_a_model_that_is_loaded_here_is_planned_to_annotate(paper):
     served = {"kind": "openai", "base_url": "http://localhost:8000/v1"}
     for annotator, rows in (({}, 1), (served, 0), ({"kind": "exact", "model": None}, 0)):
-        load = estimate.make(profile.changed({"mrbench": {"annotator": annotator}}))
+        load = estimate.make(paper.changed({"mrbench": {"annotator": annotator}}))
         assert len([s for s in plan.stages(load) if "annotation" in s.name]) == rows
     with pytest.raises(ProfileError, match=r"M-BEIR has no unit of mrbench\.units"):
-        estimate.make(profile.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
+        estimate.make(paper.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
@@ -411,9 +394,4 @@ def test_unknown_gpu_backbone_and_data_are_named(smoke):
     with pytest.raises(ProfileError, match=r"no data set 'x' .*it has M-BEIR, emoji"):
         estimate.make(smoke.changed({"data": {"name": "x"}}))
     with pytest.raises(ProfileError, match="counts qwen2_vl and qwen2_5_vl, not qwen3_vl"):
-        sizes.of_config(Qwen3VLConfig())
-
-
-def test_sizes_of_a_folder_come_from_its_config(model_folder, smoke, tiny):
-    load = estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}}))
-    assert load.sizes == sizes.of_config(tiny.backbone.config)
+        sizes.of_config(transformers.Qwen3VLConfig())
