@@ -246,9 +246,8 @@ def _count(values: str) -> Sizes:
         decoder(inputs_embeds=embedded, past_key_values=cache, use_cache=cache is not None)
 
     def look(patches: int) -> None:
-        grid = torch.tensor(
-            [[1, COUNTED_SIDE, patches // COUNTED_SIDE]]
-        )  # (frames, height, width), read on the host
+        # frames, height and width are read on the host, so this is no meta tensor
+        grid = torch.tensor([[1, COUNTED_SIDE, patches // COUNTED_SIDE]])
         places = torch.empty(patches, 2, device="meta")
         tower(torch.empty(patches, patch_values, device="meta"), grid_thw=grid, position_ids=places)
 
