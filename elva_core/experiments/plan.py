@@ -1,49 +1,37 @@
-"""What a profile costs before anything starts: hours, memory per device and disk, printed; writes nothing.
+"""The compute and memory estimate of a profile, printed before anything starts: hours, memory, disk.
 
-`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3 both with
-rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same arithmetic.
+`python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3
+both with rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same
+arithmetic. Writes nothing.
 
-    show(settings.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
+    show(config.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from elva_core.config import PARAMS, SUMMARIES_AT_ONCE, ContrastiveSettings, Settings
-from elva_core.experiments import workload
-from elva_core.experiments.workload import Cost, Side, Workload
+from elva_core.config import PARAMS, ContrastiveSettings, Settings
+from elva_core.experiments import estimate
+from elva_core.experiments.estimate import Cost, Side, Workload
 
 SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32
 
 
 @dataclass(frozen=True, slots=True)
-class Peak:
-    """GB of one device at its fullest, by part; `lower` is the key of the rows per call."""
-
-    parts: Mapping[str, float]
-    lower: str
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
-    """One row: what is computed in all, the devices that it keeps busy on average, the fullest of them (none: the host)."""
+    """One row: what is computed in all, the devices kept busy on average, the key of its rows per call."""
 
     name: str
     cost: Cost
     devices: float
-    peak: Peak | None = None
+    lower: str = ""
 
     @property
     def hours(self) -> float:
@@ -58,235 +46,93 @@ class Stage:
 def stages(load: Workload) -> list[Stage]:
     """The rows of the plan, in the order of the chain."""
     s, data, rows = load.settings, load.data, []
+
+    def embedding(name: str, cost: Cost, devices: float | None = None) -> Stage:
+        calls = cost.prompts / s.evaluation.batch
+        return Stage(name, cost, devices or load.dealt(calls), "evaluation.batch")
+
     if s.mrbench.annotator.kind == "transformers":
-        peak = _writing(load.annotator(), s.mrbench.annotator.batch, "mrbench.annotator.batch")
-        rows.append(Stage("MRBench, annotation", load.annotation(), 1, peak))
+        rows.append(Stage("MRBench, annotation", load.annotation(), 1, "mrbench.annotator.batch"))
+    # stages 1 to 3 and the control of stage 3
     sentence = Side(data.nli_tokens, 0.0)
     rows += _contrastive(load, "stage 1", s.stage1, sentence, sentence)
-    rows += _contrastive(
-        load,
-        "stage 2",
-        s.stage2,
-        load.side("query", "train"),
-        load.side("candidate", "train"),
-        distinct=data.train_pool,
-    )
-    batch, mining = _writing(load, s.evaluation.batch, "evaluation.batch"), load.mining()
-    rows.append(Stage("mining", mining, load.dealt(math.ceil(mining.prompts / s.evaluation.batch)), batch))
+    query, candidate = load.side("query", "train"), load.side("candidate", "train")
+    rows += _contrastive(load, "stage 2", s.stage2, query, candidate, distinct=data.train_pool)
+    rows.append(embedding("mining", load.mining()))
+    dealt, negatives = load.dealt(s.stage3.queries_per_step), s.stage3.negatives
     for sides in ("query", "all"):
-        dealt = load.dealt(s.stage3.queries_per_step)
-        rows.append(
-            Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, _rlvr_peak(load, sides))
-        )
-    negatives = s.stage3.negatives
-    rows += _contrastive(
-        load,
-        "control",
-        s.control,
-        load.side("query"),
-        load.side("candidate"),
-        negatives=negatives.hard + negatives.random,
-        distinct=s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool)),
-    )
+        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk"))
+    distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
+    each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
+    rows += _contrastive(load, "control", s.control, load.side("query"), load.side("candidate"), **each)
+    # what follows the stages, and the evaluation
     if s.distil:
-        train, made = load.distillation()
-        rows.append(
-            Stage(
-                "single pass",
-                train,
-                load.dealt(math.ceil(s.distil.batch / s.distil.chunk)),
-                _distillation_peak(load),
-            )
-        )
-        rows.append(
-            Stage(
-                "single pass, its summaries",
-                made,
-                load.dealt(math.ceil(2 * s.distil.pairs / s.evaluation.batch)),
-                batch,
-            )
-        )
+        train, written = load.distillation()
+        rows.append(Stage("single pass", train, load.dealt(s.distil.batch / s.distil.chunk), "distil.chunk"))
+        rows.append(embedding("single pass, its summaries", written))
     if s.rerank:
         train, mining, val, looks = load.reranking()
         prompts = s.rerank.batch * (2 + s.rerank.negatives) / 2  # the mean of the two kinds of step
-        rows.append(
-            Stage("reranker", train, load.dealt(math.ceil(prompts / s.rerank.chunk)), _reranking_peak(load))
-        )
-        rows.append(
-            Stage(
-                "reranker, its negatives",
-                mining,
-                load.dealt(math.ceil(mining.prompts / s.evaluation.batch)),
-                batch,
-            )
-        )
-        rows.append(Stage("reranker, val embedded", val, 1, batch))
-        rows.append(Stage("reranker, second looks", looks, 1, _looking_peak(load)))
+        rows.append(Stage("reranker", train, load.dealt(prompts / s.rerank.chunk), "rerank.chunk"))
+        rows.append(embedding("reranker, its negatives", mining))
+        rows.append(embedding("reranker, val embedded", val, devices=1))
+        rows.append(Stage("reranker, second looks", looks, 1, "rerank.prompts"))
     models = load.known.evaluated_models
-    rows.append(Stage(f"evaluation of {models} models", load.evaluation() * models, 1, batch))
-    return rows + [
-        Stage(f"their search, {pool} pool", load.search(pool) * models, 1) for pool in ("local", "global")
-    ]
+    rows.append(embedding(f"evaluation of {models} models", load.evaluation() * models, devices=1))
+    searches = {pool: load.search(pool) * models for pool in ("local", "global")}
+    return rows + [Stage(f"their search, {pool} pool", cost, 1) for pool, cost in searches.items()]
 
 
 def _contrastive(
-    load: Workload,
-    name: str,
-    s: ContrastiveSettings,
-    query: Side,
-    candidate: Side,
-    *,
-    negatives: int = 0,
-    distinct: float = math.inf,
+    load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, **each
 ) -> list[Stage]:
-    """Training, and the summaries that it trains on; both are divided by chunks, which never mix queries and candidates."""
-    train, made = load.contrastive(s, query, candidate, negatives=negatives, distinct=distinct)
-    dealt = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(s.batch * (1 + negatives) / s.chunk))
-    key = name.replace(" ", "")
-    rows = [Stage(name, train, dealt, _training_peak(load, key, s, s.batch * (2 + negatives), candidate))]
-    together = min(SUMMARIES_AT_ONCE, s.batch * (2 + negatives) / load.devices)
-    peak = _writing(load, together, f"{key}.batch", s.lora.rank)
-    return rows + ([Stage(f"{name}, its summaries", made, dealt, peak)] if made.rollouts else [])
-
-
-def _weights(load: Workload, rank: int = 0) -> dict[str, float]:
-    trained = load.sizes.training_bytes(rank) / 1e9 if rank else 0.0
-    return {"weights": load.sizes.parameters * load.width / 1e9, "adapter and optimiser": trained}
-
-
-def _training_peak(load: Workload, key: str, s: ContrastiveSettings, items: int, candidate: Side) -> Peak:
-    """One chunk with its graph; without gradient_cache all chunks of a batch."""
-    ending = load.cap + 1 if s.ret_share else 0
-    rows = s.chunk if s.gradient_cache or load.devices > 1 else items
-    request = load.settings.encoder.summary_request if ending else load.settings.encoder.eol_request
-    kept = load.sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    parts = _weights(load, s.lora.rank) | {
-        "activations": rows * (load.longest(candidate, request) + ending) * kept / 1e9,
-        "logits": _logits(load, rows * ending),
-    }
-    return Peak(parts, f"{key}.chunk" if rows == s.chunk else f"{key}.chunk with gradient_cache: true")
-
-
-def _distillation_peak(load: Workload) -> Peak:
-    """One chunk with its graph, and the teacher's embeddings that it is compared with."""
-    s, sizes = load.settings.distil, load.sizes
-    kept = sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    length = load.longest(load.side("candidate", "train"), load.settings.encoder.eol_request)
-    parts = _weights(load, s.lora.rank) | {
-        "activations": s.chunk * length * kept / 1e9,
-        "teacher's embeddings": 2 * s.pairs * sizes.hidden * 4 / 1e9,
-    }
-    return Peak(parts, "distil.chunk")
-
-
-def _reranking_peak(load: Workload) -> Peak:
-    """One chunk of the longest prompts, a query with a whole window, with its graph."""
-    s, sizes = load.settings.rerank, load.sizes
-    kept = sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0, checkpointing=s.gradient_checkpointing
-    )
-    length = load.longest(load.together(s.window), s.listwise_request)
-    parts = _weights(load, s.lora.rank) | {
-        "activations": s.chunk * length * kept / 1e9,
-        "logits": _logits(load, s.chunk),
-    }
-    return Peak(parts, "rerank.chunk")
-
-
-def _looking_peak(load: Workload) -> Peak:
-    """One call of the longest prompts without a graph: the inside of one layer, and the logits of one position."""
-    s = load.settings.rerank
-    inside = s.prompts * load.longest(load.together(s.window), s.listwise_request) * _inside(load)
-    return Peak(
-        _weights(load) | {"activations": inside / 1e9, "logits": _logits(load, s.prompts)}, "rerank.prompts"
-    )
-
-
-def _rlvr_peak(load: Workload, sides: str) -> Peak:
-    """Learning from one chunk; writing the candidates, as many at a time and without a graph, takes less."""
-    s, sizes = load.settings.stage3, load.sizes
-    inputs, side = load.inputs(sides), load.side("candidate" if sides == "all" else "query")
-    rollouts, prompt, ending = (
-        inputs * s.num_generations,
-        load.longest(side, load.settings.encoder.summary_request),
-        load.cap + 1,
-    )
-    activations = (inputs * prompt + rollouts * ending) * sizes.activation_bytes(
-        load.width, s.lora.rank, dropout=s.lora.dropout > 0
-    )
-    cache = (prompt + ending) * sizes.kv_bytes(load.width) + prompt * sizes.kv_bytes(
-        load.width, repeated=True
-    )
-    parts = _weights(load, s.lora.rank) | {
-        "activations": activations / 1e9,
-        "key/value cache": rollouts * cache / 1e9,
-        "logits": _logits(load, rollouts * load.cap),
-        "vLLM": load.gpu.memory * s.vllm.gpu_memory_utilization if s.sampler == "vllm" else 0.0,
-    }
-    return Peak(parts, "stage3.chunk")
-
-
-def _writing(load: Workload, rows: float, lower: str, rank: int = 0) -> Peak:
-    """Summaries written in one call: the inside of one layer, the cache of all, and the logits of one position."""
-    length = load.longest(load.side("candidate"), load.settings.encoder.summary_request)
-    parts = _weights(load, rank) | {
-        "activations": rows * length * _inside(load) / 1e9,
-        "key/value cache": rows * (length + load.cap + 1) * load.sizes.kv_bytes(load.width) / 1e9,
-        "logits": _logits(load, rows),
-    }
-    return Peak(parts, lower)
-
-
-def _inside(load: Workload) -> int:
-    """Bytes of a token inside one layer."""
-    return (3 * load.sizes.intermediate + 4 * load.sizes.hidden) * load.width
-
-
-def _logits(load: Workload, positions: float) -> float:
-    return load.known.assumed.logit_copies * 4 * load.sizes.vocabulary * positions / 1e9
+    """Training, and the summaries that it trains on; both are divided by chunks, which have one side each."""
+    train, written = load.contrastive(s, query, candidate, **each)
+    candidates = s.batch * (1 + each.get("negatives", 0))
+    devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(candidates / s.chunk))
+    key, cached = name.replace(" ", ""), s.gradient_cache or load.devices > 1
+    lower = f"{key}.chunk" if cached else f"{key}.chunk with gradient_cache: true"
+    rows = [Stage(name, train, devices, lower)]
+    if written.rollouts:
+        rows.append(Stage(f"{name}, its summaries", written, devices, f"{key}.batch"))
+    return rows
 
 
 def disk(load: Workload) -> dict[str, float]:
     """GB on disk."""
     s, sizes = load.settings, load.sizes
-    rank = max(
-        stage.lora.rank for stage in (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank) if stage
-    )
+    sections = (s.stage1, s.stage2, s.stage3, s.control, s.distil, s.rerank)
+    rank = max(section.lora.rank for section in sections if section)
+    vectors = sum(u.pool for u in load.data.units.values()) * sizes.hidden
     return {
         "images": load.data.images_gb,
         f"{SAVED_MODELS} trained models": SAVED_MODELS * sizes.parameters * load.width / 1e9,
         "largest checkpoint": CHECKPOINT_BYTES * sizes.adapter(rank) / 1e9,
-        "embeddings of all pools in float16, a model": 2
-        * sum(u.pool for u in load.data.units.values())
-        * sizes.hidden
-        / 1e9,
+        "embeddings of all pools in float16, a model": 2 * vectors / 1e9,
     }
 
 
 def show(settings: Settings, *, gpu: str | None, devices: int, console: Console) -> None:
     """Prints the plan and what does not fit."""
-    load = workload.make(settings, gpu=gpu, devices=devices)
+    load = estimate.make(settings, gpu=gpu, devices=devices)
     planned, name = stages(load), gpu or load.known.default_gpu[settings.device.partition(":")[0]]
     work = _table(
         f"{settings.profile} on {devices} x {name}, every summary {load.cap} tokens long",
         ("stage", "prompts", "summaries", "tokens", "FLOP", "devices", "time", "waiting", "GB a device"),
     )
     for s in planned:
-        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)] + [
-            _scaled(s.cost.tokens),
-            _scaled(s.cost.flops),
-        ]
-        where, full = (f"{s.devices:.3g}", f"{s.peak.total:,.3g}") if s.peak else ("host", "")
-        work.add_row(s.name, *counts, where, _time(s.hours), f"{s.waiting:.0%}" if s.peak else "", full)
-    parts = list(dict.fromkeys(part for s in planned if s.peak for part in s.peak.parts))
+        counts = [f"{n:,.0f}" if n else "" for n in (s.cost.prompts, s.cost.rollouts)]
+        counts += [_scaled(s.cost.tokens), _scaled(s.cost.flops)]
+        where, waiting, full = "host", "", ""
+        if s.cost.memory:
+            where, waiting, full = f"{s.devices:.3g}", f"{s.waiting:.0%}", f"{s.cost.peak:,.3g}"
+        work.add_row(s.name, *counts, where, _time(s.hours), waiting, full)
+    parts = list(dict.fromkeys(part for s in planned for part in s.cost.memory))
     memory = _table("Memory of the fullest device, GB", ("stage", *parts))
     for s in planned:
-        if s.peak:
-            memory.add_row(s.name, *(f"{s.peak.parts[p]:,.3g}" if s.peak.parts.get(p) else "" for p in parts))
+        sizes = [s.cost.memory.get(part, 0) for part in parts]
+        if any(sizes):
+            memory.add_row(s.name, *(f"{size:,.3g}" if size else "" for size in sizes))
     wide = Console(file=console.file, width=max(console.width, 150))
     for shown in (work, memory, *([] if settings.data.emoji else [_reported(settings)])):
         wide.print(shown)
@@ -316,17 +162,18 @@ def _time(hours: float) -> str:
     >>> _time(0.5), _time(12.34), _time(0.001)
     ('30 min', '12.3 h', '3.6 s')
     """
-    amount, unit = (
-        (hours, "h") if hours >= 1 else (60 * hours, "min") if hours >= 1 / 60 else (3600 * hours, "s")
-    )
+    seconds = 3600 * hours
+    size, unit = next(x for x in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= x[0])
+    amount = seconds / (size or 1)
     return f"{amount:,.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
 
 
 def _reported(settings: Settings) -> Table:
     """The reported hours of the same stages, and ours on the same devices.
 
-    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at [RET]. Their layers
-    are computed again, one forward more, and ours are in the gradient cache as well, two: here it is one.
+    Stage 2 of the paper and of LamRA is read at the EOL state alone, so it is planned without the steps at
+    [RET]. Their layers are computed again, one forward more, and ours are in the gradient cache as well, two:
+    here it is one.
     """
     runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
     once = {"gradient_checkpointing": False}
@@ -334,7 +181,7 @@ def _reported(settings: Settings) -> Table:
     title = "Beside reported times, with one forward more as theirs, stage 2 without the steps at [RET]"
     table = _table(title, ("stage", "devices", "reported, h", "ours, h", "ours over reported"))
     for run in runs:
-        for s in stages(workload.make(theirs, gpu=run["gpu"], devices=run["devices"])):
+        for s in stages(estimate.make(theirs, gpu=run["gpu"], devices=run["devices"])):
             if s.name.startswith(run["stage"]):
                 numbers = (f"{run['hours']}", f"{s.hours:.3g}", f"{s.hours / run['hours']:.2f}")
                 table.add_row(f"{run['by']}: {s.name}", f"{run['devices']} x {run['gpu']}", *numbers)
@@ -342,28 +189,25 @@ def _reported(settings: Settings) -> Table:
 
 
 def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
-    """What cannot run and which key to change; what leaves the device idle although there is room, and which key to raise."""
+    """What cannot run, does not fit, or leaves a device idle that has room, with the key to change."""
     room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
     if s3.queries_per_step < load.devices:
-        out.append(
-            f"cannot run: {s3.queries_per_step} queries a step for {load.devices} devices; raise stage3.queries_per_step"
-        )
-    vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, _weights(load)["weights"]
+        queries = f"{s3.queries_per_step} queries a step for {load.devices} devices"
+        out.append(f"cannot run: {queries}; raise stage3.queries_per_step")
+    vllm, weights = load.gpu.memory * s3.vllm.gpu_memory_utilization, load.sizes.parameters * load.width / 1e9
     if s3.sampler == "vllm" and vllm < weights:
-        out.append(
-            f"cannot run: vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights; raise stage3.vllm.gpu_memory_utilization"
-        )
+        has = f"vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights"
+        out.append(f"cannot run: {has}; raise stage3.vllm.gpu_memory_utilization")
     other = f"stage 3, rollout_sides: {'query' if s3.rollout_sides == 'all' else 'all'}"
-    asked = [s for s in planned if s.peak and s.name != other]
-    for s in asked:
-        fullest = max(x.peak.total for x in asked if x.peak.lower == s.peak.lower)
-        if s.peak.total > room:
-            out.append(
-                f"does not fit: {s.name} needs {s.peak.total:.0f} GB, {name} has {room:.0f} GB free; lower {s.peak.lower}"
-            )
+    rows = [s for s in planned if s.cost.memory and s.name != other]
+    for s in rows:
+        peak, fullest = s.cost.peak, max(x.cost.peak for x in rows if x.lower == s.lower)
+        if peak > room:
+            needs = f"{s.name} needs {peak:.0f} GB, {name} has {room:.0f} GB free"
+            out.append(f"does not fit: {needs}; lower {s.lower}")
         elif s.waiting > 1 / 2 and fullest < room / 2 and load.kind != "cpu":
-            used = f"waits {s.waiting:.0%} of its time and uses {s.peak.total:.0f} GB"
-            out.append(f"mostly idle: {s.name} {used}; raise {s.peak.lower}")
+            used = f"waits {s.waiting:.0%} of its time and uses {peak:.0f} GB"
+            out.append(f"mostly idle: {s.name} {used}; raise {s.lower}")
     return out
 
 
@@ -375,22 +219,27 @@ def _shared(load: Workload) -> list[str]:
     whole, shared = sizes.training_bytes(rank) / 1e9, sizes.shared_bytes(rank, load.devices) / 1e9
     layers = sizes.linear * load.width / 1e9
     return [
-        f"by ddp.yaml; zero2.yaml: adapter and optimiser of stage 2 take {shared:.3g} GB of each device instead of {whole:.3g}; "
-        f"fsdp2.yaml: {layers / load.devices:.3g} GB of frozen layers instead of {layers:.3g}, and one layer at a time whole"
+        "by ddp.yaml; zero2.yaml: adapter and optimiser of stage 2 take "
+        f"{shared:.3g} GB of each device instead of {whole:.3g}; "
+        f"fsdp2.yaml: {layers / load.devices:.3g} GB of frozen layers instead of {layers:.3g}, "
+        "and one layer at a time whole"
     ]
 
 
 def _assumptions(load: Workload) -> list[str]:
-    a, data = load.known.assumed, load.data
+    a, data, gpu = load.known.assumed, load.data, load.gpu
     query, candidate = (load.side(which, "train") for which in ("query", "candidate"))
     epochs = load.settings.stage2.steps * load.settings.stage2.batch / data.union_rows
     return [
-        f"assumed: {a.utilisation:.0%} of {load.gpu.tflops:g} TFLOP/s, {a.bandwidth_share:.0%} of {load.gpu.bandwidth:g} GB/s, "
-        f"{1000 * a.seconds_per_layer[load.kind]:g} ms a layer from Python; {load.image_tokens:.0f} tokens an image, "
-        f"{query.text:.0f} text tokens a query and {candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
-        f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of {data.union_rows:,} rows; "
-        "every value and its source: params/plan.yaml",
-        "memory: with the longest prompt that the encoder's limits allow; waiting: for images from the host, or for Python",
+        f"assumed: {a.utilisation:.0%} of {gpu.tflops:g} TFLOP/s, "
+        f"{a.bandwidth_share:.0%} of {gpu.bandwidth:g} GB/s, "
+        f"{1000 * a.seconds_per_layer[load.kind]:g} ms a layer from Python; "
+        f"{load.image_tokens:.0f} tokens an image, {query.text:.0f} text tokens a query and "
+        f"{candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
+        f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of "
+        f"{data.union_rows:,} rows; every value and its source: params/plan.yaml",
+        "memory: with the longest prompt that the encoder's limits allow; "
+        "waiting: for images from the host, or for Python",
         *_shared(load),
         "of one device, whatever their number: annotation, val, second looks and evaluation",
         "not planned: a server that annotates, and what vLLM saves",

@@ -3,70 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import yaml
-from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from conftest import mined
 from elva_core import cli, config, distributed
 from elva_core.config import ProfileError
 from elva_core.data import items as data_items
 from elva_core.data import mbeir
-from elva_core.experiments import catalogue, plan, sizes, workload
-from elva_core.experiments.workload import Side, Workload
+from elva_core.experiments import estimate, plan, sizes
+from elva_core.experiments.estimate import Side, Workload
 from elva_core.models import encoder, generation
-from elva_core.training import contrastive, grpo, reranker
+from elva_core.training import contrastive, grpo, hard_negatives, reranker
 
-ARCHITECTURES = catalogue.known().architectures
-
-
-def config_of(s: sizes.Sizes, **language) -> Qwen2VLConfig:
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": s.vocabulary,
-            "hidden_size": s.hidden,
-            "intermediate_size": s.intermediate,
-            "num_hidden_layers": s.layers,
-            "num_attention_heads": s.heads,
-            "num_key_value_heads": s.kv_heads,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        | language,
-        vision_config={
-            "depth": s.vision_layers,
-            "embed_dim": s.vision_hidden,
-            "hidden_size": s.hidden,
-            "mlp_ratio": s.vision_intermediate // s.vision_hidden,
-            "patch_size": s.patch,
-        },
-        tie_word_embeddings=s.tied,
-    )
+# what the classes have at the sizes of the hub's config.json; its pages show 2.21 B and 8.29 B
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+}
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_parameters_are_those_of_the_class_built_on_the_meta_device(name):
-    planned = sizes.Sizes(**ARCHITECTURES[name])
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config_of(planned))
-    assert sum(p.numel() for p in model.parameters()) == planned.parameters
-    assert sum(p.numel() for p in model.model.visual.parameters()) == planned.vision_parameters
-    assert sizes.of_config(model.config) == planned
+def test_parameters_are_those_of_the_published_models():
+    architectures = sizes.known().architectures
+    assert {name: sizes.of_model(name, architectures).parameters for name in architectures} == PUBLISHED
 
 
-def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model(tiny, smoke):
+def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model(tiny, model_folder, smoke):
     planned = sizes.of_config(tiny.backbone.config)
+    assert estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}})).sizes == planned
     assert sum(p.numel() for p in tiny.backbone.parameters()) == planned.parameters
-    bound = sizes.of_tiny(smoke.backbone.tiny, catalogue.known().tiny_tokens)
-    assert bound.vocabulary >= planned.vocabulary and dataclasses.replace(bound, vocabulary=planned.vocabulary) == planned
+    bound, rows = sizes.of_tiny(smoke.backbone.tiny, sizes.known().tiny_tokens), tiny.backbone.config.get_text_config().vocab_size
+    unused = (bound.vocabulary - rows) * bound.hidden  # of words that the texts do not hold
+    assert unused >= 0
+    differing = {"vocabulary": rows, "parameters": bound.parameters - unused, "logit": bound.logit - 2 * unused}
+    assert dataclasses.replace(bound, **differing) == planned
     tiny.add_lora(smoke.stage2.lora, seed=0)
     assert sum(p.numel() for p in tiny.trainable().values()) == planned.adapter(smoke.stage2.lora.rank) + planned.hidden
 
@@ -90,7 +68,30 @@ def test_flops_are_those_that_torch_counts(tiny, items, smoke):
     assert counted(lambda: states.append(tiny.states(batch))) == planned.forward(rows * length, length, rank)
     assert counted(lambda: states[0][:, -1].sum().backward()) == planned.backward(rows * length, length, rank)
     hidden = states[0].detach()
-    assert counted(lambda: tiny.logits(hidden)) == planned.logits(rows * length)
+    assert counted(lambda: tiny.logits(hidden)) == planned.logit * rows * length
+
+
+WIDTHS = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
+CONFIG = transformers.Qwen2VLConfig(
+    text_config=WIDTHS | {"num_key_value_heads": 2, "rope_parameters": ROPE, "bos_token_id": None, "eos_token_id": None},
+    vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "mlp_ratio": 4, "num_heads": 2},
+    tie_word_embeddings=True,
+)
+
+
+def test_flops_of_a_tower_with_windows_are_those_that_torch_counts():
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 128, "num_heads": 2, "fullatt_block_indexes": [1]}
+    text = CONFIG.get_text_config().to_dict() | {"model_type": "qwen2_5_vl_text"}
+    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    pixels, grid = torch.zeros(24 * 40, 3 * 2 * 14 * 14), torch.tensor([[1, 24, 40]])
+    flops = counted(lambda: model.model.get_image_features(pixels, grid))
+    assert flops == sizes.of_config(model.config).vision(1, 24 * 40 / 4)
+
+
+@pytest.fixture
+def small() -> sizes.Sizes:
+    return sizes.of_config(CONFIG)
 
 
 @pytest.fixture
@@ -98,8 +99,7 @@ def saving(smoke):
     """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
 
     def run(dtype, dropout, work):
-        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}
-        backbone = Qwen2VLForConditionalGeneration(config_of(SMALL, rope_parameters=rope)).to(dtype)
+        backbone = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
         holder = object.__new__(encoder.Encoder)
         holder.model, holder.ret_id = backbone, 3
         holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
@@ -118,13 +118,12 @@ def saving(smoke):
     return run
 
 
-SMALL = sizes.Sizes(128, 3, 4, 2, 512, 300, True, 32, 1, 128, 14)
 MASK = torch.ones(2, 40, dtype=torch.long)
 MASK[0, :5] = 0  # padding, as almost every batch has it: attention then wants keys and values for every head
 
 
 def words(holder, rows, length) -> torch.Tensor:
-    return holder.backbone.get_input_embeddings()(torch.randint(0, SMALL.vocabulary, (rows, length)))
+    return holder.backbone.get_input_embeddings()(torch.randint(0, CONFIG.text_config.vocab_size, (rows, length)))
 
 
 def prompt(holder) -> encoder.Batch:
@@ -133,31 +132,36 @@ def prompt(holder) -> encoder.Batch:
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_saves(smoke, saving, dtype, width, dropout):
+def test_activations_are_what_autograd_saves(smoke, small, saving, dtype, width, dropout):
     measured = saving(dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
-    planned = SMALL.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
-    planned += 3 * SMALL.layers * (6 * SMALL.hidden + SMALL.intermediate) if dropout else 0  # on a CPU the mask is float32, on a GPU a byte
+    planned = small.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
+    planned += 3 * small.layers * (6 * small.hidden + small.intermediate) if dropout else 0  # on a CPU the mask is float32, on a GPU a byte
     assert measured == pytest.approx(planned, rel=0.04)  # the last norm and a layer's mask are not planned
 
 
-def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, saving):
+def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, small, saving):
     rollouts, ending, rank = 5, 10, smoke.stage2.lora.rank
 
     def scored(h):
-        cache = DynamicCache(config=h.backbone.config.get_text_config())
+        cache = transformers.DynamicCache(config=h.backbone.config.get_text_config())
         mask = torch.cat([MASK.repeat_interleave(rollouts, 0), torch.ones(2 * rollouts, ending, dtype=torch.long)], dim=1)
         first = h.states(prompt(h), cache)
         cache.batch_repeat_interleave(rollouts)
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
         return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
 
-    kept = SMALL.activation_bytes(4, rank, dropout=False)
-    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)
+    kept = small.activation_bytes(4, rank, dropout=False)
+    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * small.kv_bytes(4, repeated=True)
     assert saving(torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
 
 
-def test_the_literal_reading_is_nine_million_summaries():
-    load = workload.make(config.load("qwen2vl-7b"))
+@pytest.fixture(scope="module")
+def paper() -> config.Settings:
+    return config.load("qwen2vl-7b")
+
+
+def test_the_literal_reading_is_nine_million_summaries(paper):
+    load = estimate.make(paper)
     assert load.rlvr("all").rollouts == 11_000 * 8 * 102 == 8_976_000
     assert load.rlvr("query").rollouts == 11_000 * 8 + 11_000 * 101  # of the query; one of each candidate
 
@@ -169,10 +173,18 @@ def pictures(root):
 
 
 @pytest.fixture
+def ranked(tiny, root, smoke, pictures) -> list[hard_negatives.Ranked]:
+    """Two queries for stage 3 with their positives and negatives, all of them distinct drawings."""
+    items = iter(pictures)
+    drawn = ((r, next(items), next(items), tuple(islice(items, len(r.negatives)))) for r in mined(tiny, root, smoke, 8)[:2])
+    return [dataclasses.replace(r, item=query, positive=positive, negatives=others) for r, query, positive, others in drawn]
+
+
+@pytest.fixture
 def load(tiny, smoke, monkeypatch) -> Workload:
     """The smoke profile on the tiny model, for inputs that are drawings alone, each seen anew."""
     tiny.settings = tiny.settings.model_copy(update={"cache_vision": False})
-    made = workload.make(smoke)
+    made = estimate.make(smoke)
     data = made.data.model_copy(update={"padding": 1.0})
     changed = smoke.model_copy(update={"encoder": tiny.settings})
     monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, 1.0))
@@ -201,12 +213,9 @@ def rows(monkeypatch) -> dict[str, int]:
 
 def lengths(monkeypatch, tiny, picture):
     """The plan takes the true length of these prompts instead of its estimate."""
-    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in _requests(tiny.settings)}
+    requests = tiny.settings.eol_request, tiny.settings.summary_request
+    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in requests}
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
-
-
-def _requests(prompts) -> tuple[str, str]:
-    return prompts.eol_request, prompts.summary_request
 
 
 @pytest.mark.parametrize(("ret_share", "cache", "negatives"), [(0.0, False, 0), (0.0, True, 0), (1.0, False, 0), (1.0, True, 1)])
@@ -225,36 +234,27 @@ def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, 
 
 @pytest.mark.parametrize("sides", ["query", "all"])
 @pytest.mark.parametrize("candidates", ["step", "mined"])
-def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, sides, candidates):
+def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked, rows, monkeypatch, sides, candidates):
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
-    per_query = 2 + s.negatives.hard + s.negatives.random
-    ranked = mined(tiny, root, smoke, 8)[:2]
-    asked = [
-        dataclasses.replace(r, item=own[0], positive=own[1], negatives=tuple(own[2:]))
-        for r, own in zip(ranked, (pictures[:per_query], pictures[per_query : 2 * per_query]), strict=True)
-    ]
     tiny.add_lora(s.lora, seed=0)
     lengths(monkeypatch, tiny, pictures[0])
     rows.update(prompts=0, rollouts=0)
-    noise = torch.rand(2, len(grpo.sides(asked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
-    flops = counted(lambda: grpo.step(tiny, asked, s, noise))
+    noise = torch.rand(
+        2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0)
+    )
+    flops = counted(lambda: grpo.step(tiny, ranked, s, noise))
     planned = load.rlvr(sides)
     assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
     assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
-def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, pictures, root, smoke, rows, monkeypatch, tmp_path):
+def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, ranked, rows, monkeypatch, tmp_path):
     """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
     s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})
     one = load.settings.mrbench.model_copy(update={"queries": 1, "tasks": (), "units": tuple(load.data.units)[:1]})
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"rerank": s, "mrbench": one}))
-    items = iter(pictures)
-    ranked = [
-        dataclasses.replace(r, item=next(items), positive=next(items), negatives=tuple(islice(items, len(r.negatives))))
-        for r in mined(tiny, root, smoke, 8)[:2]
-    ]
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
     shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
     requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
@@ -269,8 +269,8 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, p
     assert rows["prompts"] == looks.prompts == 2 * (3 + 2) and flops == pytest.approx(looks.flops, rel=0.02)
 
 
-def test_recomputed_layers_cost_a_forward_and_save_memory():
-    load = workload.make(config.load("qwen2vl-7b"))
+def test_recomputed_layers_cost_a_forward_and_save_memory(paper):
+    load = estimate.make(paper)
     query, candidate, again = load.side("query"), load.side("candidate"), load.settings.stage1
     plain = again.model_copy(update={"gradient_checkpointing": False})
     (once, _), (twice, _) = (load.contrastive(s, query, candidate) for s in (plain, again))
@@ -283,7 +283,7 @@ def test_recomputed_layers_cost_a_forward_and_save_memory():
 
 def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path):
     with_root = smoke.changed({"data": {"root": str(own_root.folder), "nli": str(tmp_path / "nli.csv")}})
-    data = catalogue.dataset(with_root.model_copy(update={"profile": "nowhere"}), catalogue.known())
+    data = sizes.dataset(with_root.model_copy(update={"profile": "nowhere"}), sizes.known())
     assert list(data.units) == own_root.units("test")
     for name, unit in data.units.items():
         assert (unit.test, unit.pool) == (len(own_root.queries(name, "test")), len(own_root.pool(name, "test")))
@@ -291,8 +291,8 @@ def test_counts_come_from_the_root_where_there_is_one(own_root, smoke, tmp_path)
 
 
 def test_the_table_of_m_beir_adds_up_to_its_totals():
-    """190,573 test queries, 5,609,079 candidates, about 1.1 M training queries (mbeir_format 6)."""
-    units = catalogue.known().datasets["M-BEIR"].units
+    """190,573 test queries, 5,609,079 candidates, about 1.1 M training queries (UniIR's data card)."""
+    units = sizes.known().datasets["M-BEIR"].units
     assert list(units) == list(mbeir.OFFICIAL_UNITS)
     assert sum(u.test for u in units.values()) == 190_573 and sum(u.pool for u in units.values()) == 5_609_079
     assert sum(u.train for u in units.values()) == pytest.approx(1.1e6, rel=0.05)
@@ -308,8 +308,8 @@ def test_devices_that_are_kept_busy_are_those_of_the_share_of_each_process(monke
     assert dataclasses.replace(load, devices=devices).dealt(parts) == parts / max(shares)
 
 
-def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process():
-    one, eight = ({s.name: s for s in plan.stages(workload.make(config.load("qwen2vl-7b"), gpu="H20", devices=n))} for n in (1, 8))
+def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process(paper):
+    one, eight = ({s.name: s for s in plan.stages(estimate.make(paper, gpu="H20", devices=n))} for n in (1, 8))
     for name in ("stage 1", "stage 2", "stage 2, its summaries", "stage 3, rollout_sides: all", "control"):
         assert one[name].hours == pytest.approx(8 * eight[name].hours)
     assert one["mining"].hours == pytest.approx(eight["mining"].devices * eight["mining"].hours)
@@ -319,91 +319,79 @@ def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_proces
     assert eight[sampling].hours < one[sampling].hours < 8 * eight[sampling].hours
 
 
+def advised(profile, gpu: str, devices: int = 1) -> list[str]:
+    load = estimate.make(profile, gpu=gpu, devices=devices)
+    return plan.advice(load, plan.stages(load), gpu)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("gpu", ["H100", "H20", "A100"])
 @pytest.mark.parametrize("profile", ["qwen2vl-2b", "qwen2vl-7b"])
 def test_the_papers_profiles_fit(profile, gpu, devices):
-    load = workload.make(config.load(profile), gpu=gpu, devices=devices)
-    assert not [line for line in plan.advice(load, plan.stages(load), gpu) if line.startswith(("does not fit", "cannot run"))]
+    assert not [line for line in advised(config.load(profile), gpu, devices) if line.startswith(("does not fit", "cannot run"))]
 
 
-def test_what_does_not_fit_is_named_with_the_key_to_lower():
-    profile = config.load("qwen2vl-7b")
-    load = workload.make(profile, gpu="L40S")
-    said = plan.advice(load, plan.stages(load), "L40S")
-    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in said)
-    small = profile.changed({"stage2": {"chunk": 20}})
-    load = workload.make(small, gpu="L40S")
-    assert not any("stage 2 needs" in line for line in plan.advice(load, plan.stages(load), "L40S"))
+def test_what_does_not_fit_or_cannot_run_is_named_with_the_key_to_change(paper):
+    assert any(line.startswith("does not fit: stage 2 needs") and "lower stage2.chunk" in line for line in advised(paper, "L40S"))
+    assert not any("stage 2 needs" in line for line in advised(paper.changed({"stage2": {"chunk": 20}}), "L40S"))
+    assert "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step" in advised(paper, "H100", devices=9)
 
 
-def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights():
-    profile = config.load("qwen2vl-7b")
-    with_vllm = profile.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
-    plain, beside = ({s.name: s for s in plan.stages(workload.make(s))} for s in (profile, with_vllm))
+def test_without_a_gradient_cache_one_device_holds_the_graphs_of_a_whole_batch(smoke):
+    cost = {}
+    for cached, devices in ((True, 1), (False, 1), (False, 2)):
+        s = smoke.changed({"stage2": {"gradient_cache": cached, "batch": 8, "chunk": 4}})
+        cost[cached, devices] = next(x.cost for x in plan.stages(estimate.make(s, devices=devices)) if x.name == "stage 2")
+    for part in ("activations", "logits"):
+        assert cost[False, 1].memory[part] == 2 * 8 / 4 * cost[True, 1].memory[part] == 4 * cost[False, 2].memory[part]
+
+
+def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights(paper):
+    with_vllm = paper.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
+    plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (paper, with_vllm))
     for name, stage in beside.items():
-        if stage.peak:
+        if stage.cost.memory:
             more = 0.2 * 80 if name.startswith("stage 3") else 0
-            assert stage.peak.total - plain[name].peak.total == pytest.approx(more)
-    load = workload.make(with_vllm)
-    said = "\n".join(plan.advice(load, plan.stages(load), "H100"))
+            assert stage.cost.peak - plain[name].cost.peak == pytest.approx(more)
+    said = "\n".join(advised(with_vllm, "H100"))
     assert "cannot run: vLLM has 16 GB for 17 GB of weights" in said and "lower stage3.chunk" in said
 
 
-def test_a_step_needs_a_query_for_every_device():
-    load = workload.make(config.load("qwen2vl-7b"), devices=9)
-    assert "cannot run: 8 queries a step for 9 devices; raise stage3.queries_per_step" in plan.advice(load, plan.stages(load), "H100")
-
-
 @pytest.mark.parametrize(("multi_grain", "asked"), [(1.0, 1000), (0.5, 2000), (0.001, 24_809 + 5000 + 2120 + 4170)])
-def test_annotation_stops_at_the_share_of_a_unit_or_at_its_end(multi_grain, asked):
-    load = workload.make(config.load("qwen2vl-7b"))
+def test_annotation_stops_at_the_share_of_a_unit_or_at_its_end(paper, multi_grain, asked):
+    load = estimate.make(paper)
     load = dataclasses.replace(load, data=load.data.model_copy(update={"multi_grain": multi_grain}))
     assert load.annotation().prompts == load.annotation().rollouts == asked
 
 
-def test_only_a_model_that_is_loaded_here_is_planned_to_annotate():
-    profile = config.load("qwen2vl-7b")
+def test_only_a_model_that_is_loaded_here_is_planned_to_annotate(paper):
     served = {"kind": "openai", "base_url": "http://localhost:8000/v1"}
     for annotator, rows in (({}, 1), (served, 0), ({"kind": "exact", "model": None}, 0)):
-        load = workload.make(profile.changed({"mrbench": {"annotator": annotator}}))
+        load = estimate.make(paper.changed({"mrbench": {"annotator": annotator}}))
         assert len([s for s in plan.stages(load) if "annotation" in s.name]) == rows
     with pytest.raises(ProfileError, match=r"M-BEIR has no unit of mrbench\.units"):
-        workload.make(profile.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
+        estimate.make(paper.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
 
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
-def test_plan_prints_every_stage_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
+def test_plan_prints_every_stage_and_the_papers_hours_beside_ours_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["plan", profile, "--devices", "2"]) == 0
     shown = capsys.readouterr().out
     stages = ("stage 1", "stage 2", "mining", "rollout_sides: query", "rollout_sides: all", "control", "evaluation", "global pool")
-    for stage in (*stages, "single pass", "reranker", "zero2.yaml"):
-        assert stage in shown
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_papers_hours_stand_beside_ours():
-    out = io.StringIO()
-    plan.show(config.load("qwen2vl-7b"), gpu="H20", devices=8, console=Console(file=out, width=150))
     reported = yaml.safe_load((config.PARAMS / "reported.yaml").read_text())["training_time"]["runs"]
-    for run in reported:
-        assert f"{run['by']}: {run['stage']}" in out.getvalue() and f"{run['devices']} x {run['gpu']}" in out.getvalue()
+    runs = [text for run in reported for text in (f"{run['by']}: {run['stage']}", f"{run['devices']} x {run['gpu']}")]
+    for text in (*stages, "single pass", "reranker", "zero2.yaml", *(runs if profile.startswith("qwen") else [])):
+        assert text in shown
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_gpu_backbone_and_data_are_named(smoke):
     with pytest.raises(ProfileError, match=r"no GPU 'B900' in .*plan\.yaml; it has H100"):
-        workload.make(smoke, gpu="B900")
+        estimate.make(smoke, gpu="B900")
     with pytest.raises(ProfileError, match=r"no entry for no/where in .*no config\.json on this machine"):
-        workload.make(smoke.changed({"backbone": {"path": "no/where"}}))
+        estimate.make(smoke.changed({"backbone": {"path": "no/where"}}))
     with pytest.raises(ProfileError, match=r"no data set 'x' .*it has M-BEIR, emoji"):
-        workload.make(smoke.changed({"data": {"name": "x"}}))
-    with pytest.raises(ProfileError, match="knows the sizes of Qwen2-VL, not of qwen2_5_vl"):
-        from transformers import Qwen2_5_VLConfig
-
-        sizes.of_config(Qwen2_5_VLConfig())
-
-
-def test_sizes_of_a_folder_come_from_its_config(model_folder, smoke, tiny):
-    load = workload.make(smoke.changed({"backbone": {"path": str(model_folder)}}))
-    assert load.sizes == sizes.of_config(tiny.backbone.config)
+        estimate.make(smoke.changed({"data": {"name": "x"}}))
+    with pytest.raises(ProfileError, match="counts qwen2_vl and qwen2_5_vl, not qwen3_vl"):
+        sizes.of_config(transformers.Qwen3VLConfig())

@@ -15,7 +15,7 @@ from elva_core.config import ProfileError
 from elva_core.data import images
 from elva_core.data import items as data_items
 from elva_core.evaluation import throughput
-from elva_core.experiments import claims, figures, jobs, plan, stages, workload
+from elva_core.experiments import claims, estimate, figures, jobs, plan, stages
 from elva_core.export import hub
 from elva_core.models import encoder, generation
 from elva_core.retrieval import cache, retriever
@@ -257,11 +257,11 @@ def test_the_card_of_a_single_pass_has_code_that_makes_one(tiny, items, tmp_path
 
 
 def test_a_plan_counts_the_passes_and_summaries_of_the_single_pass(smoke):
-    load = workload.make(smoke, gpu="cpu")
+    load = estimate.make(smoke, gpu="cpu")
     rows = {stage.name: stage.cost for stage in plan.stages(load)}
     assert rows["single pass"].prompts == smoke.distil.steps * smoke.distil.batch and rows["single pass"].rollouts == 0
     assert rows["single pass, its summaries"].rollouts == 2 * smoke.distil.pairs
-    without = workload.make(smoke.model_copy(update={"distil": None}), gpu="cpu")
+    without = estimate.make(smoke.model_copy(update={"distil": None}), gpu="cpu")
     assert {stage.name for stage in plan.stages(without)} == rows.keys() - {"single pass", "single pass, its summaries"}
 
 

@@ -1,0 +1,400 @@
+"""How much work each stage of a profile is: sequences, tokens, FLOPs, seconds of one device, memory.
+
+Arithmetic on the profile, the counts of backbone and data, and the assumptions of params/plan.yaml. It counts
+what the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Amounts are
+those of all devices, memory that of the fullest one; what one of several cannot take as a whole call shows in
+the rows per call.
+
+    load = make(config.load("qwen2vl-2b"), gpu="H20")
+    load.rlvr("all").rollouts
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, field, replace
+
+from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
+from elva_core.data import mbeir
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.mrbench import annotate
+
+VISION_CALL = 64  # images per call of Encoder._vision_features
+
+
+def task_of(unit: str) -> int:
+    """The number of a unit's task, which its name ends with."""
+    return int(unit.rpartition("_task")[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Mean text tokens and images of a prompt (of an item: the share that has an image), and its items."""
+
+    text: float
+    image: float
+    items: float = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What work takes: amounts, which add up, and the memory of a device, that of its fullest moment.
+
+    prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
+    waiting: those in which the device waits for Python: for an image, or for the start of the next layer.
+    memory: GB by part; empty for work of the host.
+    """
+
+    prompts: float = 0
+    rollouts: float = 0
+    tokens: float = 0
+    flops: float = 0
+    seconds: float = 0
+    waiting: float = 0
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        return astuple(self)[:-1]
+
+    @property
+    def peak(self) -> float:
+        """GB of the fullest moment."""
+        return sum(self.memory.values())
+
+    def __add__(self, other: Cost) -> Cost:
+        amounts = (a + b for a, b in zip(self.amounts, other.amounts, strict=True))
+        return Cost(*amounts, memory=max(self, other, key=lambda cost: cost.peak).memory)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(*(amount * times for amount in self.amounts), memory=self.memory)
+
+    def beside(self, part: str, gigabytes: float) -> Cost:
+        """The same work beside something else in memory."""
+        return replace(self, memory={**self.memory, part: gigabytes})
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A profile on `devices` of one kind."""
+
+    settings: Settings
+    known: Known
+    sizes: Sizes
+    data: Dataset
+    gpu: Gpu
+    kind: str  # cuda or cpu
+    devices: int  # a process each
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.settings.dtype == "bfloat16" else 4
+
+    @property
+    def cap(self) -> int:
+        return self.settings.encoder.max_summary_tokens
+
+    @property
+    def image_tokens(self) -> float:
+        pixels = self.data.image_pixels
+        return self.sizes.image_tokens(min(pixels, self.settings.encoder.max_pixels or pixels))
+
+    def length(self, side: Side, request: str) -> float:
+        """Mean tokens of a prompt."""
+        text = min(side.text, side.items * self.settings.encoder.max_text_tokens)
+        return self._frame(request) + text + side.image * (self.image_tokens + 2)
+
+    def longest(self, side: Side, request: str) -> float:
+        """Tokens of the longest prompt that the encoder's limits allow: one such row pads all of its call."""
+        limits = self.settings.encoder
+        image = self.sizes.image_tokens(limits.max_pixels or self.data.image_pixels) + 2 if side.image else 0
+        return self._frame(request) + side.items * (limits.max_text_tokens + image)
+
+    def _frame(self, request: str) -> float:
+        assumed = self.known.assumed
+        return assumed.chat_tokens[self.kind] + len(request) / assumed.characters_per_token
+
+    def dealt(self, parts: float) -> float:
+        """Devices that equal parts, rounded up, keep busy on average, dealt by `distributed.own_share`."""
+        whole = math.ceil(parts)
+        return whole / math.ceil(whole / self.devices)
+
+    def side(self, which: str, weight: str | None = None) -> Side:
+        """Mean query or candidate over the units, weighted by a count of theirs, or alike."""
+        units = {name: getattr(u, weight) if weight else 1 for name, u in self.data.units.items()}
+        total, place = sum(units.values()), ("query", "candidate").index(which)
+        text = sum(n * getattr(self.data.units[name], which) for name, n in units.items())
+        image = sum(n for name, n in units.items() if "image" in mbeir.MODALITIES_OF[task_of(name)][place])
+        return Side(text / total, image / total)
+
+    def together(self, candidates: float) -> Side:
+        """A query and so many candidates in one prompt."""
+        query, candidate = self.side("query", "train"), self.side("candidate", "train")
+        text, image = query.text + candidates * candidate.text, query.image + candidates * candidate.image
+        return Side(text, image, 1 + candidates)
+
+    def _seconds(self, flops: float, layers: float, read=0.0, images=0.0) -> tuple[float, float]:
+        """(seconds, those of waiting): images, then the slowest of computing, reading and starting layers.
+
+        Args:
+            layers: that Python starts. read: bytes of memory. images: that the host opens and resizes.
+        """
+        assumed = self.known.assumed
+        computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
+        busy = max(computing, read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share))
+        waiting = images * self.data.image_pixels / 1e6 * assumed.seconds_per_megapixel
+        waiting += max(0.0, layers * assumed.seconds_per_layer[self.kind] - busy)
+        return busy + waiting, waiting
+
+    def memory(self, rank: int, activations: float, cache: float, positions: float) -> dict[str, float]:
+        """GB of a device by part: adapter and optimiser where `rank` is trained.
+
+        Args:
+            activations, cache: bytes, the latter of keys and values. positions: that have logits at once.
+        """
+        parts = {
+            "weights": self.sizes.parameters * self.width,
+            "adapter and optimiser": self.sizes.training_bytes(rank) if rank else 0,
+            "activations": activations,
+            "key/value cache": cache,
+            "logits": self.known.assumed.logit_copies * 4 * self.sizes.vocabulary * positions,
+        }
+        return {part: size / 1e9 for part, size in parts.items()}
+
+    def read(
+        self,
+        rows: float,
+        side: Side,
+        request: str,
+        *,
+        per_call: float,
+        held: float | None = None,
+        fullest: Side | None = None,
+        rank: int = 0,
+        learning=None,
+        continuations: int = 0,
+        ending: int = 0,
+        logits: int = 0,
+        mixed: bool = True,
+    ) -> Cost:
+        """Prompts run through tower and language model.
+
+        Args:
+            per_call: rows of a forward. held: rows in memory at once, where they are not those of a forward.
+            fullest: the longest of the prompts, where they are not alike. rank: of the adapter, 0 for none.
+            learning: the training section whose adapter the way back is taken to; None: forward only.
+            continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is in the row).
+            logits: positions per row, or per continuation. mixed: padded rows of different lengths.
+        """
+        model, data, kept = self.sizes, self.data, self.sizes.inside_bytes(self.width)
+        backward, again = learning is not None, getattr(learning, "gradient_checkpointing", False)
+        if backward:
+            rank, dropout = learning.lora.rank, learning.lora.dropout > 0
+            kept = model.activation_bytes(self.width, rank, dropout=dropout, checkpointing=again)
+        length = self.length(side, request) + (0 if continuations else ending)
+        padded = length * (data.padding if mixed else 1.0)
+        parts = [(rows * padded, padded)]  # tokens, and the positions that each attends to
+        if continuations:
+            parts.append((rows * continuations * ending, padded + ending))
+        # FLOPs: layers, once more where they are computed again; output layer; the way back; tower
+        flops = sum(model.forward(*part, rank) for part in parts) * (1 + again)
+        flops += model.logit * rows * max(1, continuations) * logits * (1 + backward)
+        flops += sum(model.backward(*part, rank) for part in parts) * backward
+        images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
+        flops += model.vision(images, self.image_tokens)
+        layers = rows / per_call * model.layers * len(parts) * (1 + again + 2 * backward)
+        layers += images / min(per_call, VISION_CALL) * model.vision_layers
+        seconds = self._seconds(flops, layers, images=images)
+        # memory, with prompts as long as the limits allow; the way back repeats a prompt's keys and values
+        held, longest = held or per_call, self.longest(fullest or side, request)
+        together = held * (longest + max(1, continuations) * ending)
+        once, repeated = (model.kv_bytes(self.width, repeated=r) for r in (False, True))
+        cache = held * continuations * ((longest + ending) * once + longest * repeated * backward)
+        memory = self.memory(rank, together * kept, cache, held * max(1, continuations) * logits)
+        return Cost(rows, 0, rows * (length + continuations * ending), flops, *seconds, memory)
+
+    def write(
+        self, rows: float, side: Side, rollouts: int, *, per_call: float, held=None, rank=0, mixed=True
+    ) -> Cost:
+        """`generation.generate`: each prompt once, then one token of all its rollouts at a time, and [RET].
+
+        Arguments are those of `read`; the memory is that of the first step, one layer of all prompts inside.
+        """
+        held, per_call = held or per_call, min(per_call, rows)
+        model, request = self.sizes, self.settings.encoder.summary_request
+        prefill = self.read(rows, side, request, per_call=per_call, rank=rank, mixed=mixed)
+        steps, together = self.cap + 1, per_call * rollouts
+        context = self.length(side, request) + (self.cap + 2) / 2
+        flops = model.forward(together, context, rank) + model.logit * together
+        weights = (model.linear + model.adapter(rank) + model.hidden * model.vocabulary) * self.width
+        moved = weights + together * context * model.kv_bytes(self.width)
+        longest, summaries = self.longest(side, request), rows * rollouts
+        cache = held * rollouts * (longest + self.cap + 1) * model.kv_bytes(self.width)
+        memory = self.memory(rank, held * longest * model.inside_bytes(self.width), cache, held * rollouts)
+        one_step = Cost(0, 0, 0, flops, *self._seconds(flops, model.layers, moved), memory)
+        return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
+
+    def embed(self, rows: float, which: str, weight: str | None = None) -> Cost:
+        """Queries or candidates embedded one summary each, of like length in a call (retriever.py)."""
+        batch = self.settings.evaluation.batch
+        return self.write(rows, self.side(which, weight), 1, per_call=batch, mixed=False)
+
+    def contrastive(
+        self, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives=0, distinct=math.inf
+    ) -> tuple[Cost, Cost]:
+        """(training, writing the summaries it trains on).
+
+        Args:
+            negatives: of a query, beside its positive.
+            distinct: candidates that there are; each process writes a summary once, for its own chunks.
+        """
+        at_ret, encoder = int(s.steps * s.ret_share), self.settings.encoder
+        eol, ret = (s.steps - at_ret, encoder.eol_request, 0), (at_ret, encoder.summary_request, self.cap + 1)
+        train, written, items = Cost(), Cost(), s.batch * (2 + negatives)
+        # a batch is read once more where its chunks have one graph at a time
+        again = s.gradient_cache or self.devices > 1
+        for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
+            for steps, request, ending in (eol, ret):
+                shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
+                if steps:
+                    held = None if again else items
+                    train += self.read(steps * n, side, request, learning=s, held=held, **shape)
+                    train += self.read(again * steps * n, side, request, rank=s.lora.rank, **shape)
+            if rows := at_ret * n:
+                missing = min(rows, distinct * self.devices) if side is candidate else rows
+                per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
+                held = min(SUMMARIES_AT_ONCE, items / self.devices)  # queries and candidates together
+                written += self.write(missing, side, 1, per_call=per_call, held=held)
+        adapter = self.sizes.training_bytes(s.lora.rank) / 1e9  # switched off while summaries are written
+        return train, written.beside("adapter and optimiser", adapter) if written.rollouts else written
+
+    def distillation(self) -> tuple[Cost, Cost]:
+        """(training the single pass, the teacher's summaries); comparing vectors is little beside them."""
+        s, train, written = self.settings.distil, Cost(), Cost()
+        rows, shape = s.steps * s.batch / 2, {"per_call": min(s.chunk, s.batch), "learning": s}
+        bank = 2 * s.pairs * self.sizes.hidden * 4 / 1e9
+        for which in ("query", "candidate"):
+            train += self.read(rows, self.side(which, "train"), self.settings.encoder.eol_request, **shape)
+            written += self.embed(s.pairs, which, "train")
+        return train.beside("teacher's embeddings", bank), written
+
+    def reranking(self) -> tuple[Cost, Cost, Cost, Cost]:
+        """(training the reranker, mining its negatives, embedding val, its looks at MRBench and val)."""
+        s, bench, train, looks = self.settings.rerank, self.bench.units, Cost(), Cost()
+        answers = self.settings.mrbench.queries + s.validation * len(bench)
+        # listwise windows overlap by one candidate, as `reranker.windows` has it
+        windows = 1 if s.depth <= s.window else math.ceil((s.depth - 1) / (s.window - 1))
+        for request, prompts, trained, shown, seen in (
+            (s.pointwise_request, 1 + s.negatives, 1, s.depth, 1),
+            (s.listwise_request, 1, (2 + s.window) / 2, windows, min(s.window, s.depth)),
+        ):
+            rows, shape = s.steps / 2 * s.batch * prompts, {"per_call": min(s.chunk, s.batch * prompts)}
+            shape["fullest"] = self.together(s.window if trained > 1 else 1)
+            train += self.read(rows, self.together(trained), request, learning=s, logits=1, **shape)
+            looks += self.read(answers * shown, self.together(seen), request, per_call=s.prompts, logits=1)
+        drawn = {"stage3": {"queries": s.queries, "negatives": {"pool": s.pool, "again_every": None}}}
+        mined = replace(self, settings=self.settings.changed(drawn)).mining()
+        val = self.embed(s.validation * len(bench), "query")
+        val += self.embed(sum(u.pool for u in bench.values()), "candidate")  # as large as test's
+        return train, mined, val, looks
+
+    @property
+    def own_queries(self) -> int:
+        """Queries of a step of stage 3 that one device takes."""
+        return math.ceil(self.settings.stage3.queries_per_step / self.devices)
+
+    def inputs(self, rollout_sides: str) -> int:
+        """Inputs of one call of stage 3: those of `chunk` rollouts, if a device has as many."""
+        s = self.settings.stage3
+        fitting = max(1, s.chunk // s.num_generations)
+        return fitting if rollout_sides == "all" else min(fitting, self.own_queries)
+
+    def rlvr(self, rollout_sides: str) -> Cost:
+        """Stage 3: sampling, candidates of the step, reference and policy."""
+        s, request, cost = self.settings.stage3, self.settings.encoder.summary_request, Cost()
+        rows = s.queries // s.queries_per_step * s.queries_per_step
+        candidates = rows * (1 + s.negatives.hard + s.negatives.random)
+        rank, per_call = s.lora.rank, self.inputs(rollout_sides)
+        shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap}
+        for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
+            side = self.side(which)
+            cost += self.write(n, side, s.num_generations, per_call=per_call, rank=rank)
+            cost += self.read(n, side, request, per_call=per_call, **shape)
+            cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
+        if rollout_sides == "query" and s.candidates == "step":
+            per_call = min(s.chunk, self.own_queries * candidates / rows / 2)  # texts and images apart
+            cost += self.write(candidates, self.side("candidate"), 1, per_call=per_call, rank=rank)
+        vllm = self.gpu.memory * s.vllm.gpu_memory_utilization
+        return cost.beside("vLLM", vllm if s.sampler == "vllm" else 0)
+
+    def mining(self) -> Cost:
+        """Negatives of stage 3: a pool per modality, queries and their positives, as often as repeated."""
+        s, everything = self.settings.stage3, self.data.train_pool
+        again, pool = s.negatives.again_every, s.negatives.pool or everything
+        rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
+        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.queries
+        return (self.embed(candidates, "candidate") + self.embed(s.queries, "query")) * rounds
+
+    def evaluation(self) -> Cost:
+        """One model: every test query and every candidate once, whatever pool asks for it."""
+        queries, pool = (sum(getattr(u, n) for u in self.data.units.values()) for n in ("test", "pool"))
+        return self.embed(queries, "query", "test") + self.embed(pool, "candidate", "pool")
+
+    def search(self, pool: str) -> Cost:
+        """Exact search of one model, on the host: one pass over the pool gives the best and the ranks."""
+        units = self.data.units.values()
+        local, everything = sum(u.test * u.pool for u in units), sum(u.pool for u in units)
+        pairs = local if pool == "local" else sum(u.test for u in units) * everything
+        flops = 2 * self.sizes.hidden * pairs
+        return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
+
+    @property
+    def bench(self) -> Dataset:
+        """The data with the units that MRBench's queries are taken from.
+
+        Raises:
+            ProfileError: the data has none of these units.
+        """
+        s, units = self.settings.mrbench, self.data.units
+        chosen = {name: u for name, u in units.items() if name in s.units or task_of(name) in s.tasks}
+        if not chosen:
+            name = self.settings.data.name
+            raise ProfileError(f"{name} has no unit of mrbench.units or mrbench.tasks; correct them")
+        return self.data.model_copy(update={"units": chosen})
+
+    def annotator(self) -> Workload:
+        """A device with the model that names MRBench's grains, and the units whose queries it reads."""
+        annotator, request = self.settings.mrbench.annotator, annotate.PROMPT + annotate.QUOTE["text"]
+        prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens}
+        settings = self.settings.changed({"encoder": prompts})
+        model = of_model(annotator.model, self.known.architectures)
+        return replace(self, sizes=model, data=self.bench, settings=settings, devices=1)
+
+    def annotation(self) -> Cost:
+        """Queries are read until each unit has its share of those with several grains, or no more queries."""
+        annotator, s, units = self.annotator(), self.settings.mrbench, self.bench.units.values()
+        share = s.queries // len(units) / self.data.multi_grain
+        queries = sum(min(unit.test, share) for unit in units)
+        return annotator.write(queries, annotator.side("query"), 1, per_call=s.annotator.batch)
+
+
+def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Workload:
+    """The workload of a profile.
+
+    Args:
+        gpu: a name of params/plan.yaml; None takes the default of the profile's device.
+
+    Raises:
+        ProfileError: an unknown GPU, backbone or data set; names what there is.
+    """
+    table, model = known(), settings.backbone
+    name = gpu or table.default_gpu[settings.device.partition(":")[0]]
+    if name not in table.gpus:
+        raise ProfileError(f"no GPU {name!r} in {TABLE}; it has {', '.join(table.gpus)}")
+    sizes = (
+        of_model(model.path, table.architectures) if model.path else of_tiny(model.tiny, table.tiny_tokens)
+    )
+    kind = "cpu" if name == "cpu" else "cuda"
+    return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices)
