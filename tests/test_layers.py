@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
+
+import elva_core
 
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 # the wings, bottom to top; "" is config, files and what processes share
@@ -49,3 +52,16 @@ def test_pure_mathematics_imports_nothing_of_ours():
 def test_only_who_writes_data_knows_the_emoji():
     users = {p.stem for p in PACKAGE.rglob("*.py") if re.search(r"from elva_core\.data import .*\bemoji\b", p.read_text(encoding="utf-8"))}
     assert users == {"sources"}
+
+
+def test_every_name_in_the_table_of_the_paper_exists():
+    table, folders = elva_core.__doc__.split("A folder imports only")
+    names = re.findall(rf"\b(?:{'|'.join(WINGS[1:])})\.[\w.]+", table)
+    notebooks = re.findall(r"notebooks/\S+\.ipynb", table)
+    items = re.findall(r"^    \S.*?  +(\S.*)$", table, re.MULTILINE)
+    assert len(items) == len(table.strip().splitlines()) - 4
+    assert sorted(", ".join(items).split(", ")) == sorted(names + notebooks)
+    for name in names:
+        pkgutil.resolve_name(f"elva_core.{name}")
+    assert all((PACKAGE.parent / path).is_file() for path in notebooks)
+    assert re.findall(r"^    (\w+)  ", folders, re.MULTILINE) == list(WINGS[1:])

@@ -1,0 +1,98 @@
+"""Figures made of images: example rows, retrieved candidates side by side, one query's contact sheet."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from elva_core.data import images
+
+
+def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], title: str) -> Figure:
+    """Grid of captioned images, a labelled row at a time; a caption without an image is a text card.
+
+    Args:
+        rows: (label, [(caption, image), ...]) per row; a row may be shorter than the others.
+    """
+    columns = max(len(cells) for _, cells in rows)
+    figure, axes = _bare_axes(len(rows), columns, (1.35 * columns + 0.8, 1.45 * len(rows) + 0.4), title)
+    for line, (label, cells) in zip(axes, rows, strict=True):
+        line[0].set_ylabel(label, fontsize=7)
+        for axis, (caption, image) in zip(line, cells, strict=False):
+            _cell(axis, caption, image, fontsize=6)
+    return figure
+
+
+def retrieved(
+    rows: Sequence[tuple[str, Path | None, Sequence[tuple[str, Sequence[tuple[str, Path | None, bool]]]]]],
+    title: str,
+) -> Figure:
+    """Queries with the top candidates of each model, one model a line; a positive has a green frame.
+
+    Args:
+        rows: (query text, query image, [(model, [(caption, image, is positive), ...]), ...]) per query.
+    """
+    depth = max(len(candidates) for _, _, models in rows for _, candidates in models)
+    height = sum(len(models) for _, _, models in rows)
+    figure, axes = _bare_axes(height, depth + 1, (1.3 * (depth + 1), 1.4 * height + 0.4), title)
+    lines = iter(axes)
+    for query, query_image, models in rows:
+        for place, (model, candidates) in enumerate(models):
+            first, *others = next(lines)
+            first.set_ylabel(model, fontsize=8)
+            if place == 0:
+                first.set_title(_wrapped(f"query: {query}"), fontsize=6)
+                if query_image is not None:
+                    first.imshow(images.open_image(query_image))
+            for axis, (caption, image, positive) in zip(others, candidates, strict=False):
+                _cell(axis, caption, image, fontsize=5)
+                if positive:
+                    axis.spines[:].set(visible=True, color="#2e8b57", linewidth=2.5)
+    return figure
+
+
+def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, columns: int = 6) -> Figure:
+    """Grid of images with a label under each; the first, the query, has a frame.
+
+    Args:
+        cards: (text, image, label); a text without an image is a text card, with one it goes under the label.
+    """
+    height = -(-len(cards) // columns)
+    figure, axes = _bare_axes(height, columns, (1.6 * columns, 1.9 * height + 0.4), title)
+    for axis, (text, image, label) in zip(axes.flat, cards, strict=False):
+        _cell(axis, text if image is None else "", image, fontsize=6)
+        below = label if image is None else f"{label}\n{_wrapped(text)}"
+        axis.set_xlabel(below.strip(), fontsize=7)
+    axes.flat[0].spines[:].set(visible=True, color="#4c78a8", linewidth=2)
+    return figure
+
+
+def _bare_axes(rows: int, columns: int, size: tuple[float, float], title: str):
+    """A figure of `size` inches and its (rows, columns) axes without ticks and frames."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _cell(axis, caption: str, image: Path | None, fontsize: float) -> None:
+    """An image under its caption, or the caption in the middle where there is none."""
+    if image is not None:
+        axis.imshow(images.open_image(image))
+        axis.set_title(_wrapped(caption), fontsize=fontsize)
+    else:
+        middle = {"x": 0.5, "y": 0.5, "ha": "center", "va": "center", "transform": axis.transAxes}
+        axis.text(s=_wrapped(caption), fontsize=fontsize + 1, **middle)
+        axis.set(aspect="equal")
+
+
+def _wrapped(text: str) -> str:
+    """The first four lines of a text, none of them wider than a cell; `$` starts no formula."""
+    lines = textwrap.wrap(text, 22, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines[:4]).replace("$", r"\$")
