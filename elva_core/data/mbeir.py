@@ -139,6 +139,12 @@ def grains(record: Query | Candidate) -> list[tuple[str, str]]:
     return [(str(kind), str(text)) for kind, text in record.source.get("grains", [])]
 
 
+def masked(pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[tuple, str]]:
+    """(its kind and all other grains, its text) of every grain: what differs in it alone has the same key."""
+    for place, (kind, text) in enumerate(pairs):
+        yield (kind, *pairs[:place], *pairs[place + 1 :]), text
+
+
 def caption(record: Query | Candidate) -> str:
     """The grains as one phrase, normalised."""
     return normalise(" ".join(text for _, text in grains(record)))

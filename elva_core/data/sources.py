@@ -13,7 +13,9 @@ import pandas as pd
 
 from elva_core import files
 from elva_core.config import DataSettings, Settings
-from elva_core.data import emoji, mbeir
+from elva_core.data import emoji, emoji_variants, mbeir
+
+NLI_COLUMNS = ["sent0", "sent1", "hard_neg"]
 
 
 def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
@@ -66,7 +68,7 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     emojis = emoji.sample(emoji.load(data.language), data.size)
     if asked.language in ("en", data.language):
         raise files.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
-    written = emoji.write_unseen(
+    written = emoji_variants.write_unseen(
         emojis,
         folder,
         trained=data.vendors["train"][0],
@@ -78,6 +80,28 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     words = emoji.INSTRUCTIONS
     prompts = {"t2i": words["text", "image"][0], "i2t": words["image", "text"][0]}
     return {name: (question, kind, prompts) for name, (question, kind) in written.items()}
+
+
+def read_nli(path: Path) -> pd.DataFrame:
+    """Stage 1's text pairs: triplets in SimCSE's CSV form, one row each with the columns sent0, sent1 and hard_neg.
+
+    Raises:
+        ElvaDataError: missing file, missing column, or an empty cell; names the line.
+    """
+    if not path.is_file():
+        raise files.ElvaDataError(
+            f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection"
+        )
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise files.ElvaDataError(f"{path}: not readable as CSV ({error})") from None
+    if missing := [c for c in NLI_COLUMNS if c not in table]:
+        raise files.ElvaDataError(f"{path}:1: columns {missing} are missing; expected {NLI_COLUMNS}")
+    empty = (table[NLI_COLUMNS] == "").any(axis=1)
+    if empty.any():
+        raise files.ElvaDataError(f"{path}:{int(empty.idxmax()) + 2}: an empty cell; remove the row")
+    return table[NLI_COLUMNS]
 
 
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:
@@ -100,7 +124,7 @@ def write_clips(settings: Settings, folder: Path, seed: int) -> None:
         )
     emojis = emoji.sample(emoji.load(data.language), data.size)
     (vendor,) = data.vendors["test"]
-    emoji.write_clips(
+    emoji_variants.write_clips(
         emojis,
         folder,
         vendor=vendor,
@@ -150,19 +174,15 @@ def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[
 
 def twins_in_pool(root: mbeir.Root, unit: str, split: str) -> pd.Series:
     """Per query, how many candidates of its local pool differ from the wanted grains in exactly one."""
-    keys: dict[tuple, set[str]] = {}
+    texts: dict[tuple, set[str]] = {}
     for candidate in root.pool(unit, split):
-        for hidden, (kind, text) in enumerate(own := mbeir.grains(candidate)):
-            keys.setdefault((kind, *(g for i, g in enumerate(own) if i != hidden)), set()).add(text)
-    out = []
-    for query in root.queries(unit, split):
-        own = mbeir.grains(query)
-        near = [
-            keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text}
-            for hidden, (kind, text) in enumerate(own)
-        ]
-        out.append(sum(map(len, near)))
-    return pd.Series(out, name="twins")
+        for key, text in mbeir.masked(mbeir.grains(candidate)):
+            texts.setdefault(key, set()).add(text)
+    counts = [
+        sum(len(texts.get(key, set()) - {text}) for key, text in mbeir.masked(mbeir.grains(query)))
+        for query in root.queries(unit, split)
+    ]
+    return pd.Series(counts, name="twins")
 
 
 def unseen(root: mbeir.Root, queries: Sequence[mbeir.Query]) -> pd.Series:

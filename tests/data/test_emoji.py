@@ -7,7 +7,7 @@ import pytest
 
 from elva_core import config, files
 from elva_core.data import emoji as ec
-from elva_core.data import mbeir, nli, sources
+from elva_core.data import mbeir, sources
 
 
 def test_grains_joined_give_the_name_again(emojis):
@@ -60,7 +60,7 @@ def test_held_out_compositions_are_in_no_training_row(root, emojis, tmp_path):
     path = tmp_path / "nli.csv"
     ec.write_triplets(ec.sample(emojis, 60), path, held_out_share=0.15)
     names = {mbeir.normalise(e.name) for e in emojis if e.codes in unseen}
-    table = nli.read(path)
+    table = sources.read_nli(path)
     assert not names & set(pd.concat([table.sent0, table.hard_neg]))
 
 
@@ -78,7 +78,7 @@ def test_every_task_of_the_layout_is_there_and_test_queries_are_multi_grain(root
 
 def test_a_dropped_grain_is_entailed_and_a_swapped_one_contradicts(emojis, tmp_path):
     ec.write_triplets(emojis[:400], tmp_path / "t.csv", held_out_share=0.0)
-    for r in nli.read(tmp_path / "t.csv").head(50).itertuples():
+    for r in sources.read_nli(tmp_path / "t.csv").head(50).itertuples():
         whole, less, other = (set(x.lower().strip(".").split()) for x in r[1:])
         assert less < whole and other != whole and other - whole
 
@@ -110,11 +110,11 @@ def test_any_mbeir_folder_is_linked_and_read(root, tmp_path):
     linked, triplets = sources.write(
         config.DataSettings(name="x", root=str(root.folder), nli=str(tmp_path / "n.csv")), tmp_path / "out", seed=0
     )
-    assert linked.units("test") == root.units("test") and len(nli.read(triplets)) == 1
+    assert linked.units("test") == root.units("test") and len(sources.read_nli(triplets)) == 1
 
 
 @pytest.mark.parametrize(("text", "message"), [("a,b\n1,2\n", "columns"), ("sent0,sent1,hard_neg\nx,y,z\nx,,z\n", r":3: an empty cell")])
 def test_broken_triplets_are_named(tmp_path, text, message):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(files.ElvaDataError, match=message):
-        nli.read(tmp_path / "n.csv")
+        sources.read_nli(tmp_path / "n.csv")
