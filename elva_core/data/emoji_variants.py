@@ -1,7 +1,9 @@
-"""Evaluation sets made of the embedded emoji: captions no stage saw, in the layouts of Table 2's sets, and short clips.
+"""Evaluation sets made of the embedded emoji: captions that no stage saw, and short clips.
 
-write_unseen(emojis, folder, trained="Appl", new="Twtr", ...)   # ShareGPT4V's, CC-Neg's and SugarCrepe's layouts
-write_clips(emojis, folder, vendor="Twtr", ...)                 # MSR-VTT's layout, one folder for each motion
+They are written in the layouts of ShareGPT4V, CC-Neg and SugarCrepe, and of MSR-VTT.
+
+write_unseen(emojis, folder, trained="Appl", new="Twtr", ...)
+write_clips(emojis, folder, vendor="Twtr", ...)
 """
 
 from __future__ import annotations
@@ -43,10 +45,13 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
 def write_clips(
     emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings: int, length: int, rate: int, seed: int
 ) -> None:
-    """Short clips of multi-grain emoji, one folder in MSR-VTT's layout for each motion; all folders show the same emoji.
+    """Short clips of multi-grain emoji, one folder in MSR-VTT's layout for each motion.
+
+    All folders show the same emoji.
 
     Args:
-        drawings: emoji drawn by `seed`, which also says which way each turns or slides. length: frames. rate: frames per second.
+        drawings: emoji drawn by `seed`, which also says which way each turns or slides.
+        length: frames. rate: frames per second.
     """
     rng = random.Random(mbeir.stable_hash(seed, "clips"))
     known = [e for e in emojis if e.multi_grain]
@@ -145,8 +150,9 @@ def _differs_in(e: Emoji, kind: str) -> str:
 def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, str]]]:
     """SugarCrepe's seven kinds by grain algebra: kind -> emoji with a caption that is false in one thing.
 
-    obj is who, or what there is if there is nobody; rel is what somebody does; att is skin tone and hair. Two people
-    with two skin tones swap tones, or swap places. A false caption is the name of another emoji wherever one exists.
+    obj is who, or what there is if there is nobody; rel is what somebody does; att is skin tone and hair. Two
+    people with two skin tones swap tones, or swap places. A false caption is the name of another emoji where
+    one exists.
     """
     near, names = emoji.twins(emojis), {e.name for e in emojis}
     out: dict[str, list[tuple[Emoji, str]]] = {f"{how}_{what}": [] for how in FALSE for what in FALSE[how]}

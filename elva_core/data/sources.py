@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from elva_core import files
@@ -19,7 +18,7 @@ NLI_COLUMNS = ["sent0", "sent1", "hard_neg"]
 
 
 def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
-    """(root, NLI file): the embedded collection written into `folder`, or a link to the M-BEIR copy the profile names.
+    """(root, NLI file): the embedded collection in `folder`, or links to the M-BEIR copy the profile names.
 
     Raises:
         ElvaDataError: the profile names neither or both, or a path that does not exist.
@@ -55,7 +54,7 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
 
 
 def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, dict[str, str]]]:
-    """The rows that the embedded collection has of its own beside the paper's unseen sets, written into `folder`.
+    """Writes the embedded collection's own unseen sets, beside those of the paper, into `folder`.
 
     Returns:
         set -> (question, format, the instructions of training by direction); the set's folder has its name.
@@ -83,7 +82,9 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
 
 
 def read_nli(path: Path) -> pd.DataFrame:
-    """Stage 1's text pairs: triplets in SimCSE's CSV form, one row each with the columns sent0, sent1 and hard_neg.
+    """Stage 1's text pairs: triplets in SimCSE's CSV form, one row each.
+
+    The columns are sent0 (premise), sent1 (entailed) and hard_neg (contradicted).
 
     Raises:
         ElvaDataError: missing file, missing column, or an empty cell; names the line.
@@ -110,7 +111,9 @@ def locate(folder: Path) -> tuple[mbeir.Root, Path]:
 
 
 def write_clips(settings: Settings, folder: Path, seed: int) -> None:
-    """Short clips of drawings of the test vendor, one folder in MSR-VTT's layout for each motion; none where the profile has none.
+    """Short clips of the test vendor's drawings, one folder in MSR-VTT's layout for each motion.
+
+    Nothing is written where the profile has no drawings.
 
     Raises:
         ElvaDataError: clips are asked for of data that has no drawings.
@@ -142,20 +145,13 @@ def counts(root: mbeir.Root) -> pd.DataFrame:
         for unit in root.units(split):
             queries = root.queries(unit, split)
             pool = root.pool(unit, split, "global" if split == "train" else "local")
-            positives = np.array([len(q.positives) for q in queries])
-            for task in np.unique(queries.kinds).tolist():
-                asked, modality = mbeir.MODALITIES_OF[task]
-                own = positives[queries.kinds == task]
-                rows.append(
-                    {
-                        "split": split,
-                        "unit": unit if f"task{task}" in unit else f"{unit}_task{task}",
-                        "query -> candidate": f"{asked} -> {modality}",
-                        "queries": len(own),
-                        "positives per query": round(own.mean(), 2),
-                        "pool": len(pool.rows_of(modality)),
-                    }
-                )
+            positives = pd.Series([len(q.positives) for q in queries])
+            for task, counts_of_task in positives.groupby(queries.kinds):
+                modalities = mbeir.MODALITIES_OF[task]
+                row = {"split": split, "unit": unit if f"task{task}" in unit else f"{unit}_task{task}"}
+                row |= {"query -> candidate": " -> ".join(modalities), "queries": len(counts_of_task)}
+                row |= {"positives per query": round(counts_of_task.mean(), 2)}
+                rows.append(row | {"pool": len(pool.rows_of(modalities[1]))})
     return pd.DataFrame(rows)
 
 
@@ -165,10 +161,9 @@ def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[
     cells = []
     for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
         positive = pool[next(row for did in query.positives if (row := pool.row(did)) is not None)]
-        cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
-        cells.append(
-            (f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None)
-        )
+        for label, record in (("Q", query), ("C", positive)):
+            path = root.image_path(record.image) if record.image else None
+            cells.append((f"{label}: {record.text or ''}", path))
     return cells
 
 
