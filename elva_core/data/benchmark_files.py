@@ -1,4 +1,6 @@
-"""Files in the formats of other people: one way to read them that stops at the first problem, or goes on and keeps all of them.
+"""Reader of benchmark files in their authors' formats.
+
+It stops at the first problem, or goes on and keeps all of them.
 
 files = Files(folder, strict=False)
 path, records = files.json("data.json")
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +26,10 @@ R = TypeVar("R")
 
 
 class Files:
-    """The files of one set. strict: the first problem is an error; else problems are kept, what they touch is left out.
+    """The files of one set.
 
-    notes: what is odd but leaves the set usable; every such tie counts against the target.
+    strict: the first problem is an error; else problems are kept, what they touch is left out. notes: what is
+    odd but leaves the set usable; every such tie counts against the target.
     """
 
     def __init__(self, folder: Path, *, strict: bool, decode: bool = False) -> None:
@@ -42,7 +45,11 @@ class Files:
         self.problems.append(f"{where}: {what}")
 
     def image(self, relative: str) -> Path:
-        """An image below the folder, decoded if asked for. Raises ElvaDataError if it is missing, broken or outside."""
+        """An image below the folder, decoded if asked for.
+
+        Raises:
+            ElvaDataError: it is missing, broken or outside.
+        """
         if relative not in self._seen:
             path = self.root.image_path(relative)
             try:
@@ -62,21 +69,27 @@ class Files:
         path = self.root.folder / relative
         if not path.is_file():
             return self.wrong(path, "is missing; unpack the set so that it is there")
-        return (
-            path
-            if path.stat().st_size <= MAX_BYTES
-            else self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
-        )
+        if path.stat().st_size > MAX_BYTES:
+            return self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
+        return path
 
     def json(self, relative: str, *keys: str, kind: type = list) -> tuple[Path, list | dict]:
-        """The path, and what stands under some keys of a JSON file: a list or a dictionary with entries, empty where it is not."""
+        """The path, and what stands under some keys of a JSON file.
+
+        That is a list or a dictionary (`kind`) with entries, empty where the file has another thing there.
+        """
         return self._opened(relative, lambda path: json.loads(path.read_bytes()), keys, kind)
 
     def tensors(self, relative: str, *keys: str) -> tuple[Path, list]:
-        """The same of a list in a file of torch.save; nothing but lists, dictionaries, texts, numbers and tensors is loaded."""
-        return self._opened(
-            relative, lambda path: torch.load(path, map_location="cpu", weights_only=True), keys, list
-        )
+        """The same of a list in a file of torch.save.
+
+        Nothing but lists, dictionaries, texts, numbers and tensors is loaded.
+        """
+
+        def read(path: Path) -> Any:
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+        return self._opened(relative, read, keys, list)
 
     def _opened(
         self, relative: str, read: Callable[[Path], Any], keys: tuple[str, ...], kind: type
@@ -87,26 +100,22 @@ class Files:
                 path = self.path(relative)
                 with warnings.catch_warnings(action="ignore"):
                     self._read = {relative: read(path) if path else None}  # the last one only
-            if (found := self._read[relative]) is not None:
+            if (value := self._read[relative]) is not None:
                 for key in keys:
-                    found = found[key]
-                if isinstance(found, kind) and found:
-                    return where, found
-                self.wrong(
-                    where,
-                    f"expected a {kind.__name__} with entries{f' under {keys}' if keys else ''}; is it the right file?",
-                )
+                    value = value[key]
+                if isinstance(value, kind) and value:
+                    return where, value
+                under = f" under {keys}" if keys else ""
+                self.wrong(where, f"expected a {kind.__name__} with entries{under}; is it the right file?")
         except ElvaDataError:
             raise
         except Exception as error:  # an unpickler given random bytes raises whatever it stumbles over
-            self.wrong(
-                where,
-                f"cannot be read as expected ({type(error).__name__}: {str(error)[:200]}); download it again",
-            )
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            self.wrong(where, f"cannot be read as expected ({reason}); download it again")
         return where, kind()
 
     def rows(self, path: Path, rows: Iterable, parse: Callable[[int, object], R]) -> list[R]:
-        """parse(row number from 0, row) of every row that is as it should be; others are problems, counted from 1."""
+        """parse(row number from 0, row) of every row that is as it should be; others are problems, from 1."""
         out = []
         for number, row in enumerate(rows):
             where = f"{path}, entry {number + 1}"
@@ -114,20 +123,30 @@ class Files:
                 out.append(parse(number, row))
             except KeyError as error:
                 self.wrong(where, f"key {error} is missing")
+            except ElvaDataError as error:
+                self.wrong(where, error)
             except (TypeError, ValueError, IndexError, AttributeError) as error:
-                self.wrong(
-                    where, f"{error}; repair or remove it" if not isinstance(error, ElvaDataError) else error
-                )
+                self.wrong(where, f"{error}; repair or remove it")
         return out
+
+    def columns(
+        self, path: Path, rows: Iterable, parse: Callable[[int, object], tuple], count: int
+    ) -> list[list]:
+        """`rows` where `parse` gives tuples of `count` values, as so many lists."""
+        return transposed(self.rows(path, rows, parse), count)
 
     def repeated(self, path: Path, what: str, values: Iterable[object]) -> None:
         """A note for every value that was there before."""
         first: dict[object, int] = {}
         for number, value in enumerate(values, start=1):
             if first.setdefault(value, number) != number:
-                self.notes.append(
-                    f"{path}, entry {number}: {what} {str(value)[:80]!r} is that of entry {first[value]}, too"
-                )
+                note = f"{what} {str(value)[:80]!r} is that of entry {first[value]}, too"
+                self.notes.append(f"{path}, entry {number}: {note}")
+
+
+def transposed(rows: Sequence[tuple], count: int) -> list[list]:
+    """Rows of `count` values as so many lists, also where there is no row."""
+    return [[row[i] for row in rows] for i in range(count)]
 
 
 def text(value: object, name: str) -> str:
@@ -139,6 +158,7 @@ def text(value: object, name: str) -> str:
 
 
 def number(value: object, name: str, below: int = 10**12) -> int:
+    """A whole number from 0 to below - 1, given as one or as its digits."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 12:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < below:
@@ -147,6 +167,22 @@ def number(value: object, name: str, below: int = 10**12) -> int:
 
 
 def entries(value: object, name: str) -> list:
+    """A list that is not empty."""
     if not isinstance(value, list) or not value:
         raise ElvaDataError(f"{name} is {str(value)[:40]!r}, expected a list with entries")
     return value
+
+
+def text_of(record: Any, key: str) -> str:
+    """The `text` that a record has under a key."""
+    return text(record[key], key)
+
+
+def number_of(record: Any, key: str) -> int:
+    """The `number` that a record has under a key."""
+    return number(record[key], key)
+
+
+def entries_of(record: Any, key: str) -> list:
+    """The `entries` that a record has under a key."""
+    return entries(record[key], key)

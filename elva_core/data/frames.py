@@ -32,7 +32,11 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """What was decoded. pixels: (n, 3, H, W) uint8, RGB. indices: which of the file's `total` frames. rate: of the file, per second."""
+    """What was decoded of a file.
+
+    pixels: (n, 3, H, W) uint8, RGB. indices: which of the file's `total` frames. rate: of the file, per
+    second.
+    """
 
     pixels: np.ndarray
     indices: list[int]
@@ -48,8 +52,8 @@ class Frames:
 def sampled(total: int, count: int) -> list[int]:
     """The middle frame of each of `count` equal segments; a file with fewer frames gives some more than once.
 
-    LamRA takes the first, the last and evenly spaced ones between them, rounded. Middles stay clear of fades and titles, and one
-    frame alone is the middle one.
+    LamRA takes the first, the last and evenly spaced ones between them, rounded. Middles stay clear of
+    fades and titles, and one frame alone is the middle one.
 
     >>> sampled(10, 5), sampled(2, 4), sampled(9, 1)
     ([1, 3, 5, 7, 9], [0, 0, 1, 1], [4])
@@ -58,7 +62,9 @@ def sampled(total: int, count: int) -> list[int]:
 
 
 def read(clip: Clip) -> Frames:
-    """The sampled frames of a file. It is decoded twice, for only that tells how many frames there are, and only these are kept.
+    """The sampled frames of a file.
+
+    It is decoded twice, for only that tells how many frames there are, and only the sampled ones are kept.
 
     Raises:
         ElvaDataError: missing, truncated, not a video, too large, or too elongated; names the file.
@@ -100,9 +106,8 @@ def _measured(path: Path) -> tuple[int, float]:
         declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
     total = sum(1 for _ in _decoded(path))
     if not total or not rate or total < TRUNCATED * declared:
-        raise ElvaDataError(
-            f"video {path} is truncated: {total} frames decode, its header declares {declared}; replace the file"
-        )
+        counts = f"{total} frames decode, its header declares {declared}"
+        raise ElvaDataError(f"video {path} is truncated: {counts}; replace the file")
     return total, float(rate)
 
 

@@ -13,8 +13,8 @@ from elva_core.data.frames import Clip
 class Item:
     """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
 
-    more: further parts between image and text, in their order: a path is an image, a string is text, a clip is a video. M-BEIR
-        needs none; dialogues about several images, the prompts of a reranker, and videos do.
+    more: further parts between image and text, in their order: a path is an image, a string is text, a clip
+        is a video. M-BEIR needs none; dialogues about several images, a reranker's prompts, and videos do.
     """
 
     text: str = ""

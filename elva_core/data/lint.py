@@ -1,4 +1,4 @@
-"""The linter: every violation of mbeir_format.md 3.7 in a root, each with file and line.
+"""The linter: every violation of M-BEIR's rules in a root, each with file and line.
 
     problems = lint.check(root)
 
@@ -29,9 +29,9 @@ class Known:
 
     def modality(self, did: str) -> str | None:
         """None if the pool lacks it."""
-        wanted = _hashed(did)
-        place = int(np.searchsorted(self.ids, wanted))
-        return MODALITIES[self.kinds[place]] if place < len(self.ids) and self.ids[place] == wanted else None
+        key = _hashed(did)
+        place = int(np.searchsorted(self.ids, key))
+        return MODALITIES[self.kinds[place]] if place < len(self.ids) and self.ids[place] == key else None
 
 
 @dataclass
@@ -43,6 +43,9 @@ class Report:
     prompts: dict[tuple[int, str, str], tuple[str, ...]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     images: set[int] = field(default_factory=set)
+
+    def wrong(self, where: object, what: object) -> None:
+        self.problems.append(f"{where}: {what}")
 
     def attempt(self, work: Callable, *arguments):
         """The result of `work`, or None and its error as a problem."""
@@ -59,10 +62,8 @@ def check(
     """Every violation, as "file:line: what is wrong". An empty list is a clean root."""
     report = Report(root, decode_images)
     if not any(root.units(split) for split in splits):
-        report.problems.append(
-            f"{root.folder}/query has no file of {', '.join(splits)}; is this the root of an M-BEIR folder?"
-        )
-        return report.problems
+        names = ", ".join(splits)
+        return [f"{root.folder}/query has no file of {names}; is this the root of an M-BEIR folder?"]
     report.prompts = report.attempt(lambda: root.instructions) or {}
     for split in splits:
         units, union = root.units(split), split == "train" and root.union_train_path().is_file()
@@ -76,9 +77,7 @@ def check(
                 path = root.pool_path(unit, split)
                 local = _pool(report, path)
                 if len(local.ids) < OFFICIAL_UNITS.get(unit, 5):
-                    report.problems.append(
-                        f"{path}: {len(local.ids)} candidates are fewer than the reported cut-off k"
-                    )
+                    report.wrong(path, f"{len(local.ids)} candidates are fewer than the reported cut-off k")
             judged = _queries(report, root.query_path(unit, split), local, everything)
             _qrels(report, unit, split, judged)
         if union:
@@ -87,7 +86,7 @@ def check(
 
 
 def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple[int, Query | Candidate]]:
-    """(line number, record) of the lines that are one; a line that is none is a problem and is passed over."""
+    """(line number, record) of the lines that are one; any other is a problem and is passed over."""
     lines = mbeir.read_lines(path)
     while line := report.attempt(next, lines, None):
         if record := report.attempt(mbeir.parsed, path, line[0], line[2], parse):
@@ -102,7 +101,7 @@ def _pool(report: Report, path: Path) -> Known:
         try:
             ids.append(mbeir.hashed_candidate_id(candidate.did))
         except ElvaDataError as error:
-            report.problems.append(f"{where}: {error}")
+            report.wrong(where, error)
             continue
         kinds.append(MODALITIES.index(candidate.modality))
         numbers.append(number)
@@ -110,15 +109,15 @@ def _pool(report: Report, path: Path) -> Known:
     known = Known(np.asarray(ids)[order], np.asarray(kinds)[order])
     for place in np.flatnonzero(known.ids[1:] == known.ids[:-1]) + 1:
         did = mbeir.unhashed_candidate_id(int(known.ids[place]))
-        report.problems.append(f"{path}:{numbers[order[place]]}: did {did} occurs twice in one pool")
+        report.wrong(f"{path}:{numbers[order[place]]}", f"did {did} occurs twice in one pool")
     return known
 
 
 def _content(report: Report, where: str, text: str | None, image: str | None, modality: str) -> None:
     if ("text" in modality) != bool(text):
-        report.problems.append(f"{where}: modality {modality} but text is {text!r}")
+        report.wrong(where, f"modality {modality} but text is {text!r}")
     if ("image" in modality) != bool(image):
-        report.problems.append(f"{where}: modality {modality} but image path is {image!r}")
+        report.wrong(where, f"modality {modality} but image path is {image!r}")
     if image and hash(image) not in report.images:
         report.images.add(hash(image))
         try:
@@ -128,7 +127,7 @@ def _content(report: Report, where: str, text: str | None, image: str | None, mo
             elif not path.is_file():
                 raise ElvaDataError(f"image {path} is missing; restore the file or drop the record")
         except (ElvaDataError, OSError) as error:
-            report.problems.append(f"{where}: {error}")
+            report.wrong(where, error)
 
 
 def _queries(
@@ -137,24 +136,23 @@ def _queries(
     """Checks a query file; returns the task of every (qid, positive).
 
     Args:
-        local: None for the union file, whose rows may repeat and whose positives are looked for in the whole pool alone.
+        local: None for the union file, whose rows may repeat and whose positives are looked for in the
+            whole pool alone.
     """
     seen: set[str] = set()
     judged = {}
     for number, query in _records(report, path, mbeir.parse_query):
         where = f"{path}:{number}"
         if query.qid in seen and local is not None:
-            report.problems.append(f"{where}: qid {query.qid} occurs twice in one file")
+            report.wrong(where, f"qid {query.qid} occurs twice in one file")
         seen.add(query.qid)
         try:
             mbeir.hashed_query_id(query.qid)
         except ElvaDataError as error:
-            report.problems.append(f"{where}: {error}")
+            report.wrong(where, error)
         _content(report, where, query.text, query.image, query.modality)
-        report.problems.extend(
-            f"{where}: {message}"
-            for message in _judge(query, local or everything, everything, report.prompts)
-        )
+        for message in _judge(query, local or everything, everything, report.prompts):
+            report.wrong(where, message)
         if local is not None:
             judged |= {(query.qid, did): query.task for did in query.positives}
     return judged
@@ -167,13 +165,13 @@ def _judge(query: Query, local: Known, everything: Known, prompts: dict) -> Iter
         return
     if both := set(query.positives) & set(query.negatives):
         yield f"{sorted(both)} are positive and negative at once"
-    found = {did: everything.modality(did) for did in query.positives}
-    for did, modality in found.items():
+    modalities = {did: everything.modality(did) for did in query.positives}
+    for did, modality in modalities.items():
         if did.startswith(f"{dataset}:") and local.modality(did) is None:
             yield f"positive {did} is not in the local pool"
         if modality is None:
             yield f"positive {did} is not in the global pool"
-    for modality in sorted(set(found.values()) - {None}):
+    for modality in sorted(set(modalities.values()) - {None}):
         if TASKS.get((query.modality, modality)) != query.task:
             yield f"task_id {query.task} does not fit {query.modality} -> {modality}"
         if prompts and (dataset, query.modality, modality) not in prompts:
@@ -185,22 +183,20 @@ def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], 
     lines = mbeir.read_lines(path)
     while line := report.attempt(next, lines, None):
         number = line[0]
-        if not (found := report.attempt(mbeir.judgement, path, number, line[2])):
+        if not (judgement := report.attempt(mbeir.judgement, path, number, line[2])):
             continue
-        qid, did, relevance, task = found
-        if relevance > 0:
-            judged.add((qid, did))
-            if (qid, did) not in listed:
-                report.problems.append(
-                    f"{path}:{number}: {qid} {did} is only in the qrels, not in pos_cand_list"
-                )
-            elif task is not None and task != listed[qid, did]:
-                report.problems.append(
-                    f"{path}:{number}: task {task}, but the query has task_id {listed[qid, did]}"
-                )
+        qid, did, relevance, task = judgement
+        if relevance <= 0:
+            continue
+        judged.add((qid, did))
+        where, query_task = f"{path}:{number}", listed.get((qid, did))
+        if query_task is None:
+            report.wrong(where, f"{qid} {did} is only in the qrels, not in pos_cand_list")
+        elif task not in (None, query_task):
+            report.wrong(where, f"task {task}, but the query has task_id {query_task}")
     for qid, did in listed:
         if (qid, did) not in judged:
-            report.problems.append(f"{path}: {qid} {did} is only in pos_cand_list")
+            report.wrong(path, f"{qid} {did} is only in pos_cand_list")
 
 
 def _hashed(did: str) -> int:

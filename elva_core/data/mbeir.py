@@ -1,7 +1,8 @@
-"""The M-BEIR layout: records, reader and writer of a root folder.
+"""The M-BEIR layout: reader and writer of a root folder.
 
-Owns the format (schema, ids, prompts, file names); lint.py checks whole roots against its rules. A root may hold any
-dataset names and ids. Files are read by byte offset, so a pool of millions never becomes millions of objects.
+Owns the file names, prompts and qrels; what one row holds is in records and importable from here; lint
+checks whole roots against both. A root may hold any dataset names and ids. Files are read by byte offset,
+so a pool of millions never becomes millions of objects.
 
     root = Root(Path("outputs/smoke/10_prepare_data/root"))
     for query in root.queries("emoji_task0", "test"): ...
@@ -15,30 +16,24 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 import numpy as np
 
+# users of the layout say mbeir.normalise, mbeir.grains ...
+# isort: off
+from elva_core.data.records import (  # noqa: F401
+    CANDIDATE_ID_BASE, CANDIDATE_MODALITY, ID, MODALITIES, MODALITIES_OF, QUERY_ID_BASE, TASKS, Candidate,
+    Query, candidate_record, caption, grains, hashed_candidate_id, hashed_query_id, masked, normalise,
+    parse_candidate, parse_modality, parse_query, query_record, split_id, unhashed_candidate_id,
+)  # fmt: skip
+
+# isort: on
 from elva_core.files import ElvaDataError
 
-QUERY_ID_BASE = 500_000
-CANDIDATE_ID_BASE = 10_000_000
-MODALITIES = ("text", "image", "image,text")
-TASKS = {
-    ("text", "image"): 0,
-    ("text", "text"): 1,
-    ("text", "image,text"): 2,
-    ("image", "text"): 3,
-    ("image", "image"): 4,
-    ("image,text", "text"): 6,
-    ("image,text", "image"): 7,
-    ("image,text", "image,text"): 8,
-}
-MODALITIES_OF = {task: pair for pair, task in TASKS.items()}  # of query and candidate
-CANDIDATE_MODALITY = {task: pair[1] for pair, task in TASKS.items()}
 # The sixteen official units in the column order of ELVA Table 1, with the cut-off each is reported at.
 OFFICIAL_UNITS = {
     "visualnews_task0": 5, "mscoco_task0": 5, "fashion200k_task0": 10, "webqa_task1": 5,
@@ -47,199 +42,10 @@ OFFICIAL_UNITS = {
     "fashioniq_task7": 10, "cirr_task7": 5, "oven_task8": 5, "infoseek_task8": 5,
 }  # fmt: skip
 MAX_LINE = 16 * 2**20  # bytes; the longest candidate of M-BEIR has 60,546 characters
-ID = re.compile(r"(\d{1,6}):([1-9]\d{0,8})", re.ASCII)
 QRELS_LINE = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d{1,9})(?:\s+(\d{1,9}))?", re.ASCII)
 
 
-def normalise(text: str | None) -> str:
-    r"""FMT, the normaliser of every caption, query and prompt (mbeir_format.md 4.1). Not idempotent.
-
-    >>> normalise("a dog"), normalise('"hello"  '), normalise(None), normalise("a\r\nb")
-    ('A dog.', 'Hello.', '', 'A\nb.')
-    """
-    text = (text or "").replace("\r", "").strip().strip('"')
-    if not text:
-        return ""
-    text = text[0].upper() + text[1:]
-    return text if text.endswith((".", "?", "!")) else text + "."
-
-
-def split_id(identifier: str) -> tuple[int, int]:
-    """Dataset id and running number of a qid or did "dataset:n".
-
-    Raises:
-        ElvaDataError: not of this form, or not positive.
-    """
-    found = ID.fullmatch(identifier)
-    if not found:
-        raise ElvaDataError(f'id {identifier[:80]!r} is not "dataset_id:n" with n counted from 1')
-    return int(found[1]), int(found[2])
-
-
-def hashed_query_id(qid: str) -> int:
-    """UniIR's integer form of a qid: dataset * 500,000 + n. Fails where n would spill into the next dataset.
-
-    >>> hashed_query_id("9:12"), hashed_candidate_id("9:12"), unhashed_candidate_id(90_000_012)
-    (4500012, 90000012, '9:12')
-    """
-    return _hashed(qid, QUERY_ID_BASE)
-
-
-def hashed_candidate_id(did: str) -> int:
-    """UniIR's integer form of a did: dataset * 10,000,000 + n."""
-    return _hashed(did, CANDIDATE_ID_BASE)
-
-
-def unhashed_candidate_id(value: int) -> str:
-    """Inverse of `hashed_candidate_id`. A negative value is FAISS's filler, never an id, and is refused."""
-    if value < 0:
-        raise ElvaDataError(f"candidate id {value}: a search returned fewer hits than asked for")
-    return ":".join(map(str, divmod(value, CANDIDATE_ID_BASE)))
-
-
-def _hashed(identifier: str, base: int) -> int:
-    dataset, number = split_id(identifier)
-    if number >= base:
-        raise ElvaDataError(
-            f"id {identifier!r}: n must stay below {base:,}, else it spills into dataset {dataset + 1}"
-        )
-    return dataset * base + number
-
-
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One query record. `text` and `image` are raw, not yet normalised; `image` is relative to the root."""
-
-    qid: str
-    text: str | None
-    image: str | None
-    modality: str
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
-    task: int
-    source: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One candidate record. `image` is relative to the root."""
-
-    did: str
-    text: str | None
-    image: str | None
-    modality: str
-    source: dict = field(default_factory=dict)
-
-
 R = TypeVar("R", Query, Candidate)
-
-
-def grains(record: Query | Candidate) -> list[tuple[str, str]]:
-    """Grains (kind, text) that a root carries in *_src_content as {"grains": [[kind, text], ...]}; [] if it has none."""
-    return [(str(kind), str(text)) for kind, text in record.source.get("grains", [])]
-
-
-def caption(record: Query | Candidate) -> str:
-    """The grains as one phrase, normalised."""
-    return normalise(" ".join(text for _, text in grains(record)))
-
-
-def _modality(value: object) -> str:
-    modality = "image,text" if value == "text,image" else str(value)
-    if modality not in MODALITIES:
-        raise ElvaDataError(f"modality {modality[:80]!r} is none of {MODALITIES}")
-    return modality
-
-
-def _source(value: object) -> dict:
-    """The *_src_content field is a JSON document inside a JSON string."""
-    if isinstance(value, str) and value:
-        value = json.loads(value)
-    source = value if isinstance(value, dict) else {}
-    if not all(isinstance(g, list) and len(g) == 2 for g in source.get("grains", [])):
-        raise ElvaDataError("grains in the source content are not [[kind, text], ...]")
-    return source
-
-
-def _ids(values: object, key: str) -> tuple[str, ...]:
-    """did strings; the dataset card shows objects with a "did" key, so both forms are read."""
-    if not isinstance(values, list | None):
-        raise ElvaDataError(f"{key} is {type(values).__name__}, expected a list of dids")
-    dids = tuple(v["did"] if isinstance(v, dict) else v for v in values or ())
-    for did in dids:
-        split_id(_text(did, key))
-    return dids
-
-
-def _text(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise ElvaDataError(f"{key} is {type(value).__name__}, expected a string")
-    value.encode()  # half of a surrogate pair passes JSON, and nothing after it
-    return value
-
-
-def _optional_text(record: dict, key: str) -> str | None:
-    return None if record.get(key) is None else _text(record[key], key)
-
-
-def _task(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value <= 8:
-        raise ElvaDataError(f"task_id is {str(value)[:80]!r}, expected 0 to 8")
-    return value
-
-
-def parse_query(record: dict) -> Query:
-    """A query record from one JSON object; tolerant of absent keys, strict about types."""
-    query = Query(
-        qid=_text(record["qid"], "qid"),
-        text=_optional_text(record, "query_txt"),
-        image=_optional_text(record, "query_img_path"),
-        modality=_modality(record["query_modality"]),
-        positives=_ids(record.get("pos_cand_list"), "pos_cand_list"),
-        negatives=_ids(record.get("neg_cand_list"), "neg_cand_list"),
-        task=_task(record["task_id"]),
-        source=_source(record.get("query_src_content")),
-    )
-    split_id(query.qid)
-    return query
-
-
-def parse_candidate(record: dict) -> Candidate:
-    """A candidate record from one JSON object."""
-    candidate = Candidate(
-        did=_text(record["did"], "did"),
-        text=_optional_text(record, "txt"),
-        image=_optional_text(record, "img_path"),
-        modality=_modality(record["modality"]),
-        source=_source(record.get("src_content")),
-    )
-    split_id(candidate.did)
-    return candidate
-
-
-def query_record(query: Query) -> dict:
-    """The JSON object of a query, in the released key order."""
-    return {
-        "qid": query.qid,
-        "query_txt": query.text,
-        "query_img_path": query.image,
-        "query_modality": query.modality,
-        "query_src_content": json.dumps(query.source) if query.source else None,
-        "pos_cand_list": list(query.positives),
-        "neg_cand_list": list(query.negatives),
-        "task_id": query.task,
-    }
-
-
-def candidate_record(candidate: Candidate) -> dict:
-    """The JSON object of a candidate."""
-    return {
-        "txt": candidate.text,
-        "img_path": candidate.image,
-        "modality": candidate.modality,
-        "did": candidate.did,
-        "src_content": json.dumps(candidate.source) if candidate.source else None,
-    }
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -290,16 +96,17 @@ def judgement(path: Path, number: int, line: bytes) -> tuple[str, str, int, int 
     Raises:
         ElvaDataError: another form, or no ids; names file and line.
     """
-    found = QRELS_LINE.fullmatch(line.decode("utf-8", "replace").strip())
-    if not found or not all(ID.fullmatch(found[i]) for i in (1, 2)):
+    match = QRELS_LINE.fullmatch(line.decode("utf-8", "replace").strip())
+    if not match or not all(ID.fullmatch(match[i]) for i in (1, 2)):
         raise ElvaDataError(f'{path}:{number}: expected "qid 0 did relevance task", found {line[:80]!r}')
-    return found[1], found[2], int(found[3]), int(found[4]) if found[4] else None
+    return match[1], match[2], int(match[3]), int(match[4]) if match[4] else None
 
 
 class Records(Sequence[R], Generic[R]):
     """The records of one file in its order, parsed when they are asked for; 25 bytes a record are in memory.
 
-    ids: (N,) int64, hashed. kinds: (N,) int8, the task of a query, or the place of a candidate's modality in MODALITIES.
+    ids: (N,) int64, hashed. kinds: (N,) int8, the task of a query, or the place of a candidate's
+    modality in MODALITIES.
     Opening reads the file once and fails on the first line that is no record.
     """
 
@@ -351,10 +158,10 @@ class Pool(Records[Candidate]):
 
     def row(self, did: str) -> int | None:
         """Row of a candidate, None if it is not in the pool."""
-        wanted = hashed_candidate_id(did)
-        place = int(np.searchsorted(self.ids, wanted, sorter=self._order))
-        found = place < len(self) and self.ids[self._order[place]] == wanted
-        return int(self._order[place]) if found else None
+        key = hashed_candidate_id(did)
+        place = int(np.searchsorted(self.ids, key, sorter=self._order))
+        there = place < len(self) and self.ids[self._order[place]] == key
+        return int(self._order[place]) if there else None
 
     def rows_of(self, modality: str) -> np.ndarray:
         """Rows of one modality, ascending."""
@@ -377,7 +184,7 @@ def write_qrels(path: Path, queries: Iterable[Query]) -> None:
 
 @dataclass(frozen=True)
 class Root:
-    """A folder in the M-BEIR layout (mbeir_format.md section 2)."""
+    """A folder in the M-BEIR layout."""
 
     folder: Path
 
@@ -400,15 +207,12 @@ class Root:
         return self.folder / "qrels" / split / f"mbeir_{unit}_{split}_qrels.txt"
 
     def pool_path(self, unit: str, split: str, pool: str = "local") -> Path:
-        """Pool file of a unit. MSCOCO and emoji have one local pool per split, the other datasets one for all."""
+        """Pool file of a unit: MSCOCO and emoji have one local pool per split, the others one for all."""
         if pool == "global":
             return self.folder / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"
         per_split = self.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
-        return (
-            per_split
-            if per_split.is_file()
-            else self.folder / f"cand_pool/local/mbeir_{unit}_cand_pool.jsonl"
-        )
+        shared = self.folder / f"cand_pool/local/mbeir_{unit}_cand_pool.jsonl"
+        return per_split if per_split.is_file() else shared
 
     def queries(self, unit: str, split: str) -> Records[Query]:
         """Queries of one unit in file order."""
@@ -430,15 +234,18 @@ class Root:
         return [unit for unit in units if any(fnmatch.fnmatch(unit, pattern) for pattern in patterns)]
 
     def trained_rows(self, excluded: Sequence[str] = ()) -> np.ndarray:
-        """Rows of the union train file but those of the excluded units (names or patterns of test units), told by dataset and task."""
+        """Rows of the union train file but those of the excluded units, told by dataset and task.
+
+        Args:
+            excluded: names or patterns of test units.
+        """
         queries = self.union_train()
-        kept = np.ones(len(queries), bool)
+        trained = np.ones(len(queries), bool)
         for unit in self.matching(excluded, "test"):
             first = self.queries(unit, "test")[0]
-            kept &= (queries.ids // QUERY_ID_BASE != int(first.qid.split(":")[0])) | (
-                queries.kinds != first.task
-            )
-        return np.flatnonzero(kept)
+            same_dataset = queries.ids // QUERY_ID_BASE == split_id(first.qid)[0]
+            trained &= ~(same_dataset & (queries.kinds == first.task))
+        return np.flatnonzero(trained)
 
     def pool(self, unit: str, split: str, pool: str = "local") -> Pool:
         """Candidates of a pool in file order. Raises ElvaDataError on a repeated did."""
@@ -455,7 +262,10 @@ class Root:
 
     @cached_property
     def instructions(self) -> dict[tuple[int, str, str], tuple[str, ...]]:
-        """(dataset id, query modality, candidate modality) -> up to four prompts. Columns are read by position."""
+        """(dataset id, query modality, candidate modality) -> up to four prompts.
+
+        Columns are read by position.
+        """
         path = self.folder / "instructions/query_instructions.tsv"
         if not path.is_file():
             raise ElvaDataError(f"{path} is missing; it holds the prompts of every dataset and modality pair")
@@ -470,7 +280,7 @@ class Root:
                     f"{path}:{number}: expected 3 names, a dataset id and 1 to 4 prompts, tab-separated"
                 )
             try:
-                table[int(cells[3]), _modality(cells[0]), _modality(cells[1])] = prompts
+                table[int(cells[3]), parse_modality(cells[0]), parse_modality(cells[1])] = prompts
             except ElvaDataError as error:
                 raise ElvaDataError(f"{path}:{number}: {error}") from None
         return table
@@ -478,7 +288,7 @@ class Root:
     def query_text(
         self, query: Query, *, seed: int = 0, scope: str = "", prompt_index: int | None = None
     ) -> str:
-        """Instruction plus query text, normalised as UniIR and LamRA do (4.2).
+        """Instruction plus query text, normalised as UniIR and LamRA do.
 
         Args:
             seed, scope: the prompt is chosen by a stable hash of (seed, scope, qid), so a score never

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from elva_core import files
 from elva_core.config import DataSettings, Settings
-from elva_core.data import emoji, mbeir
+from elva_core.data import emoji, emoji_variants, mbeir
+
+NLI_COLUMNS = ["sent0", "sent1", "hard_neg"]
 
 
 def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, Path]:
-    """(root, NLI file): the embedded collection written into `folder`, or a link to the M-BEIR copy the profile names.
+    """(root, NLI file): the embedded collection in `folder`, or links to the M-BEIR copy the profile names.
 
     Raises:
         ElvaDataError: the profile names neither or both, or a path that does not exist.
@@ -53,7 +54,7 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
 
 
 def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, dict[str, str]]]:
-    """The rows that the embedded collection has of its own beside the paper's unseen sets, written into `folder`.
+    """Writes the embedded collection's own unseen sets, beside those of the paper, into `folder`.
 
     Returns:
         set -> (question, format, the instructions of training by direction); the set's folder has its name.
@@ -66,7 +67,7 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     emojis = emoji.sample(emoji.load(data.language), data.size)
     if asked.language in ("en", data.language):
         raise files.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
-    written = emoji.write_unseen(
+    written = emoji_variants.write_unseen(
         emojis,
         folder,
         trained=data.vendors["train"][0],
@@ -80,13 +81,39 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     return {name: (question, kind, prompts) for name, (question, kind) in written.items()}
 
 
+def read_nli(path: Path) -> pd.DataFrame:
+    """Stage 1's text pairs: triplets in SimCSE's CSV form, one row each.
+
+    The columns are sent0 (premise), sent1 (entailed) and hard_neg (contradicted).
+
+    Raises:
+        ElvaDataError: missing file, missing column, or an empty cell; names the line.
+    """
+    if not path.is_file():
+        raise files.ElvaDataError(
+            f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection"
+        )
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise files.ElvaDataError(f"{path}: not readable as CSV ({error})") from None
+    if missing := [c for c in NLI_COLUMNS if c not in table]:
+        raise files.ElvaDataError(f"{path}:1: columns {missing} are missing; expected {NLI_COLUMNS}")
+    empty = (table[NLI_COLUMNS] == "").any(axis=1)
+    if empty.any():
+        raise files.ElvaDataError(f"{path}:{int(empty.idxmax()) + 2}: an empty cell; remove the row")
+    return table[NLI_COLUMNS]
+
+
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:
     """(root, NLI file) of a finished data stage."""
     return mbeir.Root(folder / "root"), folder / "nli.csv"
 
 
 def write_clips(settings: Settings, folder: Path, seed: int) -> None:
-    """Short clips of drawings of the test vendor, one folder in MSR-VTT's layout for each motion; none where the profile has none.
+    """Short clips of the test vendor's drawings, one folder in MSR-VTT's layout for each motion.
+
+    Nothing is written where the profile has no drawings.
 
     Raises:
         ElvaDataError: clips are asked for of data that has no drawings.
@@ -100,7 +127,7 @@ def write_clips(settings: Settings, folder: Path, seed: int) -> None:
         )
     emojis = emoji.sample(emoji.load(data.language), data.size)
     (vendor,) = data.vendors["test"]
-    emoji.write_clips(
+    emoji_variants.write_clips(
         emojis,
         folder,
         vendor=vendor,
@@ -118,20 +145,13 @@ def counts(root: mbeir.Root) -> pd.DataFrame:
         for unit in root.units(split):
             queries = root.queries(unit, split)
             pool = root.pool(unit, split, "global" if split == "train" else "local")
-            positives = np.array([len(q.positives) for q in queries])
-            for task in np.unique(queries.kinds).tolist():
-                asked, modality = mbeir.MODALITIES_OF[task]
-                own = positives[queries.kinds == task]
-                rows.append(
-                    {
-                        "split": split,
-                        "unit": unit if f"task{task}" in unit else f"{unit}_task{task}",
-                        "query -> candidate": f"{asked} -> {modality}",
-                        "queries": len(own),
-                        "positives per query": round(own.mean(), 2),
-                        "pool": len(pool.rows_of(modality)),
-                    }
-                )
+            positives = pd.Series([len(q.positives) for q in queries])
+            for task, counts_of_task in positives.groupby(queries.kinds):
+                modalities = mbeir.MODALITIES_OF[task]
+                row = {"split": split, "unit": unit if f"task{task}" in unit else f"{unit}_task{task}"}
+                row |= {"query -> candidate": " -> ".join(modalities), "queries": len(counts_of_task)}
+                row |= {"positives per query": round(counts_of_task.mean(), 2)}
+                rows.append(row | {"pool": len(pool.rows_of(modalities[1]))})
     return pd.DataFrame(rows)
 
 
@@ -141,28 +161,23 @@ def examples(root: mbeir.Root, unit: str, split: str, count: int) -> list[tuple[
     cells = []
     for query in sorted(queries, key=lambda q: mbeir.stable_hash("example", q.qid))[:count]:
         positive = pool[next(row for did in query.positives if (row := pool.row(did)) is not None)]
-        cells.append((f"Q: {query.text or ''}", root.image_path(query.image) if query.image else None))
-        cells.append(
-            (f"C: {positive.text or ''}", root.image_path(positive.image) if positive.image else None)
-        )
+        for label, record in (("Q", query), ("C", positive)):
+            path = root.image_path(record.image) if record.image else None
+            cells.append((f"{label}: {record.text or ''}", path))
     return cells
 
 
 def twins_in_pool(root: mbeir.Root, unit: str, split: str) -> pd.Series:
     """Per query, how many candidates of its local pool differ from the wanted grains in exactly one."""
-    keys: dict[tuple, set[str]] = {}
+    texts: dict[tuple, set[str]] = {}
     for candidate in root.pool(unit, split):
-        for hidden, (kind, text) in enumerate(own := mbeir.grains(candidate)):
-            keys.setdefault((kind, *(g for i, g in enumerate(own) if i != hidden)), set()).add(text)
-    out = []
-    for query in root.queries(unit, split):
-        own = mbeir.grains(query)
-        near = [
-            keys.get((kind, *(g for i, g in enumerate(own) if i != hidden)), set()) - {text}
-            for hidden, (kind, text) in enumerate(own)
-        ]
-        out.append(sum(map(len, near)))
-    return pd.Series(out, name="twins")
+        for key, text in mbeir.masked(mbeir.grains(candidate)):
+            texts.setdefault(key, set()).add(text)
+    counts = [
+        sum(len(texts.get(key, set()) - {text}) for key, text in mbeir.masked(mbeir.grains(query)))
+        for query in root.queries(unit, split)
+    ]
+    return pd.Series(counts, name="twins")
 
 
 def unseen(root: mbeir.Root, queries: Sequence[mbeir.Query]) -> pd.Series:

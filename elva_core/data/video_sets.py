@@ -24,38 +24,38 @@ SUFFIXES = (".mp4", ".webm", ".avi", ".mkv")
 
 
 def msrvtt(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
-    """The 1k-A test split of MSR-VTT, in the layout that CLIP4Clip and LamRA read, or in that of the hub's copy, which VLM2Vec reads.
+    """The 1k-A test split of MSR-VTT.
 
-    root/MSRVTT_JSFUSION_test.csv with the columns video_id and sentence, or root/msrvtt_test_1k.json, a list of {video_id, caption}:
-    a row is a query and its one video, root/videos/**/<video_id>.mp4 (or .webm, .avi, .mkv).
+    In the layout that CLIP4Clip and LamRA read, root/MSRVTT_JSFUSION_test.csv with the columns video_id and
+    sentence, or in that of the hub's copy, which VLM2Vec reads, root/msrvtt_test_1k.json, a list of
+    {video_id, caption}. A row is a query and its one video, root/videos/**/<video_id>.mp4 (or .webm, .avi,
+    .mkv).
 
     Raises:
         ElvaDataError: a file, column or value that is missing, or a video; names the line or entry.
     """
     table, records = root / "MSRVTT_JSFUSION_test.csv", root / "msrvtt_test_1k.json"
     if table.is_file():
-        found = _opened(table, lambda path: pd.read_csv(path, dtype=str, keep_default_na=False))
-        path, columns, first = table, ("video_id", "sentence"), 2
+        path, columns, first = table, ["video_id", "sentence"], 2
+        values = _opened(table, lambda path: pd.read_csv(path, dtype=str, keep_default_na=False))
+    elif records.is_file():
+        path, columns, first = records, ["video_id", "caption"], 1
+        values = pd.DataFrame(_opened(records, lambda path: json.loads(path.read_bytes())))
     else:
-        if not records.is_file():
-            raise ElvaDataError(
-                f"{root}: neither {table.name} nor {records.name} is there; unpack the annotations of MSR-VTT 1k-A there"
-            )
-        found = pd.DataFrame(_opened(records, lambda path: json.loads(path.read_bytes())))
-        path, columns, first = records, ("video_id", "caption"), 1
-    if lost := [c for c in columns if c not in found]:
-        raise ElvaDataError(f"{path}: {lost} is missing; expected {list(columns)}")
-    rows = [
-        (f"{path}:{n}", *row)
-        for n, row in enumerate(found[list(columns)].itertuples(index=False), start=first)
-    ]
+        missing = f"neither {table.name} nor {records.name} is there"
+        raise ElvaDataError(f"{root}: {missing}; unpack the annotations of MSR-VTT 1k-A there")
+    if lost := [c for c in columns if c not in values]:
+        raise ElvaDataError(f"{path}: {lost} is missing; expected {columns}")
+    lines = values[columns].itertuples(index=False)
+    rows = [(f"{path}:{n}", *row) for n, row in enumerate(lines, start=first)]
     return _task("MSR-VTT", root, rows, frames, instruction)
 
 
 def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
-    """The test split of MSVD, in the layout that CLIP4Clip and LamRA read. Every caption of a video is a query of its own.
+    """The test split of MSVD, in the layout that CLIP4Clip and LamRA read.
 
-    root/test_list.txt with one video id a line, root/raw-captions.pkl, {video id: [[word, ...], ...]}, and root/videos/**/<video id>.avi
+    Every caption of a video is a query of its own. root/test_list.txt has one video id a line,
+    root/raw-captions.pkl is {video id: [[word, ...], ...]}, and videos are root/videos/**/<video id>.avi
     (or .mp4, .webm, .mkv).
 
     Raises:
@@ -66,12 +66,11 @@ def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
     captions = _opened(path, lambda p: _Plain(p.open("rb")).load())
     rows = []
     for number, name in enumerate(ids, start=1):
-        own = captions.get(name) if isinstance(captions, dict) else None
-        if not own or not all(isinstance(c, list) and all(isinstance(w, str) for w in c) for c in own):
-            raise ElvaDataError(
-                f"{path}: no captions of video {name!r} ({listed}:{number}) as lists of words; is it the right file?"
-            )
-        rows += [(f"{listed}:{number}", name, " ".join(words)) for words in own]
+        texts = captions.get(name) if isinstance(captions, dict) else None
+        if not texts or not all(isinstance(c, list) and all(isinstance(w, str) for w in c) for c in texts):
+            problem = f"no captions of video {name!r} ({listed}:{number}) as lists of words"
+            raise ElvaDataError(f"{path}: {problem}; is it the right file?")
+        rows += [(f"{listed}:{number}", name, " ".join(words)) for words in texts]
     return _task("MSVD", root, rows, frames, instruction)
 
 
@@ -98,11 +97,8 @@ def _task(
     name: str, root: Path, rows: Sequence[tuple[str, object, object]], frames: int, instruction: str
 ) -> Task:
     """Rows (where it stands, video id, caption) as a task; each distinct video is one candidate."""
-    files = {
-        path.stem: path
-        for path in sorted((root / "videos").rglob("*"), reverse=True)
-        if path.suffix.lower() in SUFFIXES
-    }
+    paths = sorted((root / "videos").rglob("*"), reverse=True)
+    files = {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES}
     place: dict[str, int] = {}
     for where, video, caption in rows:
         if not isinstance(caption, str) or not caption.strip():
@@ -110,9 +106,8 @@ def _task(
                 f"{where}: the caption of video {video!r} is {caption!r}; repair or remove it"
             )
         if video not in files:
-            raise ElvaDataError(
-                f"{where}: video {video!r} is not below {root / 'videos'}; unpack the videos there"
-            )
+            problem = f"video {video!r} is not below {root / 'videos'}"
+            raise ElvaDataError(f"{where}: {problem}; unpack the videos there")
         place.setdefault(video, len(place))
     if not rows:
         raise ElvaDataError(f"{root}: no rows; is it the right folder?")

@@ -19,7 +19,7 @@ from accelerate import PartialState, notebook_launcher
 
 from elva_core import distributed, files, sharding
 from elva_core.config import ProfileError, Settings
-from elva_core.data import mbeir, nli, sources
+from elva_core.data import mbeir, sources
 from elva_core.experiments import stages
 from elva_core.models import encoder
 from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker, teach
@@ -155,7 +155,7 @@ def run(wanted: Job) -> None:
     if wanted.name == "stage1":
         contrastive.train(
             model,
-            contrastive.triplet_pairs(nli.read(wanted.triplets), seed),
+            contrastive.triplet_pairs(sources.read_nli(wanted.triplets), seed),
             settings.stage1,
             seed=seed,
             folder=folder,

@@ -7,7 +7,7 @@ import pytest
 
 from elva_core import config, files
 from elva_core.data import emoji as ec
-from elva_core.data import mbeir, nli, sources
+from elva_core.data import mbeir, sources
 
 
 def test_grains_joined_give_the_name_again(emojis):
@@ -24,22 +24,16 @@ def test_the_collection_has_the_size_the_design_counts_on(emojis):
     assert all(1 <= len(e.segments) <= 3 for e in emojis)
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds"),
-    [
-        ("woman running dark skin tone", ["who", "what", "tone"]),
-        ("man light skin tone red hair", ["who", "tone", "hair"]),
-        ("thumbs up medium skin tone", ["what", "tone"]),
-        ("handshake light skin tone dark skin tone", ["what", "tone"]),
-        ("woman bald", ["who", "hair"]),
-        ("sunset", ["what"]),
-        ("mango", ["what"]),
-        ("mantelpiece clock", ["what"]),
-        ("man’s shoe", ["what"]),
-    ],
-)
+KINDS = {
+    "woman running dark skin tone": "who what tone", "man light skin tone red hair": "who tone hair", "woman bald": "who hair",
+    "thumbs up medium skin tone": "what tone", "handshake light skin tone dark skin tone": "what tone",
+    "sunset": "what", "mango": "what", "mantelpiece clock": "what", "man’s shoe": "what",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kinds"), KINDS.items())
 def test_names_and_their_grains(name, kinds):
-    assert [k for k, _ in ec.parse_name(name)] == kinds
+    assert [k for k, _ in ec.parse_name(name)] == kinds.split()
 
 
 def test_twins_differ_in_exactly_one_grain_and_know_each_other(emojis):
@@ -60,7 +54,7 @@ def test_held_out_compositions_are_in_no_training_row(root, emojis, tmp_path):
     path = tmp_path / "nli.csv"
     ec.write_triplets(ec.sample(emojis, 60), path, held_out_share=0.15)
     names = {mbeir.normalise(e.name) for e in emojis if e.codes in unseen}
-    table = nli.read(path)
+    table = sources.read_nli(path)
     assert not names & set(pd.concat([table.sent0, table.hard_neg]))
 
 
@@ -78,7 +72,7 @@ def test_every_task_of_the_layout_is_there_and_test_queries_are_multi_grain(root
 
 def test_a_dropped_grain_is_entailed_and_a_swapped_one_contradicts(emojis, tmp_path):
     ec.write_triplets(emojis[:400], tmp_path / "t.csv", held_out_share=0.0)
-    for r in nli.read(tmp_path / "t.csv").head(50).itertuples():
+    for r in sources.read_nli(tmp_path / "t.csv").head(50).itertuples():
         whole, less, other = (set(x.lower().strip(".").split()) for x in r[1:])
         assert less < whole and other != whole and other - whole
 
@@ -93,12 +87,9 @@ def test_the_same_seed_writes_the_same_bytes_and_another_does_not(emojis, tmp_pa
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_an_unknown_language_is_named():
+def test_a_profile_without_data_or_with_an_unknown_language_is_refused(tmp_path):
     with pytest.raises(files.ElvaDataError, match="'xx' is none of"):
         ec.load("xx")
-
-
-def test_a_profile_without_data_is_refused(tmp_path):
     with pytest.raises(files.ElvaDataError, match="either emoji, or both"):
         sources.write(config.DataSettings(name="x"), tmp_path, seed=0)
     with pytest.raises(files.ElvaDataError, match="does not exist"):
@@ -110,11 +101,11 @@ def test_any_mbeir_folder_is_linked_and_read(root, tmp_path):
     linked, triplets = sources.write(
         config.DataSettings(name="x", root=str(root.folder), nli=str(tmp_path / "n.csv")), tmp_path / "out", seed=0
     )
-    assert linked.units("test") == root.units("test") and len(nli.read(triplets)) == 1
+    assert linked.units("test") == root.units("test") and len(sources.read_nli(triplets)) == 1
 
 
 @pytest.mark.parametrize(("text", "message"), [("a,b\n1,2\n", "columns"), ("sent0,sent1,hard_neg\nx,y,z\nx,,z\n", r":3: an empty cell")])
 def test_broken_triplets_are_named(tmp_path, text, message):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(files.ElvaDataError, match=message):
-        nli.read(tmp_path / "n.csv")
+        sources.read_nli(tmp_path / "n.csv")

@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score
 from conftest import COMMAND, started
 from elva_core import cli
 from elva_core import config as profiles
-from elva_core.data import caption_sets, mbeir
+from elva_core.data import caption_sets, emoji_variants, mbeir
 from elva_core.data import emoji as ec
 from elva_core.data import sources as prepare
 from elva_core.data.caption_sets import GENECIS, SETS, SUGARCREPE, Task
@@ -545,7 +545,7 @@ def test_vendors_and_languages_are_asked_for_the_same_emoji(own, emojis):
 def test_a_false_caption_is_false_in_one_thing(emojis):
     known = {e.name: e for e in emojis}
     kinds = {"replace_obj": {"who", "what"}, "replace_rel": {"what"}, "replace_att": {"tone", "hair"}}
-    found = ec.replaced_captions(emojis)
+    found = emoji_variants.replaced_captions(emojis)
     assert list(found) == list(SUGARCREPE) and min(map(len, found.values())) >= 60
     for kind, rows in found.items():
         for e, false in rows:
@@ -623,7 +623,7 @@ def test_claims_have_a_verdict_only_beside_a_figure_of_the_paper(own):
     assert set(rows["source"]) == {"Table 2, own rows"} and claims.assemble(rows.to_dict("records"), 1)["ours"].notna().all()
     assert not rows.duplicated(["claim", "metric", "dataset"]).any()
     main = captions.headline(results[results["model"] == "new"])
-    assert len(main) == 8 and set(main["metric"]) == {"hit@5", "accuracy"} and set(main["group"]) == {"", *ec.COMPOSITIONS}
+    assert len(main) == 8 and set(main["metric"]) == {"hit@5", "accuracy"} and set(main["group"]) == {"", *emoji_variants.COMPOSITIONS}
     figure = figures.generalisation(results.assign(row=results["set"] + results["group"] + results["metric"]), "title")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == len(results) / 2 and all("n = " in label for label in labels)

@@ -22,7 +22,7 @@ from transformers.video_utils import VideoMetadata
 import families
 from elva_core import cli, files
 from elva_core import config as settings
-from elva_core.data import caption_sets, emoji, images, mbeir, video_sets
+from elva_core.data import caption_sets, emoji, emoji_variants, images, mbeir, video_sets
 from elva_core.data import frames as clips
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
@@ -442,12 +442,12 @@ def test_ties_count_against_the_target_in_the_pool_and_in_a_gallery():
 def drawn(emojis, tmp_path_factory) -> Path:
     """Clips of five emoji in every motion."""
     folder = tmp_path_factory.mktemp("drawn")
-    emoji.write_clips(emojis, folder, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    emoji_variants.write_clips(emojis, folder, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
     return folder
 
 
 def test_clips_show_the_same_drawings_in_the_layout_of_msrvtt(drawn, emojis, tmp_path):
-    tasks = {word: video_sets.msrvtt(drawn / word, 8, "Find it.") for word in emoji.MOTIONS}
+    tasks = {word: video_sets.msrvtt(drawn / word, 8, "Find it.") for word in emoji_variants.MOTIONS}
     (texts,) = {tuple(q.text for q in task.queries) for task in tasks.values()}
     assert len(set(texts)) == 5 and all(task.positives == [[i] for i in range(5)] for task in tasks.values())
     film = {word: clips.read(task.candidates[0].clips[0]).pixels.astype(int) for word, task in tasks.items()}
@@ -460,14 +460,14 @@ def test_clips_show_the_same_drawings_in_the_layout_of_msrvtt(drawn, emojis, tmp
     columns = [(f < 200).any((0, 1)).nonzero()[0].mean() for f in film["sliding"]]
     assert len(set(np.sign(np.diff(columns)))) == 1 and abs(columns[-1] - columns[0]) > 24
     assert all(np.abs(a - b).mean() > 4 for a, b in itertools.pairwise(film["rotating"]))
-    emoji.write_clips(emojis, tmp_path, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    emoji_variants.write_clips(emojis, tmp_path, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
     for path in drawn.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / path.relative_to(drawn)).read_bytes()
 
 
 def test_a_model_that_sees_motion_finds_the_named_one_and_a_blind_one_has_ties_against_it(drawn, smoke):
     """Vectors made of what is known: the words of a query, the folder and number of a clip."""
-    words = sorted(emoji.MOTIONS)
+    words = sorted(emoji_variants.MOTIONS)
     names = [q.text for q in video_sets.msrvtt(drawn / "still", 1, smoke.video.instruction).queries]
 
     def look(items, *, sees):
