@@ -18,7 +18,7 @@ from elva_core.data import mbeir
 from elva_core.experiments.catalogue import Dataset, Gpu, Known, Unit, architecture, dataset, known
 from elva_core.experiments.sizes import Sizes, of_tiny
 
-VISION_CALL = 64  # images per call of Encoder._vision_features
+VISION_CALL = 64  # images per call of the tower, models/vision.py
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from elva_core.data.items import Item
-from elva_core.models.encoder import Batch, Encoder, normalised
+from elva_core.models.encoder import Encoder, normalised
+from elva_core.models.prefix import Prefix, advance, prefill
 
 
 @dataclass(slots=True)
@@ -50,33 +50,9 @@ class Rollouts:
 Sampler = Callable[[Encoder, Sequence[Sequence[Item]], Sequence[torch.Tensor], float], list[Rollouts]]
 
 
-@dataclass(slots=True)
-class Prefix:
-    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (..., B, 1)."""
-
-    cache: DynamicCache
-    mask: torch.Tensor
-    last: torch.Tensor
-    position: torch.Tensor
-
-
-def prefill(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
-    """Runs each prompt once and repeats the result for its rollouts: rows 0..G-1 belong to item 0, and so on."""
+def _prefilled(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
     batch = encoder.batch(items, encoder.settings.summary_request)
-    cache = DynamicCache(config=encoder.backbone.config.get_text_config())
-    last = encoder.states(batch, cache)[:, -1]
-    if rollouts > 1:
-        cache.batch_repeat_interleave(rollouts)
-    position = (batch.positions[..., -1:] + 1).repeat_interleave(rollouts, dim=-2)
-    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last)), position)
-
-
-def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """States (R, n, D) of n further tokens on the cache; columns where `valid` is False are never attended to."""
-    prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
-    positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)
-    prefix.position = prefix.position + ids.shape[1]
-    return encoder.states(Batch(ids, prefix.mask, positions, {"input_ids": ids}), prefix.cache)
+    return prefill(encoder.backbone, batch.inputs, rollouts)
 
 
 def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -102,7 +78,7 @@ def generate(
         temperature: of sampling; log-probabilities are those of the tempered distribution.
     """
     rollouts = 1 if noise is None else noise.shape[1]
-    prefix = prefill(encoder, items, rollouts)
+    prefix = _prefilled(encoder, items, rollouts)
     rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
     state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
     waiting = open_row.clone()  # rows whose [RET] has not been read yet
@@ -121,7 +97,7 @@ def generate(
         else:
             open_row = torch.zeros_like(open_row)
             inputs = torch.full((rows,), encoder.ret_id, device=state.device)
-        state = _advance(encoder, prefix, inputs[:, None], waiting[:, None])[:, 0]
+        state = advance(encoder.backbone, prefix, inputs[:, None], waiting[:, None])[:, 0]
         closing = waiting & ~open_row
         embeddings[closing] = normalised(state[closing])
         waiting = waiting & open_row
@@ -142,22 +118,32 @@ def in_process(
 
 
 def _forced(
-    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) that chose each of the N actions, and embeddings (B, G, D), of given summaries; see `score`."""
-    groups = tokens.shape[1]
-    tokens, actions = tokens.flatten(0, 1), actions.flatten(0, 1)
-    prefix = prefill(encoder, items, groups)
-    first = prefix.last
-    lengths = (actions & (tokens != encoder.end_id)).sum(1)
-    column = torch.arange(tokens.shape[1] + 1, device=tokens.device)
-    inputs = torch.cat([tokens, tokens.new_full((len(tokens), 1), encoder.pad_id)], dim=1)
+    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Teacher forcing of given summaries on the shared cache of their prompts.
+
+    Args:
+        tokens, actions: (B, G, T), as in `Rollouts`.
+
+    Returns:
+        (N, V) log-probabilities of all tokens at each of the N actions; (B, G, T) those of the tokens chosen, 0 where no
+        action; (B, G, D) embeddings.
+    """
+    rows, acts = tokens.flatten(0, 1), actions.flatten(0, 1)
+    prefix = _prefilled(encoder, items, tokens.shape[1])
+    # the summary without its end of turn, then [RET], then nothing that counts
+    lengths = (acts & (rows != encoder.end_id)).sum(1)
+    column = torch.arange(rows.shape[1] + 1, device=rows.device)
+    inputs = torch.cat([rows, rows.new_full((len(rows), 1), encoder.pad_id)], dim=1)
     inputs = torch.where(column == lengths[:, None], encoder.ret_id, inputs)
     inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
-    states = _advance(encoder, prefix, inputs, column <= lengths[:, None])
-    before = torch.cat([first[:, None], states[:, :-1]], dim=1)[:, : tokens.shape[1]]
-    embeddings = normalised(states[torch.arange(len(states)), lengths])
-    return encoder.logits(before[actions]), embeddings.unflatten(0, (-1, groups))
+    states = advance(encoder.backbone, prefix, inputs, column <= lengths[:, None])
+    # a token was chosen from the state before it
+    before = torch.cat([prefix.last[:, None], states[:, :-1]], dim=1)[:, : rows.shape[1]]
+    log_p = torch.log_softmax(encoder.logits(before[acts]) / temperature, dim=-1)
+    chosen = log_p.gather(-1, tokens[actions][:, None])[:, 0]
+    embeddings = normalised(states[torch.arange(len(states)), lengths]).unflatten(0, tokens.shape[:2])
+    return log_p, torch.zeros_like(tokens, dtype=log_p.dtype).masked_scatter(actions, chosen), embeddings
 
 
 def score(
@@ -170,10 +156,7 @@ def score(
     Returns:
         log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
     """
-    tokens, actions = rollouts.tokens, rollouts.actions
-    logits, embeddings = _forced(encoder, items, tokens, actions)
-    chosen = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(actions, chosen), embeddings
+    return _forced(encoder, items, rollouts.tokens, rollouts.actions, temperature)[1:]
 
 
 @torch.no_grad()
@@ -190,19 +173,6 @@ def completed(
     Args:
         tokens, actions: (B, G, T), as in `Rollouts`.
     """
-    logits, embeddings = _forced(encoder, items, tokens, actions)
-    log_p, nothing = (
-        torch.log_softmax(logits / temperature, dim=-1),
-        torch.zeros(tokens.shape, device=tokens.device),
-    )
-    chosen, entropy = (
-        log_p.gather(-1, tokens[actions][:, None])[:, 0],
-        torch.special.entr(log_p.exp()).sum(-1),
-    )
-    return Rollouts(
-        tokens,
-        actions,
-        nothing.masked_scatter(actions, chosen),
-        nothing.masked_scatter(actions, entropy),
-        embeddings,
-    )
+    log_p, chosen, embeddings = _forced(encoder, items, tokens, actions, temperature)
+    entropy = torch.zeros_like(chosen).masked_scatter(actions, torch.special.entr(log_p.exp()).sum(-1))
+    return Rollouts(tokens, actions, chosen, entropy, embeddings)

@@ -1,4 +1,4 @@
-"""Summaries by vLLM instead of transformers: the other `rollout.Sampler`. Untested on hardware; written for vLLM 0.33.0.
+"""Summaries by vLLM instead of transformers: the other `generation.Sampler`. Untested on hardware; written for vLLM 0.33.0.
 
 vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the adapter and
 the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings are the trainer's own,
@@ -15,15 +15,16 @@ import gc
 import itertools
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import patch_environment
+from accelerate.utils.other import get_free_port
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from elva_core import distributed, sharding
 from elva_core.config import LoraSettings, VllmSettings
@@ -56,7 +57,7 @@ def library():
 
 
 class VllmSampler:
-    """A `rollout.Sampler` with an engine inside this process, on its GPU, as TRL's colocate mode has it.
+    """A `generation.Sampler` with an engine inside this process, on its GPU, as TRL's colocate mode has it.
 
     Each of several processes has an engine of its own for its own queries; one GPU per process is assumed, and a folder
     that all of them see. A summary depends on its item's noise and, on hardware, on rounding that differs with what
@@ -110,26 +111,23 @@ class VllmSampler:
         Raises:
             ValueError: vLLM read another prompt than the trainer.
         """
-        items, rows = (
-            list(itertools.chain(*parts)),
-            list(itertools.chain(*(token_rows(encoder, part) for part in parts))),
-        )
-        wanted = [self._wanted(encoder, noise, temperature) for noise in itertools.chain(*noises)]
+        items = list(itertools.chain(*parts))
+        rows = [row for part in parts for row in token_rows(encoder, part)]
+        requests = [self._request(encoder, noise, temperature) for noise in itertools.chain(*noises)]
         adapter = self._push(encoder)
-        found = self._engine.generate(
-            prompts(encoder, items, rows), wanted, lora_request=adapter, use_tqdm=False
+        answers = self._engine.generate(
+            prompts(encoder, items, rows), requests, lora_request=adapter, use_tqdm=False
         )
         shutil.rmtree(adapter.lora_path)
-        for item, row, out in zip(items, rows, found, strict=True):
-            if list(out.prompt_token_ids) != row:
+        for item, row, answer in zip(items, rows, answers, strict=True):
+            if list(answer.prompt_token_ids) != row:
                 raise ValueError(
-                    f"vLLM read {len(out.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, or other ones, for {item}; "
-                    f"compare the image processors of vllm {getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
+                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, or other "
+                    f"ones, for {item}; compare the image processors of vllm {getattr(self._vllm, '__version__', '?')} "
+                    f"and of {self._folder / 'base'}"
                 )
-        found = iter(found)
-        return [
-            self._rollouts(encoder, part, [next(found).outputs for _ in part], temperature) for part in parts
-        ]
+        outputs = iter(answer.outputs for answer in answers)
+        return [_rollouts(encoder, part, [next(outputs) for _ in part], temperature) for part in parts]
 
     def close(self) -> None:
         """Frees the GPU memory and the disk."""
@@ -139,7 +137,7 @@ class VllmSampler:
         if distributed.processes().is_main_process:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _wanted(self, encoder: Encoder, noise: torch.Tensor, temperature: float):
+    def _request(self, encoder: Encoder, noise: torch.Tensor, temperature: float):
         """One item's request, a SamplingParams."""
         return self._vllm.SamplingParams(
             n=len(noise),
@@ -166,31 +164,30 @@ class VllmSampler:
         self._engine.apply_model(partial(_set_row, encoder.ret_id, row))
         return LoRARequest(folder.name, number, str(folder))
 
-    def _rollouts(
-        self, encoder: Encoder, part: Sequence[Item], found: Sequence[Sequence], temperature: float
-    ) -> generation.Rollouts:
-        """Tokens and actions as `rollout.generate` has them, and the trainer's own view of them."""
-        width = max(len(one.token_ids) for group in found for one in group)
-        said = [
-            [[at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in group]
-            for group in found
-        ]
-        tokens = _padded(
-            [[one.token_ids for one in group] for group in found], width, encoder.pad_id, encoder
-        )
-        actions = _padded(
-            [[[True] * len(one.token_ids) for one in group] for group in found], width, False, encoder
-        )
-        out = generation.completed(encoder, part, tokens, actions, temperature=temperature)
-        out.engine_log_p = _padded(said, width, 0.0, encoder)
-        return out
 
+def _rollouts(
+    encoder: Encoder, items: Sequence[Item], outputs: Sequence[Sequence], temperature: float
+) -> generation.Rollouts:
+    """Tokens and actions as `generation.generate` has them, and the trainer's own view of them.
 
-def _padded(rows: Sequence[Sequence[Sequence]], width: int, filler, encoder: Encoder) -> torch.Tensor:
-    """(B, G, width) of B groups of G rows."""
-    return torch.tensor(
-        [[[*row, *[filler] * (width - len(row))] for row in group] for group in rows], device=encoder.device
-    )
+    Args:
+        outputs: vLLM's CompletionOutputs, G of each item.
+    """
+    completions = [one for group in outputs for one in group]
+
+    def stacked(rows: Sequence[Sequence], filler: float) -> torch.Tensor:
+        """(B, G, T), padded on the right."""
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+        return padded.unflatten(0, (len(items), -1)).to(encoder.device)
+
+    ids = [list(one.token_ids) for one in completions]
+    tokens, actions = stacked(ids, encoder.pad_id), stacked([[True] * len(row) for row in ids], False)
+    out = generation.completed(encoder, items, tokens, actions, temperature=temperature)
+    log_p = [
+        [at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in completions
+    ]
+    out.engine_log_p = stacked(log_p, 0.0)
+    return out
 
 
 def seed_of(noise: torch.Tensor) -> int:
@@ -245,12 +242,11 @@ def _set_row(ret_id: int, row: torch.Tensor, model) -> None:
 def _launch() -> dict[str, object]:
     """What vLLM's `external_launcher` asks the environment of a process: a launcher has said it, one process alone says it here."""
     state = distributed.processes()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     names = {
         "RANK": state.process_index,
         "LOCAL_RANK": state.local_process_index,
         "WORLD_SIZE": state.num_processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": get_free_port(),
     }
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {name: value for name, value in names.items() if name not in os.environ}

@@ -22,31 +22,42 @@ from elva_core.training import loop
 VERSION = "1"  # of what the teaching does: another one teaches anew
 
 
-def ensure(settings: BackboneSettings, prompts: EncoderSettings, root: mbeir.Root, cache: Path) -> str:
-    """Path of the pretrained folder every stage starts from: a given one, or a small model taught here.
+def ensure(
+    settings: BackboneSettings,
+    prompts: EncoderSettings,
+    root: mbeir.Root,
+    cache: Path,
+    *,
+    first: str | None = None,
+) -> str:
+    """Path of the pretrained folder that stages start from: a given one, or a small model taught here.
 
     The small model is kept under `cache` by the hash of everything it depends on, so it is taught once.
+
+    Args:
+        first: folder of a small Qwen2-VL that was taught here; then a Qwen2.5-VL with its words is taught. Without it, a Qwen2-VL.
     """
     if settings.path:
         return settings.path
-    key = hashlib.sha256(
-        settings.model_dump_json().encode() + prompts.model_dump_json().encode() + VERSION.encode()
-    )
-    key.update(root.union_train_path().read_bytes())
+    depends = settings.model_dump_json() + prompts.model_dump_json() + VERSION
+    key = hashlib.sha256(depends.encode() + root.union_train_path().read_bytes())
+    if first:  # its folder is named by its own hash
+        key.update(Path(first).name.encode())
     folder = cache / f"backbone-{key.hexdigest()[:16]}"
     if (folder / "config.json").is_file():
         return str(folder)
     work = folder.with_name(folder.name + ".partial")
     queries, candidates = root.union_train(), root.pool("", "train", "global")
-    texts = [c.text for c in candidates if c.text] + [root.query_text(q) for q in queries]
-    # the prompt's own words must be whole tokens, as they are in a large vocabulary
-    frame = [
-        f"user\n{text}\n{request}\nassistant\n"
-        for text in texts[:2000]
-        for request in (prompts.eol_request, prompts.summary_request)
-    ]
-    model, processor = small_models.build(texts + frame, settings.tiny, seed=settings.seed)
-    encoder.add_ret_token(model, processor.tokenizer, prompts.ret_token)
+    if first:
+        model, processor = small_models.build_second(first, settings.tiny, seed=settings.seed)
+    else:
+        texts = [c.text for c in candidates if c.text] + [root.query_text(q) for q in queries]
+        # the prompt's own words must be whole tokens, as they are in a large vocabulary
+        requests = (prompts.eol_request, prompts.summary_request)
+        frame = [f"user\n{text}\n{request}\nassistant\n" for text in texts[:2000] for request in requests]
+        model, processor = small_models.build(texts + frame, settings.tiny, seed=settings.seed)
+    if prompts.ret_token not in processor.tokenizer.get_vocab():
+        encoder.add_ret_token(model, processor.tokenizer, prompts.ret_token)
     taught = Encoder(model, processor, prompts)
     teach_vision(taught, root, candidates, settings.teach, settings.seed, work / "vision")
     teach_language(taught, root, queries, candidates, settings.teach, settings.seed, work / "language")
@@ -126,7 +137,7 @@ def teach_vision(
     patch = taught.processor.image_processor.patch_size
 
     def step_fn(step: int) -> dict[str, float]:
-        taught.augment = partial(
+        taught.vision.augment = partial(
             redrawn, patch=patch, teach=teach, rng=distributed.rng_for(seed, "redrawn", step)
         )
         epoch, place = divmod(step * batch, len(images) // batch * batch)
@@ -137,7 +148,7 @@ def teach_vision(
             for _, text in mbeir.grains(c):
                 targets[row, column[text]] = 1
         features = taught.backbone.model.get_image_features(
-            *taught.pixels([root.image_path(c.image) for c in chosen])
+            *taught.vision.pixels([root.image_path(c.image) for c in chosen])
         ).pooler_output
         log_p = readout(torch.stack([f.mean(0) for f in features])).log_softmax(-1)
         loss = -(targets * log_p).sum() / batch
@@ -153,7 +164,7 @@ def teach_vision(
         optimisers=_optimisers(parameters, lesson.optimiser),
     )
     tower.requires_grad_(False)
-    taught.augment = None
+    taught.vision.augment = None
     return rows
 
 

@@ -140,7 +140,7 @@ def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(mo
 def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):
     paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:5]]
     image_files.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
-    pixels, grids = tiny.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
+    pixels, grids = tiny.vision.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
     tower = tiny.backbone.model.visual
     config = copy.deepcopy(tower.config)
     config._attn_implementation = "sdpa"

@@ -83,8 +83,8 @@ def test_given_the_same_tokens_it_is_what_transformers_sample(policy, sampler, i
 def noise_that_draws(model, items, found, temperature):
     """The middle of each token's part of [0, 1): sampling by inversion then gives these tokens again."""
     noise = torch.full((*found.tokens.shape[:2], model.settings.max_summary_tokens), 0.5)
-    logits, _ = generation._forced(model, items, found.tokens, found.actions)
-    chance = torch.softmax(logits.detach().double() / temperature, dim=-1)
+    log_p, *_ = generation._forced(model, items, found.tokens, found.actions, temperature)
+    chance = log_p.detach().double().exp()
     token = found.tokens[found.actions][:, None]
     middle = chance.cumsum(-1).gather(-1, token) - chance.gather(-1, token) / 2
     noise[..., : found.tokens.shape[2]][found.actions] = middle[:, 0].float()
