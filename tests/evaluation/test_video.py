@@ -186,7 +186,7 @@ def test_an_embedding_does_not_depend_on_its_batch_nor_on_what_is_kept(either, m
 
 def test_frames_are_kept_by_file_and_number(tiny, films, monkeypatch):
     reads = []
-    monkeypatch.setattr(encoder, "read_clip", lambda clip, read=clips.read: reads.append(clip) or read(clip))
+    monkeypatch.setattr("elva_core.models.vision.read_clip", lambda clip, read=clips.read: reads.append(clip) or read(clip))
     few, many = Item("", None, (Clip(films[1], 2),)), Item("", None, (Clip(films[1], 6),))
     with torch.no_grad():
         first, second, third = tiny.embed_eol([few, many, few])
