@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers as it wants to be read: its chat template, its processor, its forward.
+"""Model inputs from chats, by a model's own template and processor, and a check of its forward.
 
 How an image becomes tokens, what else the layers are told about it, and how positions are counted is left to the model's own
 code; here rows get endings and are padded on the left. What holds of every model that we know need not hold of the next, so
@@ -30,7 +30,7 @@ LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 def end_of_turn(processor) -> int:
-    """The token that the chat template puts behind an answer, which need not be the tokenizer's eos; that, where there is none.
+    """Id of the token that the chat template puts behind an answer; the tokenizer's eos where it puts none.
 
     Raises:
         ValueError: the template cannot be filled.
@@ -41,8 +41,9 @@ def end_of_turn(processor) -> int:
         behind = processor.apply_chat_template(turns).rpartition(answer)[2].strip()
     except Exception as error:  # templates are programs of their own
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} cannot be filled ({type(error).__name__}: {error}); save one with its "
-            "processor that takes a turn of the user and one of the assistant, each a list of parts"
+            f"the chat template of {tokenizer.name_or_path} cannot be filled "
+            f"({type(error).__name__}: {error}); save one with its processor that takes a turn of the user and one "
+            "of the assistant, each a list of parts"
         ) from error
     first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else tokenizer.eos_token_id
@@ -73,7 +74,7 @@ def left_padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
 def read(
     model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """What `model.model` is given for chats up to and including the assistant's header, each followed by its ending.
+    """Arguments of `model.model` for chats up to and with the assistant's header, each followed by its ending.
 
     Args:
         chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there are chats.
@@ -111,7 +112,7 @@ def _followed(given, endings: Sequence[Sequence[int]], pad_id: int) -> dict[str,
 
 
 def check(model, processor, name: str, banned: Sequence[int]) -> None:
-    """Reads a text and a picture as `read` does, in one padded batch and in pieces on a cache, and compares with `generate`.
+    """Compares logits of a text and a picture, read in a padded batch and in pieces on a cache, with `generate`.
 
     In bfloat16 only gross errors stand out from rounding; float32 shows the finer ones.
 
@@ -127,20 +128,22 @@ def check(model, processor, name: str, banned: Sequence[int]) -> None:
         expected, ways = _logits(model, processor, banned)
     except Exception as error:  # whatever a model of a kind that nobody has tried stumbles over
         raise ValueError(
-            f"{name}, a {kind}, cannot be read by its own processor and forward: {type(error).__name__}: {error}"
+            f"{name}, a {kind}, cannot be read by its own processor and forward: "
+            f"{type(error).__name__}: {error}"
         ) from error
     for way, logits in ways.items():
         off = float((logits.float() - expected).abs().max() / expected.std())
         if not off <= LIMITS[model.dtype]:
             raise ValueError(
-                f"{name}, a {kind}, gives other logits {way} than in transformers' generate: off by {off:.2g} of their standard "
-                f"deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be trained here as it is"
+                f"{name}, a {kind}, gives other logits {way} than in transformers' generate: off by "
+                f"{off:.2g} of their standard deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be trained "
+                "here as it is"
             )
 
 
 @torch.no_grad()
 def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits (2, WRITTEN, V) of two chats and what transformers writes after them: by `generate`, and in our two ways."""
+    """Logits (2, WRITTEN, V) of what transformers writes after two chats: by `generate`, and in our ways."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8))
     text = {"type": "text", "text": "What is this?"}
     chats = [

@@ -109,7 +109,10 @@ class Encoder:
         return self.backbone.config.get_text_config().vocab_size
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
-        """Chat prompts up to and including the assistant's header; order: the item's parts, if the template keeps it, then the request."""
+        """Chat prompts up to and including the assistant's header.
+
+        The item's parts come first, in their order if the template keeps it, then the request.
+        """
         return [
             self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True)
             for item in items
@@ -121,7 +124,7 @@ class Encoder:
         return [{"role": "user", "content": [*before, text]}]
 
     def _content(self, part: str | Path | Clip) -> list[dict]:
-        """A part as chat templates know it: a placeholder where features will be spliced, else the pictures themselves."""
+        """A part as chat templates know it: a placeholder where features are spliced, else the pictures."""
         if isinstance(part, str):
             return [{"type": "text", "text": self._cut(part)}]
         if not self.splices:
@@ -225,7 +228,7 @@ class Encoder:
         return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[written])
 
     def add_lora(self, lora: LoraSettings, *, seed: int) -> None:
-        """A fresh adapter on the language model's linear layers, and the [RET] row trainable; all else frozen."""
+        """Puts a fresh adapter on the language model's linear layers; it and the [RET] row alone train."""
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
@@ -249,12 +252,13 @@ class Encoder:
     def adapting(
         self, lora: LoraSettings, *, seed: int, checkpointing: bool
     ) -> Iterator[dict[str, torch.nn.Parameter]]:
-        """`with encoder.adapting(...) as parameters`: a fresh adapter in training mode, folded into the weights at the end.
+        """A fresh adapter in training mode, folded into the weights at the end: `with ... as parameters`.
 
         A run that is stopped keeps the adapter as it was.
         """
         self.add_lora(lora, seed=seed)
-        self.backbone.get_decoder().train()  # not the tower, which is frozen: one with batch statistics would move
+        # not the tower, which is frozen: one with batch statistics would move
+        self.backbone.get_decoder().train()
         if checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         yield self.trainable()
@@ -264,12 +268,15 @@ class Encoder:
             self.backbone.gradient_checkpointing_disable()
 
     def forgetful(self) -> Encoder:
-        """The same model without the memory of images: their files are gone, or changed, at the next call, or shall be paid for."""
+        """The same model that keeps no vision features.
+
+        For images whose files are gone, or changed, at the next call, or whose cost is measured.
+        """
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
 
     def forget(self) -> None:
-        """Drops the vision features that were kept: the next batch pays for its images, as one that nobody has seen."""
+        """Drops the vision features that were kept: the next batch computes those of its images anew."""
         if self.vision:
             self.vision.forget()
 
@@ -282,7 +289,7 @@ class Encoder:
         weights: dict[str, torch.Tensor] | None = None,
         template: str = "summary",
     ) -> None:
-        """Safetensors, processor and elva.json (prompts, pooling, template, stage, and the models it came from).
+        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its hash alone.
@@ -297,7 +304,7 @@ class Encoder:
 
 
 def lineage(parent: str | Path) -> list[dict[str, str]]:
-    """The models behind one that starts from `parent`, oldest first; no path among them.
+    """The models that one which starts from `parent` comes from, oldest first, by stage and hash.
 
     Returns:
         {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose weights are those
@@ -338,7 +345,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Encoder:
-    """An encoder from a folder written by `Encoder.save` or from a checkpoint of any vision-language model with a chat template.
+    """An encoder from a folder of `Encoder.save` or from any vision-language model with a chat template.
 
     Args:
         settings: the prompts; None takes those of the folder's elva.json.
@@ -353,7 +360,8 @@ def load(
     template = card.get("template", "summary")
     if template not in TEMPLATES:
         raise ValueError(
-            f"{path}: template {template!r} is none of {', '.join(TEMPLATES)}; correct it, or save the model again"
+            f"{path}: template {template!r} is none of {', '.join(TEMPLATES)}; correct it, or "
+            "save the model again"
         )
     if settings is None:
         if not card:
@@ -368,7 +376,8 @@ def load(
         )
     if processor.tokenizer.pad_token_id is None:
         raise ValueError(
-            f"{folder} has no token for padding; save one with its tokenizer (tokenizer.pad_token = tokenizer.eos_token)"
+            f"{folder} has no token for padding; save one with its tokenizer "
+            "(tokenizer.pad_token = tokenizer.eos_token)"
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)

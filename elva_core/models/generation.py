@@ -56,7 +56,7 @@ def _prefilled(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix
 
 
 def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities, given (R,) uniform numbers.
+    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities at (R,) uniform numbers.
 
     >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
     tensor([0, 2, 3])
@@ -69,7 +69,7 @@ def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def generate(
     encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0
 ) -> Rollouts:
-    """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
+    """Summaries of each item and the embedding after each, at the [RET] appended when it ends or reaches its cap.
 
     Args:
         noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its own row

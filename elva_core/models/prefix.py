@@ -12,7 +12,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 @dataclass(slots=True)
 class Prefix:
-    """What is read so far of R rows: cache, mask (R, L), state of the prompt's last token (R, D), next position (..., R, 1)."""
+    """What is read so far of R rows.
+
+    cache. mask: (R, L) int64. last: (R, D) state of the prompt's last token. position: (..., R, 1) of the next token.
+    """
 
     cache: DynamicCache
     mask: torch.Tensor
@@ -21,7 +24,7 @@ class Prefix:
 
 
 def prefill(model, inputs: Mapping[str, torch.Tensor], rollouts: int) -> Prefix:
-    """Runs each of B prompts once and repeats the result for its G rollouts: rows 0..G-1 belong to prompt 0, and so on.
+    """Runs each of B prompts once and repeats the result for its G rollouts; rows 0..G-1 belong to prompt 0.
 
     Args:
         model: of transformers, with its head. inputs: what `model.model` is given, left-padded, `attention_mask` (B, L) and
@@ -45,10 +48,10 @@ def prefill(model, inputs: Mapping[str, torch.Tensor], rollouts: int) -> Prefix:
 
 
 def advance(model, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """States (R, n, D) of n further tokens; what `valid` (R, n) leaves out is never attended to. `prefix` moves along.
+    """States (R, n, D) of n further tokens; `prefix` moves along.
 
     Args:
-        ids: (R, n) int64.
+        ids: (R, n) int64. valid: (R, n) bool, False where a token is never attended to.
     """
     prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
     positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)

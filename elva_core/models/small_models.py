@@ -1,4 +1,6 @@
-"""Small Qwen2-VL and Qwen2.5-VL of the real classes with random weights, for machines without a GPU (training/teach.py).
+"""Small Qwen2-VL and Qwen2.5-VL of the real classes with random weights, for machines without a GPU.
+
+training/teach.py teaches them.
 
 model, processor = small_models.build(texts, settings.tiny, seed=0)
 """
@@ -70,7 +72,11 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
 
 
 def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
-    """A Qwen2-VL: (model, processor) with random weights, a tokenizer trained on `texts`, images of a fixed square size."""
+    """A Qwen2-VL: (model, processor) with random weights.
+
+    Args:
+        texts: that the tokenizer is trained on; images get the fixed square size of `tiny`.
+    """
     tokenizer = train_tokenizer(texts, tiny.vocabulary)
     pixels = tiny.image_side**2
     size = {"shortest_edge": pixels, "longest_edge": pixels}
@@ -120,7 +126,7 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
 
 
 def build_second(first: str, tiny: TinySettings, *, seed: int):
-    """A Qwen2.5-VL: (model, processor) with random weights in the sizes of `tiny`, another retriever for stage 3 (Table 5).
+    """A Qwen2.5-VL: (model, processor) with random weights, another start for stage 3 (Table 5).
 
     Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the language model has the same shape.
 

@@ -1,4 +1,4 @@
-"""The frozen vision tower of Qwen2-VL and Qwen2.5-VL: features of images and clips, made in large calls and kept.
+"""Vision features of images and clips by the frozen tower of Qwen2-VL and Qwen2.5-VL, which are kept.
 
 The tower computes in fewer, larger operations than in transformers; its features are the same.
 
@@ -29,8 +29,11 @@ VISION_ATTENTION = "flash_by_sdpa"
 
 
 class VisionFeatures(NamedTuple):
-    """What the vision tower makes of an image or a clip. features: (n, D). grid: (3,) patches in time, height, width.
-    seconds: from one step in time to the next; an image has one step."""
+    """What the vision tower makes of an image or a clip.
+
+    features: (n, D). grid: (3,) patches in time, height, width. seconds: from one step in time to the next; an
+    image has one step.
+    """
 
     features: torch.Tensor
     grid: torch.Tensor
@@ -82,9 +85,10 @@ class Vision:
 
     @torch.no_grad()
     def clip_features(self, clips: Sequence[Clip]) -> list[VisionFeatures]:
-        """One call of the tower on clips; frames are never so many that their number should make them smaller."""
+        """One call of the tower on clips."""
         frames, processor = [read_clip(clip) for clip in clips], self.processor.video_processor
         videos = [torch.from_numpy(f.pixels) for f in frames]
+        # frames are never so many that their number should make them smaller
         inputs = processor(videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt")
         pixels, grids = self._on_device(inputs.pixel_values_videos, inputs.video_grid_thw)
         features = self.model.get_video_features(pixels, grids).pooler_output
@@ -92,7 +96,7 @@ class Vision:
         return list(map(VisionFeatures, features, grids, seconds))
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` changes them every time."""
+        """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` is set."""
         if not self.augment:
             return self._on_device(*self._patches(paths))
         if missing := [p for p in dict.fromkeys(paths) if p not in self._pixels]:
@@ -125,7 +129,9 @@ def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:
 
 
 def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, **_):
-    """Attention inside each image of a packed row: one call per size of image, where transformers makes one per image.
+    """Attention inside each image of a packed row, by one call per size of image.
+
+    transformers makes one call per image.
 
     Args:
         query, key, value: (1, H, patches, d). cu_seq_lens_q: (images + 1,) first patch of each image, and the end.

@@ -1,4 +1,6 @@
-"""Summaries by vLLM instead of transformers: the other `generation.Sampler`. Untested on hardware; written for vLLM 0.33.0.
+"""Sampling by vLLM instead of transformers: the other `generation.Sampler`.
+
+Untested on hardware; written for vLLM 0.33.0.
 
 vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the adapter and
 the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings are the trainer's own,
@@ -50,7 +52,8 @@ def library():
         if error.name != "vllm":
             raise
         raise ModuleNotFoundError(
-            f"stage3.sampler is vllm, which is not installed; run: pip install vllm=={VERSION}, or set stage3.sampler: transformers",
+            f"stage3.sampler is vllm, which is not installed; run: pip install vllm=={VERSION}, "
+            "or set stage3.sampler: transformers",
             name="vllm",
         ) from None
     return vllm
@@ -75,7 +78,8 @@ class VllmSampler:
         if not encoder.splices:
             kind = encoder.backbone.config.model_type
             raise ValueError(
-                f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; set it to transformers"
+                f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; "
+                "set it to transformers"
             )
         self._vllm, self._folder, self._pushes = library(), folder, itertools.count(1)
         weights = sharding.whole(encoder.model)
@@ -92,7 +96,8 @@ class VllmSampler:
                 enable_lora=True,
                 max_lora_rank=min((r for r in RANKS if r >= lora.rank), default=RANKS[-1]),
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from: tempered, without banned tokens
+                # of the distribution sampled from: tempered, without banned tokens
+                logprobs_mode="processed_logprobs",
             )
         distributed.processes().wait_for_everyone()
 
@@ -115,19 +120,22 @@ class VllmSampler:
         rows = [row for part in parts for row in token_rows(encoder, part)]
         requests = [self._request(encoder, noise, temperature) for noise in itertools.chain(*noises)]
         adapter = self._push(encoder)
-        answers = self._engine.generate(
-            prompts(encoder, items, rows), requests, lora_request=adapter, use_tqdm=False
-        )
+        inputs = prompts(encoder, items, rows)
+        answers = self._engine.generate(inputs, requests, lora_request=adapter, use_tqdm=False)
         shutil.rmtree(adapter.lora_path)
         for item, row, answer in zip(items, rows, answers, strict=True):
             if list(answer.prompt_token_ids) != row:
                 raise ValueError(
-                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, or other "
-                    f"ones, for {item}; compare the image processors of vllm {getattr(self._vllm, '__version__', '?')} "
-                    f"and of {self._folder / 'base'}"
+                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, "
+                    f"or other ones, for {item}; compare the image processors of vllm "
+                    f"{getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
                 )
-        outputs = iter(answer.outputs for answer in answers)
-        return [_rollouts(encoder, part, [next(outputs) for _ in part], temperature) for part in parts]
+        rest = iter(answers)
+        answers_of_parts = [list(itertools.islice(rest, len(part))) for part in parts]
+        return [
+            _rollouts(encoder, part, of_part, temperature)
+            for part, of_part in zip(parts, answers_of_parts, strict=True)
+        ]
 
     def close(self) -> None:
         """Frees the GPU memory and the disk."""
@@ -145,7 +153,7 @@ class VllmSampler:
             temperature=temperature,
             max_tokens=encoder.settings.max_summary_tokens,
             stop_token_ids=[encoder.end_id],
-            # about 420 of Qwen2-VL's ids are banned; vLLM takes 1,024 of them, and as many of allowed ones, which are 151,000
+            # about 420 of Qwen2-VL's ids are banned; vLLM takes 1,024 of them, or of allowed ones, which are 151,000
             logit_bias=dict.fromkeys(encoder.banned_ids.tolist(), float("-inf")),
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -166,32 +174,30 @@ class VllmSampler:
 
 
 def _rollouts(
-    encoder: Encoder, items: Sequence[Item], outputs: Sequence[Sequence], temperature: float
+    encoder: Encoder, items: Sequence[Item], answers: Sequence, temperature: float
 ) -> generation.Rollouts:
     """Tokens and actions as `generation.generate` has them, and the trainer's own view of them.
 
     Args:
-        outputs: vLLM's CompletionOutputs, G of each item.
+        answers: vLLM's RequestOutput of each item, with G completions.
     """
-    completions = [one for group in outputs for one in group]
+    completions = [completion for answer in answers for completion in answer.outputs]
 
     def stacked(rows: Sequence[Sequence], filler: float) -> torch.Tensor:
         """(B, G, T), padded on the right."""
         padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
         return padded.unflatten(0, (len(items), -1)).to(encoder.device)
 
-    ids = [list(one.token_ids) for one in completions]
+    ids = [list(completion.token_ids) for completion in completions]
     tokens, actions = stacked(ids, encoder.pad_id), stacked([[True] * len(row) for row in ids], False)
     out = generation.completed(encoder, items, tokens, actions, temperature=temperature)
-    log_p = [
-        [at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in completions
-    ]
-    out.engine_log_p = stacked(log_p, 0.0)
+    chosen = (zip(c.token_ids, c.logprobs, strict=True) for c in completions)
+    out.engine_log_p = stacked([[at[token].logprob for token, at in row] for row in chosen], 0.0)
     return out
 
 
 def seed_of(noise: torch.Tensor) -> int:
-    """48 bits of an item's (G, T) uniform noise, so that a resumed run asks for the same; rollout g gets this plus g.
+    """Seed of an item, 48 bits of its (G, T) uniform noise, as in a resumed run; rollout g gets this plus g.
 
     >>> seed_of(torch.tensor([[0.5], [2.0**-24]])) == 2**47 + 1
     True
@@ -207,7 +213,7 @@ def token_rows(encoder: Encoder, items: Sequence[Item]) -> list[list[int]]:
 
 
 def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int]]) -> list[dict]:
-    """What vLLM is asked: token ids with one placeholder for an image, which vLLM makes as many as it takes, and the image."""
+    """Prompts for vLLM: token ids with one placeholder per image, which vLLM repeats, and the images."""
     image_id, out = encoder.backbone.config.image_token_id, []
     for item, row in zip(items, rows, strict=True):
         ids = [t for t, before in zip(row, [None, *row], strict=False) if not t == before == image_id]
@@ -217,7 +223,7 @@ def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int
 
 
 def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
-    """Writes the adapter as PEFT and vLLM read it, in the dtype of the model, and returns the trained row of [RET], (D,).
+    """Writes the adapter for PEFT and vLLM, in the model's dtype, and returns the trained row of [RET], (D,).
 
     The row is not in the folder, because vLLM's loader refuses it. It matters: the paper's request names [RET].
     """
@@ -228,19 +234,18 @@ def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
     trained = encoder.model.peft_config["default"]
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    LoraConfig(
-        r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules
-    ).save_pretrained(folder)
+    config = LoraConfig(r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules)
+    config.save_pretrained(folder)
     return row
 
 
 def _set_row(ret_id: int, row: torch.Tensor, model) -> None:
-    """Runs on vLLM's model."""
+    """Sets the embedding of [RET] in vLLM's model, where this runs."""
     model.get_language_model().model.embed_tokens.weight.data[ret_id].copy_(row)
 
 
 def _launch() -> dict[str, object]:
-    """What vLLM's `external_launcher` asks the environment of a process: a launcher has said it, one process alone says it here."""
+    """Environment variables that vLLM's `external_launcher` needs and no launcher has set."""
     state = distributed.processes()
     names = {
         "RANK": state.process_index,

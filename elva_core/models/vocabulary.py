@@ -1,4 +1,4 @@
-"""Special tokens of a model: the row of [RET], what the policy must never sample, placeholders that a text may name."""
+"""Special tokens: the row of [RET], what the policy must never sample, placeholders that a text may name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def add_ret_token(model, tokenizer, token: str) -> None:
     used, rows = len(tokenizer), model.get_input_embeddings().weight
     if used >= len(rows):
         raise ValueError(
-            f"the embedding matrix has {len(rows)} rows for {used} tokens: no spare row for {token}; give the model some with transformers "
+            f"the embedding matrix has {len(rows)} rows for {used} tokens: no spare row for {token}; give the model "
+            "some with transformers "
             f"(model.resize_token_embeddings({used + 1}, pad_to_multiple_of=64)) and save it"
         )
     tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Pre-training of the small backbones: the tower learns to see, the language model to summarise, before the paper's stages.
+"""Pre-training of the small backbones before the paper's stages: to see, then to summarise.
 
 They are taught what a real backbone already knows: to describe an image, a text, or an image with a change, in a short
 summary. The result is an ordinary pretrained folder that AutoProcessor and from_pretrained load.
@@ -42,7 +42,8 @@ def ensure(
     The small model is kept under `cache` by the hash of everything it depends on, so it is taught once.
 
     Args:
-        first: folder of a small Qwen2-VL that was taught here; then a Qwen2.5-VL with its words is taught. Without it, a Qwen2-VL.
+        first: folder of a small Qwen2-VL that was taught here, whose words a small Qwen2.5-VL takes over; None teaches
+            the Qwen2-VL itself.
     """
     if settings.path:
         return settings.path
@@ -81,7 +82,10 @@ def _learn(
     lesson: LessonSettings,
     folder: Path,
 ) -> list[dict]:
-    """Muon for the matrices inside the blocks, AdamW for the rest: half the steps of AdamW alone (LOG.md)."""
+    """One lesson, by Muon for the matrices inside the blocks and AdamW for the rest.
+
+    AdamW alone takes twice the steps.
+    """
     blocks = [n for n, p in parameters.items() if p.ndim == 2 and re.search(r"(layers|blocks|merger)\.", n)]
     inside = [parameters[n] for n in blocks]
     rest = [p for n, p in parameters.items() if n not in set(blocks)]
@@ -96,7 +100,7 @@ def _learn(
 def redrawn(
     pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: TeachSettings, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Patch rows of randomly scaled, turned, shifted and lit images: the model should learn more than five hands' habits.
+    """Patch rows of randomly scaled, turned, shifted and lit images, against learning five vendors' style by heart.
 
     Args:
         pixels: (patches, 6 * patch * patch) in the processor's order: merged 2x2 blocks, then channels and two frames.
