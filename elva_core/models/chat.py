@@ -1,8 +1,8 @@
 """Model inputs from chats, by a model's own template and processor, and a check of its forward.
 
-How an image becomes tokens, what else the layers are told about it, and how positions are counted is left to the model's own
-code; here rows get endings and are padded on the left. What holds of every model that we know need not hold of the next, so
-`check` compares with `generate` of transformers before a model is used.
+How an image becomes tokens, what else the layers are told about it, and how positions are counted is left to
+the model's own code; here rows get endings and are padded on the left. What holds of every model that we know
+need not hold of the next, so `check` compares with `generate` of transformers before a model is used.
 
     given = chat.read(model, processor, chats, endings)
     states = model.model(**given).last_hidden_state
@@ -42,8 +42,8 @@ def end_of_turn(processor) -> int:
     except Exception as error:  # templates are programs of their own
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} cannot be filled "
-            f"({type(error).__name__}: {error}); save one with its processor that takes a turn of the user and one "
-            "of the assistant, each a list of parts"
+            f"({type(error).__name__}: {error}); save one with its processor that takes a turn of the user "
+            "and one of the assistant, each a list of parts"
         ) from error
     first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else tokenizer.eos_token_id
@@ -74,13 +74,15 @@ def left_padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
 def read(
     model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Arguments of `model.model` for chats up to and with the assistant's header, each followed by its ending.
+    """Arguments of `model.model` for chats that end in the assistant's header, each followed by its ending.
 
     Args:
-        chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there are chats.
+        chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there
+            are chats.
 
     Returns:
-        input_ids, attention_mask (B, L), left-padded; position_ids (..., B, L); pixels and what else the processor makes.
+        input_ids, attention_mask (B, L), left-padded; position_ids (..., B, L); pixels and what else the
+        processor makes.
     """
     given = processor.apply_chat_template(
         list(chats),
@@ -93,7 +95,7 @@ def read(
     if endings is not None:
         given.update(_followed(given, endings, processor.tokenizer.pad_token_id))
     given = dict(given.to(model.device, model.dtype))
-    # the one place where transformers says how positions are counted, M-RoPE or not; `check` notices if it should move
+    # the one place where transformers says how positions are counted, M-RoPE or not; `check` guards it
     given["position_ids"] = model._prepare_position_ids_for_generation(given["input_ids"], given)
     return given
 
@@ -112,16 +114,17 @@ def _followed(given, endings: Sequence[Sequence[int]], pad_id: int) -> dict[str,
 
 
 def check(model, processor, name: str, banned: Sequence[int]) -> None:
-    """Compares logits of a text and a picture, read in a padded batch and in pieces on a cache, with `generate`.
+    """Compares logits of a text and a picture, in a padded batch and in pieces on a cache, with `generate`.
 
     In bfloat16 only gross errors stand out from rounding; float32 shows the finer ones.
 
     Args:
-        name: of the model, for messages. banned: token ids that nothing here samples, placeholders of images among them.
+        name: of the model, for messages. banned: token ids that nothing here samples, placeholders of images
+            among them.
 
     Raises:
-        ValueError: the model cannot be read so, or has a cache that rollouts cannot share, or its logits are others than those of
-            transformers, which reads each chat alone.
+        ValueError: the model cannot be read so, or has a cache that rollouts cannot share, or its logits are
+            others than those of transformers, which reads each chat alone.
     """
     kind = model.config.model_type
     try:
@@ -136,8 +139,8 @@ def check(model, processor, name: str, banned: Sequence[int]) -> None:
         if not off <= LIMITS[model.dtype]:
             raise ValueError(
                 f"{name}, a {kind}, gives other logits {way} than in transformers' generate: off by "
-                f"{off:.2g} of their standard deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be trained "
-                "here as it is"
+                f"{off:.2g} of their standard deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be "
+                "trained here as it is"
             )
 
 

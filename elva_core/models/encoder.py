@@ -5,8 +5,9 @@ Two ways to an embedding, both the state of the last position after the final no
 * EOL (stages 1 and 2): the prompt asks for one word, the state of the prompt's last token is the embedding.
 * generative (ELVA): the prompt asks for a summary that ends in [RET], the state at [RET] is the embedding.
 
-Batches are left-padded, so the last position of every row is the one that counts. Into a prompt of Qwen2-VL or Qwen2.5-VL the
-features of their frozen tower are spliced (vision.py); any other model is read as its own processor says (chat.py).
+Batches are left-padded, so the last position of every row is the one that counts. Into a prompt of Qwen2-VL
+or Qwen2.5-VL the features of their frozen tower are spliced (vision.py); any other model is read as its own
+processor says (chat.py).
 
     encoder = encoder.load(DIR)
     vectors = encoder.embed_eol([Item("A dog.")])
@@ -40,7 +41,7 @@ from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
 POOLING = "last position, L2-normalised"
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-# What the chat template of Qwen2-VL makes of a video; as text it also passes through templates that know images alone
+# Qwen2-VL's chat template makes this of a video; as text it passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
@@ -48,9 +49,9 @@ CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 class Batch:
     """Left-padded token rows with everything the model needs.
 
-    input_ids, mask: (B, L) int64. positions: (..., B, L), M-RoPE's three or four numbers first where the model has them.
-    given: what it reads there, by the names of its arguments: `inputs_embeds` (B, L, D) that hold the images already, or
-    `input_ids` with pixels.
+    input_ids, mask: (B, L) int64. positions: (..., B, L), M-RoPE's three or four numbers first where it has
+    them. given: what the model reads there, by the names of arguments: `inputs_embeds` (B, L, D) that hold
+    the images already, or `input_ids` with pixels.
     """
 
     input_ids: torch.Tensor
@@ -113,10 +114,8 @@ class Encoder:
 
         The item's parts come first, in their order if the template keeps it, then the request.
         """
-        return [
-            self.processor.apply_chat_template(self._chat(item, request), add_generation_prompt=True)
-            for item in items
-        ]
+        chats = [self._chat(item, request) for item in items]
+        return self.processor.apply_chat_template(chats, add_generation_prompt=True)
 
     def _chat(self, item: Item, request: str) -> list[dict]:
         *before, text = itertools.chain(*map(self._content, item.parts))
@@ -190,11 +189,11 @@ class Encoder:
         """Prompts in which a placeholder token stands as often as its image or clip has features."""
         features = {token: iter(of_token) for token, of_token in visual.items()}
         rows = self.processor.tokenizer(self.prompts(items, request), add_special_tokens=False).input_ids
-        repeats = ([len(next(features[t]).features) if t in features else 1 for t in row] for row in rows)
-        return [
-            [t for t, n in zip(row, counts, strict=True) for _ in range(n)]
-            for row, counts in zip(rows, repeats, strict=True)
-        ]
+
+        def repeated(token: int) -> list[int]:
+            return [token] * len(next(features[token]).features) if token in features else [token]
+
+        return [list(itertools.chain(*map(repeated, row))) for row in rows]
 
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
@@ -217,7 +216,7 @@ class Encoder:
         """Embeddings at [RET] after given summaries, and how well the model writes these summaries.
 
         Returns:
-            (B, D) float32, L2-normalised; mean cross-entropy of the summary tokens and the end of turn. With gradient.
+            (B, D) float32, L2-normalised; mean cross-entropy of summaries and ends of turn. With gradient.
         """
         endings = [[*summary, self.ret_id] for summary in summaries]
         states = self.states(self.batch(items, self.settings.summary_request, endings))
@@ -292,7 +291,8 @@ class Encoder:
         """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents).
 
         Args:
-            parent: folder or hub name of the model that training started from; a folder is recorded by its hash alone.
+            parent: folder or hub name of the model that training started from; a folder is recorded by its
+                hash alone.
             weights: of a sharded model, from `sharding.whole`.
             template: the way it wants to be read, "summary" or "eol".
         """
@@ -307,17 +307,18 @@ def lineage(parent: str | Path) -> list[dict[str, str]]:
     """The models that one which starts from `parent` comes from, oldest first, by stage and hash.
 
     Returns:
-        {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose weights are those
-        of the hub's copy on this machine.
+        {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose
+        weights are those of the hub's copy on this machine.
     """
     folder, name = Path(parent), {}
     if not folder.is_dir():
         if not HUB_NAME.fullmatch(str(parent)):
             return []
         copy = try_to_load_from_cache(str(parent), "config.json")
-        folder, name = Path(copy).parent if isinstance(copy, str) else None, {"hub": str(parent)}
-    if folder is None:
-        return [name]
+        name = {"hub": str(parent)}
+        if not isinstance(copy, str):
+            return [name]
+        folder = Path(copy).parent
     card = json.loads((folder / "elva.json").read_text()) if (folder / "elva.json").is_file() else {}
     weights = sorted(folder.glob("*.safetensors"))
     listed = "".join(f"{path.name} {files.file_hash(path)}\n" for path in weights)
@@ -352,8 +353,8 @@ def load(
 
     Raises:
         FileNotFoundError: no elva.json and no settings.
-        ValueError: elva.json wants to be read in a way that is not known here; the model has no chat template, no token for padding, no
-            room for [RET], or does not pass `chat.check`.
+        ValueError: elva.json wants to be read in a way that is not known here; the model has no chat
+            template, no token for padding, no room for [RET], or does not pass `chat.check`.
     """
     path = Path(folder) / "elva.json"
     card = json.loads(path.read_text()) if path.is_file() else {}
@@ -365,9 +366,7 @@ def load(
         )
     if settings is None:
         if not card:
-            raise FileNotFoundError(
-                f"{path} is missing: pass settings, or a folder that a training stage wrote"
-            )
+            raise FileNotFoundError(f"{path} is missing: pass settings, or a folder that a stage wrote")
         settings = EncoderSettings.model_validate(card["encoder"])
     processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):  # before its weights are read

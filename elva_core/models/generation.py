@@ -1,7 +1,7 @@
 """Sampling summaries and reading the embedding at [RET], with the prompt computed once for its G rollouts.
 
-The prompt's key/value cache is computed once per input and expanded to G. In generation and in training the same
-two pieces are used: `prefill` and a continuation on the cache, so their log-probabilities agree.
+The prompt's key/value cache is computed once per input and expanded to G. Generation and training use the
+same two pieces, `prefill` and a continuation on the cache, so their log-probabilities agree.
 
     out = generate(encoder, items, noise=torch.rand(len(items), 8, cap))   # out.embeddings: (B, 8, D)
 """
@@ -22,10 +22,11 @@ from elva_core.models.prefix import Prefix, advance, prefill
 class Rollouts:
     """Sampled summaries of B inputs, G each.
 
-    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn counts,
-    [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action. entropy: (B, G, T) nats.
-    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine, which
-    sampled the tokens, says of them; None where the trainer sampled them itself.
+    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn
+    counts, [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action.
+    entropy: (B, G, T) nats.
+    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine,
+    which sampled the tokens, says of them; None where the trainer sampled them itself.
     """
 
     tokens: torch.Tensor
@@ -37,13 +38,9 @@ class Rollouts:
 
     def summaries(self, end_id: int) -> list[list[list[int]]]:
         """Token ids of each summary without the end of turn."""
-        return [
-            [
-                [t for t, a in zip(row, act, strict=True) if a and t != end_id]
-                for row, act in zip(group, acts, strict=True)
-            ]
-            for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
-        ]
+        written = self.actions & (self.tokens != end_id)
+        groups = zip(self.tokens.cpu(), written.cpu(), strict=True)
+        return [[row[mask].tolist() for row, mask in zip(*group, strict=True)] for group in groups]
 
 
 # (encoder, items in parts, (items, G, T) noise of each part, temperature) -> the rollouts of each part
@@ -56,7 +53,7 @@ def _prefilled(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix
 
 
 def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities at (R,) uniform numbers.
+    """Tokens (R,) by inverting the distribution function of (R, V) log-probabilities at (R,) uniform numbers.
 
     >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
     tensor([0, 2, 3])
@@ -69,12 +66,12 @@ def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def generate(
     encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0
 ) -> Rollouts:
-    """Summaries of each item and the embedding after each, at the [RET] appended when it ends or reaches its cap.
+    """Summaries of each item and the embedding at the [RET] that is appended to each.
 
     Args:
-        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its own row
-            alone, however the items are split over chunks and processes. Without it, G = 1 and the most probable
-            token is taken.
+        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its
+            own row alone, however the items are split over chunks and processes. Without it, G = 1 and the
+            most probable token is taken.
         temperature: of sampling; log-probabilities are those of the tempered distribution.
     """
     rollouts = 1 if noise is None else noise.shape[1]
@@ -126,8 +123,8 @@ def _forced(
         tokens, actions: (B, G, T), as in `Rollouts`.
 
     Returns:
-        (N, V) log-probabilities of all tokens at each of the N actions; (B, G, T) those of the tokens chosen, 0 where no
-        action; (B, G, D) embeddings.
+        (N, V) log-probabilities of all tokens at each of the N actions; (B, G, T) those of the tokens chosen,
+        0 where no action; (B, G, D) embeddings.
     """
     rows, acts = tokens.flatten(0, 1), actions.flatten(0, 1)
     prefix = _prefilled(encoder, items, tokens.shape[1])

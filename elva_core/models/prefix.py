@@ -14,7 +14,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 class Prefix:
     """What is read so far of R rows.
 
-    cache. mask: (R, L) int64. last: (R, D) state of the prompt's last token. position: (..., R, 1) of the next token.
+    mask: (R, L) int64. last: (R, D) state of the last prompt token. position: (..., R, 1) of the next token.
     """
 
     cache: DynamicCache
@@ -27,8 +27,8 @@ def prefill(model, inputs: Mapping[str, torch.Tensor], rollouts: int) -> Prefix:
     """Runs each of B prompts once and repeats the result for its G rollouts; rows 0..G-1 belong to prompt 0.
 
     Args:
-        model: of transformers, with its head. inputs: what `model.model` is given, left-padded, `attention_mask` (B, L) and
-            `position_ids` (..., B, L) among it.
+        model: of transformers, with its head. inputs: what `model.model` is given, left-padded,
+            `attention_mask` (B, L) and `position_ids` (..., B, L) among it.
 
     Raises:
         TypeError: some layers keep something else than keys and values.

@@ -128,7 +128,7 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
 def build_second(first: str, tiny: TinySettings, *, seed: int):
     """A Qwen2.5-VL: (model, processor) with random weights, another start for stage 3 (Table 5).
 
-    Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the language model has the same shape.
+    Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the rest has its shape.
 
     Args:
         first: folder of a small Qwen2-VL, whose tokenizer and image processor are taken over.

@@ -20,7 +20,7 @@ from elva_core.data.frames import Clip
 from elva_core.data.frames import read as read_clip
 from elva_core.data.images import open_image
 
-# Whose features can be spliced: one token stands for an image in the prompt, and the tower speaks to the first layer only
+# Models whose features can be spliced: one token stands for an image, and only the first layer sees features
 SPLICED = ("qwen2_vl", "qwen2_5_vl")
 IMAGES_AT_ONCE = 64  # in one call of the tower
 CLIPS_AT_ONCE = 8  # of 12 frames take three quarters of the memory of 64 images
@@ -31,8 +31,8 @@ VISION_ATTENTION = "flash_by_sdpa"
 class VisionFeatures(NamedTuple):
     """What the vision tower makes of an image or a clip.
 
-    features: (n, D). grid: (3,) patches in time, height, width. seconds: from one step in time to the next; an
-    image has one step.
+    features: (n, D). grid: (3,) patches in time, height, width. seconds: from one step in time to the next;
+    an image has one step.
     """
 
     features: torch.Tensor
@@ -50,7 +50,7 @@ class Vision:
 
     def __init__(self, model, processor, *, keep: bool) -> None:
         self.model, self.processor, self.keep = model, processor, keep
-        # (pixels, grids) -> pixels; set only while a small backbone is taught, whose tower then sees every image anew
+        # (pixels, grids) -> pixels; set only while a small backbone is taught, which sees every image anew
         self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._features: dict[Path | Clip, VisionFeatures] = {}
         self._pixels: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -134,7 +134,8 @@ def attend_packed(module, query, key, value, attention_mask, *, cu_seq_lens_q, s
     transformers makes one call per image.
 
     Args:
-        query, key, value: (1, H, patches, d). cu_seq_lens_q: (images + 1,) first patch of each image, and the end.
+        query, key, value: (1, H, patches, d).
+        cu_seq_lens_q: (images + 1,) first patch of each image, and the end.
 
     Returns:
         (1, patches, H, d), None.

@@ -2,10 +2,11 @@
 
 Untested on hardware; written for vLLM 0.33.0.
 
-vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the adapter and
-the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings are the trainer's own,
-by teacher forcing. So the ratio to the sampling policy is 1 at the first pass, as with transformers, and what differs is
-that vLLM's arithmetic makes the samples slightly off-policy; `engine_log_p` says by how much, and the guard bounds it.
+vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the
+adapter and the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings
+are the trainer's own, by teacher forcing. So the ratio to the sampling policy is 1 at the first pass, as with
+transformers, and what differs is that vLLM's arithmetic makes the samples slightly off-policy; `engine_log_p`
+says by how much, and the guard bounds it.
 
     sampler = VllmSampler(encoder, stage3.lora, stage3.vllm, folder)    # before encoder.add_lora
     parts = sampler(encoder, [items], [torch.rand(len(items), 8, cap)], 1.0)
@@ -62,16 +63,17 @@ def library():
 class VllmSampler:
     """A `generation.Sampler` with an engine inside this process, on its GPU, as TRL's colocate mode has it.
 
-    Each of several processes has an engine of its own for its own queries; one GPU per process is assumed, and a folder
-    that all of them see. A summary depends on its item's noise and, on hardware, on rounding that differs with what
-    else is in vLLM's batch.
+    Each of several processes has an engine of its own for its own queries; one GPU per process is assumed,
+    and a folder that all of them see. A summary depends on its item's noise and, on hardware, on rounding
+    that differs with what else is in vLLM's batch.
 
     Args:
-        encoder: the merged model of the stage before, without an adapter; its weights are written for vLLM to load.
+        encoder: the merged model of the stage before, without an adapter; vLLM loads its weights.
         folder: of this run, emptied first.
 
     Raises:
-        ValueError: a model of another family, whose prompts vLLM would be given in a form that was not written for them.
+        ValueError: a model of another family, whose prompts vLLM would be given in a form that was not
+            written for them.
     """
 
     def __init__(self, encoder: Encoder, lora: LoraSettings, settings: VllmSettings, folder: Path) -> None:
@@ -126,16 +128,13 @@ class VllmSampler:
         for item, row, answer in zip(items, rows, answers, strict=True):
             if list(answer.prompt_token_ids) != row:
                 raise ValueError(
-                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, "
-                    f"or other ones, for {item}; compare the image processors of vllm "
+                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has "
+                    f"{len(row)}, or other ones, for {item}; compare the image processors of vllm "
                     f"{getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
                 )
         rest = iter(answers)
-        answers_of_parts = [list(itertools.islice(rest, len(part))) for part in parts]
-        return [
-            _rollouts(encoder, part, of_part, temperature)
-            for part, of_part in zip(parts, answers_of_parts, strict=True)
-        ]
+        groups = [(part, list(itertools.islice(rest, len(part)))) for part in parts]
+        return [_rollouts(encoder, *group, temperature) for group in groups]
 
     def close(self) -> None:
         """Frees the GPU memory and the disk."""
@@ -153,7 +152,7 @@ class VllmSampler:
             temperature=temperature,
             max_tokens=encoder.settings.max_summary_tokens,
             stop_token_ids=[encoder.end_id],
-            # about 420 of Qwen2-VL's ids are banned; vLLM takes 1,024 of them, or of allowed ones, which are 151,000
+            # some 420 of Qwen2-VL's ids are banned, 151,000 allowed; vLLM takes 1,024 of either kind
             logit_bias=dict.fromkeys(encoder.banned_ids.tolist(), float("-inf")),
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -162,7 +161,8 @@ class VllmSampler:
     def _push(self, encoder: Encoder):
         """Hands over the weights of this moment; returns their LoRARequest.
 
-        Name, number and path are new each time: vLLM reads an adapter once per number and caches prompts by name and path.
+        Name, number and path are new each time: vLLM reads an adapter once per number and caches prompts by
+        name and path.
         """
         from vllm.lora.request import LoRARequest
 
@@ -225,7 +225,7 @@ def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int
 def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
     """Writes the adapter for PEFT and vLLM, in the model's dtype, and returns the trained row of [RET], (D,).
 
-    The row is not in the folder, because vLLM's loader refuses it. It matters: the paper's request names [RET].
+    The row is not in the folder: vLLM's loader refuses it. It matters, as the paper's request names [RET].
     """
     dtype = encoder.backbone.dtype
     tensors = get_peft_model_state_dict(encoder.model, save_embedding_layers=False)

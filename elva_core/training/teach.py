@@ -1,7 +1,7 @@
 """Pre-training of the small backbones before the paper's stages: to see, then to summarise.
 
-They are taught what a real backbone already knows: to describe an image, a text, or an image with a change, in a short
-summary. The result is an ordinary pretrained folder that AutoProcessor and from_pretrained load.
+They are taught what a real backbone already knows: to describe an image, a text, or an image with a change,
+in a short summary. The result is an ordinary pretrained folder that AutoProcessor and from_pretrained load.
 
     folder = teach.ensure(settings.backbone, settings.encoder, root, cache)
 """
@@ -42,8 +42,8 @@ def ensure(
     The small model is kept under `cache` by the hash of everything it depends on, so it is taught once.
 
     Args:
-        first: folder of a small Qwen2-VL that was taught here, whose words a small Qwen2.5-VL takes over; None teaches
-            the Qwen2-VL itself.
+        first: folder of a small Qwen2-VL that was taught here, whose words a small Qwen2.5-VL takes over;
+            None teaches the Qwen2-VL itself.
     """
     if settings.path:
         return settings.path
@@ -100,10 +100,10 @@ def _learn(
 def redrawn(
     pixels: torch.Tensor, grids: torch.Tensor, *, patch: int, teach: TeachSettings, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Patch rows of randomly scaled, turned, shifted and lit images, against learning five vendors' style by heart.
+    """Patch rows of randomly scaled, turned, shifted and lit images, against overfitting to five vendors.
 
     Args:
-        pixels: (patches, 6 * patch * patch) in the processor's order: merged 2x2 blocks, then channels and two frames.
+        pixels: (patches, 6 * patch * patch), the processor's order: 2x2 blocks, then channels and two frames.
         grids: (images, 3) patches per side.
     """
     out, owner = pixels.clone(), torch.repeat_interleave(torch.arange(len(grids)), grids.prod(-1))
