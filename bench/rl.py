@@ -172,7 +172,7 @@ def against_generate(tokens: int, folder: Path) -> dict[str, list[float]]:
         vectors = encoder.normalised(states[:, -1])
         seconds["generate and forward"].append(time.perf_counter() - began)
         began = time.perf_counter()
-        model._vision_features([i.image for i in items])
+        model.vision.image_features([i.image for i in items])
         seconds["images and tower"].append(time.perf_counter() - began)
         agree = float((mine.embeddings[:, 0] * vectors).sum(-1).median())
         if agree < 0.999:

@@ -28,7 +28,7 @@ from elva_core.data import mbeir
 from elva_core.evaluation import benchmark, grains
 from elva_core.experiments import jobs
 from elva_core.models import encoder
-from elva_core.training import second_backbone
+from elva_core.training import teach
 
 log = logging.getLogger("elva")
 
@@ -204,7 +204,7 @@ def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path)
         return changed.backbone.path
     if changed.backbone.tiny.architecture == "qwen2_vl":
         return backbone
-    return second_backbone.ensure(backbone, changed.backbone, changed.encoder, root, work)
+    return teach.ensure(changed.backbone, changed.encoder, root, work, first=backbone)
 
 
 def retriever(

@@ -1,1 +1,1 @@
-"""A vision-language model as an embedder: prompts, encoding, generation, and small models of the real classes."""
+"""A vision-language model as an embedder: prompts, encoding, generation, small models of the real classes."""

@@ -1,8 +1,8 @@
-"""Any vision-language model of transformers as it wants to be read: its chat template, its processor, its forward.
+"""Model inputs from chats, by a model's own template and processor, and a check of its forward.
 
-How an image becomes tokens, what else the layers are told about it, and how positions are counted is left to the model's own
-code; here rows get endings and are padded on the left. What holds of every model that we know need not hold of the next, so
-`check` compares with `generate` of transformers before a model is used.
+How an image becomes tokens, what else the layers are told about it, and how positions are counted is left to
+the model's own code; here rows get endings and are padded on the left. What holds of every model that we know
+need not hold of the next, so `check` compares with `generate` of transformers before a model is used.
 
     given = chat.read(model, processor, chats, endings)
     states = model.model(**given).last_hidden_state
@@ -16,24 +16,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import GenerationConfig
 
 from elva_core.data import frames, images
 from elva_core.data.frames import Clip
+from elva_core.models.prefix import advance, prefill
 
 # What processors say of each token
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 WRITTEN = 3  # tokens of `check`
-LIMITS = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.25,
-    torch.float16: 0.05,
-}  # of a logit, in standard deviations of all of them
+# of the difference of a logit, in standard deviations of all of them
+LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 def end_of_turn(processor) -> int:
-    """The token that the chat template puts behind an answer, which need not be the tokenizer's eos; that, where there is none.
+    """Id of the token that the chat template puts behind an answer; the tokenizer's eos where it puts none.
 
     Raises:
         ValueError: the template cannot be filled.
@@ -44,8 +41,9 @@ def end_of_turn(processor) -> int:
         behind = processor.apply_chat_template(turns).rpartition(answer)[2].strip()
     except Exception as error:  # templates are programs of their own
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} cannot be filled ({type(error).__name__}: {error}); save one with its "
-            "processor that takes a turn of the user and one of the assistant, each a list of parts"
+            f"the chat template of {tokenizer.name_or_path} cannot be filled "
+            f"({type(error).__name__}: {error}); save one with its processor that takes a turn of the user "
+            "and one of the assistant, each a list of parts"
         ) from error
     first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
     return first[0] if first and first[0] in tokenizer.get_added_vocab().values() else tokenizer.eos_token_id
@@ -76,13 +74,15 @@ def left_padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
 def read(
     model, processor, chats: Sequence[list[dict]], endings: Sequence[Sequence[int]] | None = None
 ) -> dict[str, torch.Tensor]:
-    """What `model.model` is given for chats up to and including the assistant's header, each followed by its ending.
+    """Arguments of `model.model` for chats that end in the assistant's header, each followed by its ending.
 
     Args:
-        chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there are chats.
+        chats: B of them, messages of transformers with pictures in them. endings: token ids, as many as there
+            are chats.
 
     Returns:
-        input_ids, attention_mask (B, L), left-padded; position_ids (..., B, L); pixels and what else the processor makes.
+        input_ids, attention_mask (B, L), left-padded; position_ids (..., B, L); pixels and what else the
+        processor makes.
     """
     given = processor.apply_chat_template(
         list(chats),
@@ -95,63 +95,66 @@ def read(
     if endings is not None:
         given.update(_followed(given, endings, processor.tokenizer.pad_token_id))
     given = dict(given.to(model.device, model.dtype))
-    # the one place where transformers says how positions are counted, M-RoPE or not; `check` notices if it should move
+    # the one place where transformers says how positions are counted, M-RoPE or not; `check` guards it
     given["position_ids"] = model._prepare_position_ids_for_generation(given["input_ids"], given)
     return given
 
 
 def _followed(given, endings: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
     """What is said of each token, (B, L), with endings and padded anew; a token of an ending is text."""
-    out, kept = {}, given["attention_mask"].bool()
+    out, present = {}, given["attention_mask"].bool()
     for name in (name for name in PER_TOKEN if name in given):
-        ends = (
-            endings
-            if name == "input_ids"
-            else [[int(name == "attention_mask")] * len(ending) for ending in endings]
-        )
-        rows = [[*row[there].tolist(), *end] for row, there, end in zip(given[name], kept, ends, strict=True)]
-        out[name] = left_padded(rows, pad_id if name == "input_ids" else 0)
+        filler = pad_id if name == "input_ids" else 0
+        ends = endings
+        if name != "input_ids":
+            ends = [[int(name == "attention_mask")] * len(ending) for ending in endings]
+        rows = zip(given[name], present, ends, strict=True)
+        out[name] = left_padded([[*row[mask].tolist(), *end] for row, mask, end in rows], filler)
     return out
 
 
 def check(model, processor, name: str, banned: Sequence[int]) -> None:
-    """Reads a text and a picture as `read` does, in one padded batch and in pieces on a cache, and compares with `generate`.
+    """Compares logits of a text and a picture, in a padded batch and in pieces on a cache, with `generate`.
 
     In bfloat16 only gross errors stand out from rounding; float32 shows the finer ones.
 
     Args:
-        name: of the model, for messages. banned: token ids that nothing here samples, placeholders of images among them.
+        name: of the model, for messages. banned: token ids that nothing here samples, placeholders of images
+            among them.
 
     Raises:
-        ValueError: the model cannot be read so, or has a cache that rollouts cannot share, or its logits are others than those of
-            transformers, which reads each chat alone.
+        ValueError: the model cannot be read so, or has a cache that rollouts cannot share, or its logits are
+            others than those of transformers, which reads each chat alone.
     """
     kind = model.config.model_type
     try:
-        wanted, found = _logits(model, processor, banned)
+        expected, ways = _logits(model, processor, banned)
     except Exception as error:  # whatever a model of a kind that nobody has tried stumbles over
         raise ValueError(
-            f"{name}, a {kind}, cannot be read by its own processor and forward: {type(error).__name__}: {error}"
+            f"{name}, a {kind}, cannot be read by its own processor and forward: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    for way, logits in found.items():
-        off = float((logits.float() - wanted).abs().max() / wanted.std())
+    for way, logits in ways.items():
+        off = float((logits.float() - expected).abs().max() / expected.std())
         if not off <= LIMITS[model.dtype]:
             raise ValueError(
-                f"{name}, a {kind}, gives other logits {way} than in transformers' generate: off by {off:.2g} of their standard "
-                f"deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be trained here as it is"
+                f"{name}, a {kind}, gives other logits {way} than in transformers' generate: off by "
+                f"{off:.2g} of their standard deviation, {LIMITS[model.dtype]:.2g} is rounding; it cannot be "
+                "trained here as it is"
             )
 
 
 @torch.no_grad()
 def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits (2, WRITTEN, V) of two chats and what transformers writes after them: by `generate`, and in our two ways."""
+    """Logits (2, WRITTEN, V) of what transformers writes after two chats: by `generate`, and in our ways."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 64, 3), dtype=np.uint8))
     text = {"type": "text", "text": "What is this?"}
     chats = [
         [{"role": "user", "content": content}]
         for content in ([text], [{"type": "image", "image": picture}, text])
     ]
-    wish = GenerationConfig(
+    # the model's own generation_config might ask for sampling or penalties
+    greedy = GenerationConfig(
         max_new_tokens=WRITTEN,
         min_new_tokens=WRITTEN,
         do_sample=False,
@@ -162,35 +165,22 @@ def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict
     )
     alone = []
     for chat in chats:
-        given = {key: value for key, value in read(model, processor, [chat]).items() if key != "position_ids"}
-        alone.append(model.generate(**given, generation_config=wish))
+        inputs = read(model, processor, [chat])
+        del inputs["position_ids"]
+        alone.append(model.generate(**inputs, generation_config=greedy))
+    expected = torch.stack([torch.cat(out.logits) for out in alone]).float()
     written = [out.sequences[0, -WRITTEN:-1].tolist() for out in alone]
-    head, cache = model.get_output_embeddings(), DynamicCache(config=model.config.get_text_config())
-    together = model.model(**read(model, processor, chats, written), use_cache=False).last_hidden_state[
-        :, -WRITTEN:
-    ]
-    given = read(model, processor, chats)
-    first = model.model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1:]
-    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-        raise TypeError(
-            "its layers keep a state that is no keys and values; rollouts cannot share a prompt's"
-        )
-    cache.batch_repeat_interleave(2)
-    ids, mask, after = (
-        x.repeat_interleave(2, dim=0) for x in (torch.tensor(written), given["attention_mask"], first)
-    )
-    positions = (given["position_ids"][..., -1:] + 1).repeat_interleave(2, dim=-2) + torch.arange(
-        WRITTEN - 1, device=model.device
-    )
-    ids = ids.to(model.device)
-    mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    then = model.model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    )
-    pieces = torch.cat([after, then.last_hidden_state], dim=1)
-    wanted = torch.stack([torch.cat(out.logits) for out in alone]).float()
-    return wanted, {
-        "in a padded batch": head(together),
-        "on the cache of a prompt": head(pieces[::2]),
-        "of a second rollout": head(pieces[1::2]),
+
+    # all but the last written token are read again, in whole rows and on the cache of the prompts
+    whole = model.model(**read(model, processor, chats, written), use_cache=False).last_hidden_state
+    prefix = prefill(model, read(model, processor, chats), rollouts=2)
+    ids = torch.tensor(written, device=model.device).repeat_interleave(2, dim=0)
+    states = advance(model, prefix, ids, torch.ones_like(ids))
+    pieces = torch.cat([prefix.last[:, None], states], dim=1)
+    ways = {
+        "in a padded batch": whole[:, -WRITTEN:],
+        "on the cache of a prompt": pieces[::2],
+        "of a second rollout": pieces[1::2],
     }
+    head = model.get_output_embeddings()
+    return expected, {way: head(states) for way, states in ways.items()}

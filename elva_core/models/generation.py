@@ -1,7 +1,7 @@
 """Sampling summaries and reading the embedding at [RET], with the prompt computed once for its G rollouts.
 
-The prompt's key/value cache is computed once per input and expanded to G. In generation and in training the same
-two pieces are used: `prefill` and a continuation on the cache, so their log-probabilities agree.
+The prompt's key/value cache is computed once per input and expanded to G. Generation and training use the
+same two pieces, `prefill` and a continuation on the cache, so their log-probabilities agree.
 
     out = generate(encoder, items, noise=torch.rand(len(items), 8, cap))   # out.embeddings: (B, 8, D)
 """
@@ -12,20 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
 
 from elva_core.data.items import Item
-from elva_core.models.encoder import Batch, Encoder, normalised
+from elva_core.models.encoder import Encoder, normalised
+from elva_core.models.prefix import Prefix, advance, prefill
 
 
 @dataclass(slots=True)
 class Rollouts:
     """Sampled summaries of B inputs, G each.
 
-    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn counts,
-    [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action. entropy: (B, G, T) nats.
-    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine, which
-    sampled the tokens, says of them; None where the trainer sampled them itself.
+    tokens: (B, G, T) int64, padded. actions: (B, G, T) bool, True where the policy chose (the end of turn
+    counts, [RET] does not). log_p: (B, G, T) log-probabilities at sampling, 0 where no action.
+    entropy: (B, G, T) nats.
+    embeddings: (B, G, D) float32, L2-normalised state at [RET]. engine_log_p: (B, G, T) what another engine,
+    which sampled the tokens, says of them; None where the trainer sampled them itself.
     """
 
     tokens: torch.Tensor
@@ -37,50 +38,22 @@ class Rollouts:
 
     def summaries(self, end_id: int) -> list[list[list[int]]]:
         """Token ids of each summary without the end of turn."""
-        return [
-            [
-                [t for t, a in zip(row, act, strict=True) if a and t != end_id]
-                for row, act in zip(group, acts, strict=True)
-            ]
-            for group, acts in zip(self.tokens.tolist(), self.actions.tolist(), strict=True)
-        ]
+        written = self.actions & (self.tokens != end_id)
+        groups = zip(self.tokens.cpu(), written.cpu(), strict=True)
+        return [[row[mask].tolist() for row, mask in zip(*group, strict=True)] for group in groups]
 
 
 # (encoder, items in parts, (items, G, T) noise of each part, temperature) -> the rollouts of each part
 Sampler = Callable[[Encoder, Sequence[Sequence[Item]], Sequence[torch.Tensor], float], list[Rollouts]]
 
 
-@dataclass(slots=True)
-class Prefix:
-    """Prompts run through the model once: cache, mask (B, L), state of the last token (B, D), next position (..., B, 1)."""
-
-    cache: DynamicCache
-    mask: torch.Tensor
-    last: torch.Tensor
-    position: torch.Tensor
-
-
-def prefill(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
-    """Runs each prompt once and repeats the result for its rollouts: rows 0..G-1 belong to item 0, and so on."""
+def _prefilled(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix:
     batch = encoder.batch(items, encoder.settings.summary_request)
-    cache = DynamicCache(config=encoder.backbone.config.get_text_config())
-    last = encoder.states(batch, cache)[:, -1]
-    if rollouts > 1:
-        cache.batch_repeat_interleave(rollouts)
-    position = (batch.positions[..., -1:] + 1).repeat_interleave(rollouts, dim=-2)
-    return Prefix(cache, *(x.repeat_interleave(rollouts, dim=0) for x in (batch.mask, last)), position)
-
-
-def _advance(encoder: Encoder, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """States (R, n, D) of n further tokens on the cache; columns where `valid` is False are never attended to."""
-    prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
-    positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)
-    prefix.position = prefix.position + ids.shape[1]
-    return encoder.states(Batch(ids, prefix.mask, positions, {"input_ids": ids}), prefix.cache)
+    return prefill(encoder.backbone, batch.inputs, rollouts)
 
 
 def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens (R,) by inversion of the distribution function of (R, V) log-probabilities, given (R,) uniform numbers.
+    """Tokens (R,) by inverting the distribution function of (R, V) log-probabilities at (R,) uniform numbers.
 
     >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
     tensor([0, 2, 3])
@@ -93,16 +66,16 @@ def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 def generate(
     encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0
 ) -> Rollouts:
-    """Summaries of each item and the embedding after each; [RET] is appended when a summary ends or reaches its cap.
+    """Summaries of each item and the embedding at the [RET] that is appended to each.
 
     Args:
-        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its own row
-            alone, however the items are split over chunks and processes. Without it, G = 1 and the most probable
-            token is taken.
+        noise: (B, G, T) uniform in [0, 1), one number per token that may be sampled; a summary depends on its
+            own row alone, however the items are split over chunks and processes. Without it, G = 1 and the
+            most probable token is taken.
         temperature: of sampling; log-probabilities are those of the tempered distribution.
     """
     rollouts = 1 if noise is None else noise.shape[1]
-    prefix = prefill(encoder, items, rollouts)
+    prefix = _prefilled(encoder, items, rollouts)
     rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
     state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
     waiting = open_row.clone()  # rows whose [RET] has not been read yet
@@ -121,7 +94,7 @@ def generate(
         else:
             open_row = torch.zeros_like(open_row)
             inputs = torch.full((rows,), encoder.ret_id, device=state.device)
-        state = _advance(encoder, prefix, inputs[:, None], waiting[:, None])[:, 0]
+        state = advance(encoder.backbone, prefix, inputs[:, None], waiting[:, None])[:, 0]
         closing = waiting & ~open_row
         embeddings[closing] = normalised(state[closing])
         waiting = waiting & open_row
@@ -142,22 +115,32 @@ def in_process(
 
 
 def _forced(
-    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) that chose each of the N actions, and embeddings (B, G, D), of given summaries; see `score`."""
-    groups = tokens.shape[1]
-    tokens, actions = tokens.flatten(0, 1), actions.flatten(0, 1)
-    prefix = prefill(encoder, items, groups)
-    first = prefix.last
-    lengths = (actions & (tokens != encoder.end_id)).sum(1)
-    column = torch.arange(tokens.shape[1] + 1, device=tokens.device)
-    inputs = torch.cat([tokens, tokens.new_full((len(tokens), 1), encoder.pad_id)], dim=1)
+    encoder: Encoder, items: Sequence[Item], tokens: torch.Tensor, actions: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Teacher forcing of given summaries on the shared cache of their prompts.
+
+    Args:
+        tokens, actions: (B, G, T), as in `Rollouts`.
+
+    Returns:
+        (N, V) log-probabilities of all tokens at each of the N actions; (B, G, T) those of the tokens chosen,
+        0 where no action; (B, G, D) embeddings.
+    """
+    rows, acts = tokens.flatten(0, 1), actions.flatten(0, 1)
+    prefix = _prefilled(encoder, items, tokens.shape[1])
+    # the summary without its end of turn, then [RET], then nothing that counts
+    lengths = (acts & (rows != encoder.end_id)).sum(1)
+    column = torch.arange(rows.shape[1] + 1, device=rows.device)
+    inputs = torch.cat([rows, rows.new_full((len(rows), 1), encoder.pad_id)], dim=1)
     inputs = torch.where(column == lengths[:, None], encoder.ret_id, inputs)
     inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
-    states = _advance(encoder, prefix, inputs, column <= lengths[:, None])
-    before = torch.cat([first[:, None], states[:, :-1]], dim=1)[:, : tokens.shape[1]]
-    embeddings = normalised(states[torch.arange(len(states)), lengths])
-    return encoder.logits(before[actions]), embeddings.unflatten(0, (-1, groups))
+    states = advance(encoder.backbone, prefix, inputs, column <= lengths[:, None])
+    # a token was chosen from the state before it
+    before = torch.cat([prefix.last[:, None], states[:, :-1]], dim=1)[:, : rows.shape[1]]
+    log_p = torch.log_softmax(encoder.logits(before[acts]) / temperature, dim=-1)
+    chosen = log_p.gather(-1, tokens[actions][:, None])[:, 0]
+    embeddings = normalised(states[torch.arange(len(states)), lengths]).unflatten(0, tokens.shape[:2])
+    return log_p, torch.zeros_like(tokens, dtype=log_p.dtype).masked_scatter(actions, chosen), embeddings
 
 
 def score(
@@ -170,10 +153,7 @@ def score(
     Returns:
         log_p (B, G, T), 0 where no action; embeddings (B, G, D), L2-normalised state at [RET].
     """
-    tokens, actions = rollouts.tokens, rollouts.actions
-    logits, embeddings = _forced(encoder, items, tokens, actions)
-    chosen = torch.log_softmax(logits / temperature, dim=-1).gather(-1, tokens[actions][:, None])[:, 0]
-    return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(actions, chosen), embeddings
+    return _forced(encoder, items, rollouts.tokens, rollouts.actions, temperature)[1:]
 
 
 @torch.no_grad()
@@ -190,19 +170,6 @@ def completed(
     Args:
         tokens, actions: (B, G, T), as in `Rollouts`.
     """
-    logits, embeddings = _forced(encoder, items, tokens, actions)
-    log_p, nothing = (
-        torch.log_softmax(logits / temperature, dim=-1),
-        torch.zeros(tokens.shape, device=tokens.device),
-    )
-    chosen, entropy = (
-        log_p.gather(-1, tokens[actions][:, None])[:, 0],
-        torch.special.entr(log_p.exp()).sum(-1),
-    )
-    return Rollouts(
-        tokens,
-        actions,
-        nothing.masked_scatter(actions, chosen),
-        nothing.masked_scatter(actions, entropy),
-        embeddings,
-    )
+    log_p, chosen, embeddings = _forced(encoder, items, tokens, actions, temperature)
+    entropy = torch.zeros_like(chosen).masked_scatter(actions, torch.special.entr(log_p.exp()).sum(-1))
+    return Rollouts(tokens, actions, chosen, entropy, embeddings)

@@ -1,9 +1,8 @@
-"""A small Qwen2-VL of the real class, built and taught here, for machines without a GPU.
+"""Small Qwen2-VL and Qwen2.5-VL of the real classes with random weights, for machines without a GPU.
 
-It is taught what the real backbone already knows: to describe an image, a text, or an image with a change, in a
-short summary. The result is an ordinary pretrained folder that AutoProcessor and from_pretrained load.
+training/teach.py teaches them.
 
-    folder = backbone.ensure(settings, root, cache=...)
+model, processor = small_models.build(texts, settings.tiny, seed=0)
 """
 
 from __future__ import annotations
@@ -13,7 +12,17 @@ from collections.abc import Sequence
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -63,7 +72,11 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
 
 
 def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
-    """(model, processor): random weights, trained tokenizer, image processor with a fixed square size."""
+    """A Qwen2-VL: (model, processor) with random weights.
+
+    Args:
+        texts: that the tokenizer is trained on; images get the fixed square size of `tiny`.
+    """
     tokenizer = train_tokenizer(texts, tiny.vocabulary)
     pixels = tiny.image_side**2
     size = {"shortest_edge": pixels, "longest_edge": pixels}
@@ -74,12 +87,8 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
     )
     half_head = tiny.hidden // tiny.heads // 2
     third = half_head // 3
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(token)
-        for name, token in zip(
-            ("pad", "start", "end", "vision_start", "vision_end", "image", "video"), SPECIAL, strict=True
-        )
-    }
+    names = ("pad", "start", "end", "vision_start", "vision_end", "image", "video")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer) + tiny.spare_rows,
@@ -113,7 +122,40 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
         vision_end_token_id=ids["vision_end"],
         tie_word_embeddings=True,
     )
+    return _with_random_weights(Qwen2VLForConditionalGeneration, config, seed), processor
+
+
+def build_second(first: str, tiny: TinySettings, *, seed: int):
+    """A Qwen2.5-VL: (model, processor) with random weights, another start for stage 3 (Table 5).
+
+    Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the rest has its shape.
+
+    Args:
+        first: folder of a small Qwen2-VL, whose tokenizer and image processor are taken over.
+    """
+    known, shared = AutoConfig.from_pretrained(first), AutoProcessor.from_pretrained(first)
+    parts = ("image_processor", "tokenizer", "video_processor", "chat_template")
+    processor = Qwen2_5_VLProcessor(**{name: getattr(shared, name) for name in parts})
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "tie_word_embeddings")
+    text = known.text_config.to_dict()
+    config = Qwen2_5_VLConfig(
+        text_config={name: text[name] for name in text if name not in ("model_type", "architectures")},
+        vision_config={
+            "depth": tiny.vision_layers,
+            "hidden_size": tiny.vision_hidden,
+            # three matrices with as many weights as two of four times the width
+            "intermediate_size": 8 * tiny.vision_hidden // 3,
+            "out_hidden_size": tiny.hidden,
+            "num_heads": tiny.vision_heads,
+            "patch_size": tiny.patch,
+            "fullatt_block_indexes": [tiny.vision_layers - 1],
+        },
+        **{name: getattr(known, name) for name in tokens},
+    )
+    return _with_random_weights(Qwen2_5_VLForConditionalGeneration, config, seed), processor
+
+
+def _with_random_weights(kind: type, config, seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2VLForConditionalGeneration(config)
-    return model, processor
+        return kind(config)

@@ -1,9 +1,12 @@
-"""Summaries by vLLM instead of transformers: the other `rollout.Sampler`. Untested on hardware; written for vLLM 0.33.0.
+"""Sampling by vLLM instead of transformers: the other `generation.Sampler`.
 
-vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the adapter and
-the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings are the trainer's own,
-by teacher forcing. So the ratio to the sampling policy is 1 at the first pass, as with transformers, and what differs is
-that vLLM's arithmetic makes the samples slightly off-policy; `engine_log_p` says by how much, and the guard bounds it.
+Untested on hardware; written for vLLM 0.33.0.
+
+vLLM holds a second copy of the merged stage-2 model. Before every step it is given what stage 3 trains, the
+adapter and the row of [RET], and gives back tokens, nothing else: log-probabilities, entropy and embeddings
+are the trainer's own, by teacher forcing. So the ratio to the sampling policy is 1 at the first pass, as with
+transformers, and what differs is that vLLM's arithmetic makes the samples slightly off-policy; `engine_log_p`
+says by how much, and the guard bounds it.
 
     sampler = VllmSampler(encoder, stage3.lora, stage3.vllm, folder)    # before encoder.add_lora
     parts = sampler(encoder, [items], [torch.rand(len(items), 8, cap)], 1.0)
@@ -15,15 +18,16 @@ import gc
 import itertools
 import os
 import shutil
-import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import patch_environment
+from accelerate.utils.other import get_free_port
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from elva_core import distributed, sharding
 from elva_core.config import LoraSettings, VllmSettings
@@ -49,32 +53,35 @@ def library():
         if error.name != "vllm":
             raise
         raise ModuleNotFoundError(
-            f"stage3.sampler is vllm, which is not installed; run: pip install vllm=={VERSION}, or set stage3.sampler: transformers",
+            f"stage3.sampler is vllm, which is not installed; run: pip install vllm=={VERSION}, "
+            "or set stage3.sampler: transformers",
             name="vllm",
         ) from None
     return vllm
 
 
 class VllmSampler:
-    """A `rollout.Sampler` with an engine inside this process, on its GPU, as TRL's colocate mode has it.
+    """A `generation.Sampler` with an engine inside this process, on its GPU, as TRL's colocate mode has it.
 
-    Each of several processes has an engine of its own for its own queries; one GPU per process is assumed, and a folder
-    that all of them see. A summary depends on its item's noise and, on hardware, on rounding that differs with what
-    else is in vLLM's batch.
+    Each of several processes has an engine of its own for its own queries; one GPU per process is assumed,
+    and a folder that all of them see. A summary depends on its item's noise and, on hardware, on rounding
+    that differs with what else is in vLLM's batch.
 
     Args:
-        encoder: the merged model of the stage before, without an adapter; its weights are written for vLLM to load.
+        encoder: the merged model of the stage before, without an adapter; vLLM loads its weights.
         folder: of this run, emptied first.
 
     Raises:
-        ValueError: a model of another family, whose prompts vLLM would be given in a form that was not written for them.
+        ValueError: a model of another family, whose prompts vLLM would be given in a form that was not
+            written for them.
     """
 
     def __init__(self, encoder: Encoder, lora: LoraSettings, settings: VllmSettings, folder: Path) -> None:
         if not encoder.splices:
             kind = encoder.backbone.config.model_type
             raise ValueError(
-                f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; set it to transformers"
+                f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; "
+                "set it to transformers"
             )
         self._vllm, self._folder, self._pushes = library(), folder, itertools.count(1)
         weights = sharding.whole(encoder.model)
@@ -91,7 +98,8 @@ class VllmSampler:
                 enable_lora=True,
                 max_lora_rank=min((r for r in RANKS if r >= lora.rank), default=RANKS[-1]),
                 limit_mm_per_prompt={"image": 1, "video": 0},
-                logprobs_mode="processed_logprobs",  # of the distribution sampled from: tempered, without banned tokens
+                # of the distribution sampled from: tempered, without banned tokens
+                logprobs_mode="processed_logprobs",
             )
         distributed.processes().wait_for_everyone()
 
@@ -110,26 +118,23 @@ class VllmSampler:
         Raises:
             ValueError: vLLM read another prompt than the trainer.
         """
-        items, rows = (
-            list(itertools.chain(*parts)),
-            list(itertools.chain(*(token_rows(encoder, part) for part in parts))),
-        )
-        wanted = [self._wanted(encoder, noise, temperature) for noise in itertools.chain(*noises)]
+        items = list(itertools.chain(*parts))
+        rows = [row for part in parts for row in token_rows(encoder, part)]
+        requests = [self._request(encoder, noise, temperature) for noise in itertools.chain(*noises)]
         adapter = self._push(encoder)
-        found = self._engine.generate(
-            prompts(encoder, items, rows), wanted, lora_request=adapter, use_tqdm=False
-        )
+        inputs = prompts(encoder, items, rows)
+        answers = self._engine.generate(inputs, requests, lora_request=adapter, use_tqdm=False)
         shutil.rmtree(adapter.lora_path)
-        for item, row, out in zip(items, rows, found, strict=True):
-            if list(out.prompt_token_ids) != row:
+        for item, row, answer in zip(items, rows, answers, strict=True):
+            if list(answer.prompt_token_ids) != row:
                 raise ValueError(
-                    f"vLLM read {len(out.prompt_token_ids)} prompt tokens where the trainer has {len(row)}, or other ones, for {item}; "
-                    f"compare the image processors of vllm {getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
+                    f"vLLM read {len(answer.prompt_token_ids)} prompt tokens where the trainer has "
+                    f"{len(row)}, or other ones, for {item}; compare the image processors of vllm "
+                    f"{getattr(self._vllm, '__version__', '?')} and of {self._folder / 'base'}"
                 )
-        found = iter(found)
-        return [
-            self._rollouts(encoder, part, [next(found).outputs for _ in part], temperature) for part in parts
-        ]
+        rest = iter(answers)
+        groups = [(part, list(itertools.islice(rest, len(part)))) for part in parts]
+        return [_rollouts(encoder, *group, temperature) for group in groups]
 
     def close(self) -> None:
         """Frees the GPU memory and the disk."""
@@ -139,7 +144,7 @@ class VllmSampler:
         if distributed.processes().is_main_process:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _wanted(self, encoder: Encoder, noise: torch.Tensor, temperature: float):
+    def _request(self, encoder: Encoder, noise: torch.Tensor, temperature: float):
         """One item's request, a SamplingParams."""
         return self._vllm.SamplingParams(
             n=len(noise),
@@ -147,7 +152,7 @@ class VllmSampler:
             temperature=temperature,
             max_tokens=encoder.settings.max_summary_tokens,
             stop_token_ids=[encoder.end_id],
-            # about 420 of Qwen2-VL's ids are banned; vLLM takes 1,024 of them, and as many of allowed ones, which are 151,000
+            # some 420 of Qwen2-VL's ids are banned, 151,000 allowed; vLLM takes 1,024 of either kind
             logit_bias=dict.fromkeys(encoder.banned_ids.tolist(), float("-inf")),
             logprobs=0,  # of the sampled token alone
             detokenize=False,
@@ -156,7 +161,8 @@ class VllmSampler:
     def _push(self, encoder: Encoder):
         """Hands over the weights of this moment; returns their LoRARequest.
 
-        Name, number and path are new each time: vLLM reads an adapter once per number and caches prompts by name and path.
+        Name, number and path are new each time: vLLM reads an adapter once per number and caches prompts by
+        name and path.
         """
         from vllm.lora.request import LoRARequest
 
@@ -166,35 +172,32 @@ class VllmSampler:
         self._engine.apply_model(partial(_set_row, encoder.ret_id, row))
         return LoRARequest(folder.name, number, str(folder))
 
-    def _rollouts(
-        self, encoder: Encoder, part: Sequence[Item], found: Sequence[Sequence], temperature: float
-    ) -> generation.Rollouts:
-        """Tokens and actions as `rollout.generate` has them, and the trainer's own view of them."""
-        width = max(len(one.token_ids) for group in found for one in group)
-        said = [
-            [[at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)] for one in group]
-            for group in found
-        ]
-        tokens = _padded(
-            [[one.token_ids for one in group] for group in found], width, encoder.pad_id, encoder
-        )
-        actions = _padded(
-            [[[True] * len(one.token_ids) for one in group] for group in found], width, False, encoder
-        )
-        out = generation.completed(encoder, part, tokens, actions, temperature=temperature)
-        out.engine_log_p = _padded(said, width, 0.0, encoder)
-        return out
 
+def _rollouts(
+    encoder: Encoder, items: Sequence[Item], answers: Sequence, temperature: float
+) -> generation.Rollouts:
+    """Tokens and actions as `generation.generate` has them, and the trainer's own view of them.
 
-def _padded(rows: Sequence[Sequence[Sequence]], width: int, filler, encoder: Encoder) -> torch.Tensor:
-    """(B, G, width) of B groups of G rows."""
-    return torch.tensor(
-        [[[*row, *[filler] * (width - len(row))] for row in group] for group in rows], device=encoder.device
-    )
+    Args:
+        answers: vLLM's RequestOutput of each item, with G completions.
+    """
+    completions = [completion for answer in answers for completion in answer.outputs]
+
+    def stacked(rows: Sequence[Sequence], filler: float) -> torch.Tensor:
+        """(B, G, T), padded on the right."""
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+        return padded.unflatten(0, (len(items), -1)).to(encoder.device)
+
+    ids = [list(completion.token_ids) for completion in completions]
+    tokens, actions = stacked(ids, encoder.pad_id), stacked([[True] * len(row) for row in ids], False)
+    out = generation.completed(encoder, items, tokens, actions, temperature=temperature)
+    chosen = (zip(c.token_ids, c.logprobs, strict=True) for c in completions)
+    out.engine_log_p = stacked([[at[token].logprob for token, at in row] for row in chosen], 0.0)
+    return out
 
 
 def seed_of(noise: torch.Tensor) -> int:
-    """48 bits of an item's (G, T) uniform noise, so that a resumed run asks for the same; rollout g gets this plus g.
+    """Seed of an item, 48 bits of its (G, T) uniform noise, as in a resumed run; rollout g gets this plus g.
 
     >>> seed_of(torch.tensor([[0.5], [2.0**-24]])) == 2**47 + 1
     True
@@ -210,7 +213,7 @@ def token_rows(encoder: Encoder, items: Sequence[Item]) -> list[list[int]]:
 
 
 def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int]]) -> list[dict]:
-    """What vLLM is asked: token ids with one placeholder for an image, which vLLM makes as many as it takes, and the image."""
+    """Prompts for vLLM: token ids with one placeholder per image, which vLLM repeats, and the images."""
     image_id, out = encoder.backbone.config.image_token_id, []
     for item, row in zip(items, rows, strict=True):
         ids = [t for t, before in zip(row, [None, *row], strict=False) if not t == before == image_id]
@@ -220,9 +223,9 @@ def prompts(encoder: Encoder, items: Sequence[Item], rows: Sequence[Sequence[int
 
 
 def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
-    """Writes the adapter as PEFT and vLLM read it, in the dtype of the model, and returns the trained row of [RET], (D,).
+    """Writes the adapter for PEFT and vLLM, in the model's dtype, and returns the trained row of [RET], (D,).
 
-    The row is not in the folder, because vLLM's loader refuses it. It matters: the paper's request names [RET].
+    The row is not in the folder: vLLM's loader refuses it. It matters, as the paper's request names [RET].
     """
     dtype = encoder.backbone.dtype
     tensors = get_peft_model_state_dict(encoder.model, save_embedding_layers=False)
@@ -231,26 +234,24 @@ def write_adapter(encoder: Encoder, folder: Path) -> torch.Tensor:
     trained = encoder.model.peft_config["default"]
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    LoraConfig(
-        r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules
-    ).save_pretrained(folder)
+    config = LoraConfig(r=trained.r, lora_alpha=trained.lora_alpha, target_modules=trained.target_modules)
+    config.save_pretrained(folder)
     return row
 
 
 def _set_row(ret_id: int, row: torch.Tensor, model) -> None:
-    """Runs on vLLM's model."""
+    """Sets the embedding of [RET] in vLLM's model, where this runs."""
     model.get_language_model().model.embed_tokens.weight.data[ret_id].copy_(row)
 
 
 def _launch() -> dict[str, object]:
-    """What vLLM's `external_launcher` asks the environment of a process: a launcher has said it, one process alone says it here."""
+    """Environment variables that vLLM's `external_launcher` needs and no launcher has set."""
     state = distributed.processes()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     names = {
         "RANK": state.process_index,
         "LOCAL_RANK": state.local_process_index,
         "WORLD_SIZE": state.num_processes,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": get_free_port(),
     }
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {name: value for name, value in names.items() if name not in os.environ}

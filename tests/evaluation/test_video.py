@@ -186,7 +186,7 @@ def test_an_embedding_does_not_depend_on_its_batch_nor_on_what_is_kept(either, m
 
 def test_frames_are_kept_by_file_and_number(tiny, films, monkeypatch):
     reads = []
-    monkeypatch.setattr(encoder, "read_clip", lambda clip, read=clips.read: reads.append(clip) or read(clip))
+    monkeypatch.setattr("elva_core.models.vision.read_clip", lambda clip, read=clips.read: reads.append(clip) or read(clip))
     few, many = Item("", None, (Clip(films[1], 2),)), Item("", None, (Clip(films[1], 6),))
     with torch.no_grad():
         first, second, third = tiny.embed_eol([few, many, few])
@@ -264,7 +264,7 @@ def test_encode_and_the_store_know_clips(tiny, mixed, films, tmp_path):
 def test_frames_are_as_large_as_images(model_folder, smoke, tmp_path):
     clips.write(tmp_path / "large.mp4", pictures(2, size=(256, 256)), rate=2)
     small = encoder.load(model_folder, smoke.encoder.model_copy(update={"min_pixels": 16 * 1024, "max_pixels": 16 * 1024}))
-    (seen,) = small._clip_features([Clip(tmp_path / "large.mp4", 2)])
+    (seen,) = small.vision.clip_features([Clip(tmp_path / "large.mp4", 2)])
     assert seen.grid.tolist() == [1, 8, 8]  # the folder's own processor makes it 4 x 4
 
 

@@ -58,7 +58,7 @@ def counted(work) -> int:
 
 def test_flops_are_those_that_torch_counts(tiny, items, smoke):
     planned, rank = sizes.of_config(tiny.backbone.config), smoke.stage2.lora.rank
-    pixels = tiny.pixels([i.image for i in items if i.image])
+    pixels = tiny.vision.pixels([i.image for i in items if i.image])
     features = sum(map(len, tiny.backbone.model.get_image_features(*pixels).pooler_output))
     images = len(pixels[1])
     assert counted(lambda: tiny.backbone.model.get_image_features(*pixels)) == planned.vision(images, features / images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -22,45 +21,22 @@ def items(items) -> list[data_items.Item]:
     return [*items, data_items.Item("Which one?", first, ("is shorter than", second, "and bluer", first))]
 
 
-def test_token_rows_equal_those_of_the_processor(tiny, items):
-    request = tiny.settings.summary_request
+def test_token_rows_and_states_equal_those_of_plain_transformers(tiny, items):
+    request, images = tiny.settings.eol_request, [image_files.open_image(path) for i in items for path in i.images]
     ours = tiny.batch(items, request)
-    images = [image_files.open_image(path) for i in items for path in i.images]
     theirs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
     assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
-
-
-def test_states_equal_a_plain_forward_of_transformers(tiny, items):
-    request = tiny.settings.eol_request
-    images = [image_files.open_image(path) for i in items for path in i.images]
-    inputs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
     with torch.no_grad():
-        theirs = tiny.backbone.model(**inputs).last_hidden_state[:, -1]
-        ours = tiny.embed_eol(items)
-    torch.testing.assert_close(ours, torch.nn.functional.normalize(theirs, dim=-1), atol=1e-5, rtol=0)
+        plain = tiny.backbone.model(**theirs).last_hidden_state[:, -1]
+        vectors = tiny.embed_eol(items)
+    torch.testing.assert_close(vectors, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5, rtol=0)
 
 
-def test_an_embedding_does_not_depend_on_its_batch(tiny, items):
+def test_an_embedding_depends_neither_on_its_batch_nor_on_features_that_were_kept(tiny, items):
     with torch.no_grad():
-        together, alone = tiny.embed_eol(items), torch.cat([tiny.embed_eol([i]) for i in items])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
-
-
-def test_a_cached_vision_feature_changes_nothing(tiny, items):
-    with torch.no_grad():
-        first, second = tiny.embed_eol(items), tiny.embed_eol(items)
-    assert torch.equal(first, second)
-
-
-def test_ret_takes_a_spare_row_and_the_matrix_keeps_its_size(tiny, model_folder):
-    rows = json.loads((model_folder / "config.json").read_text())["text_config"]["vocab_size"]
-    assert tiny.backbone.get_input_embeddings().weight.shape[0] == rows > tiny.ret_id
-    tokenizer = tiny.processor.tokenizer
-    assert tokenizer.convert_ids_to_tokens(tiny.ret_id) == "[RET]"
-    model = torch.nn.Module()
-    model.get_input_embeddings = lambda: torch.nn.Embedding(len(tokenizer), 4)
-    with pytest.raises(ValueError, match="no spare row"):
-        encoder.add_ret_token(model, tokenizer, "[OTHER]")
+        fresh, kept, alone = tiny.embed_eol(items), tiny.embed_eol(items), torch.cat([tiny.embed_eol([i]) for i in items])
+    assert torch.equal(fresh, kept)
+    torch.testing.assert_close(fresh, alone, atol=1e-5, rtol=0)
 
 
 def test_special_tokens_and_spare_rows_are_banned_and_the_end_of_turn_is_not(tiny, items):
@@ -140,7 +116,7 @@ def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(mo
 def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):
     paths = [root.image_path(c.image) for c in root.pool("emoji_task0", "test")[:5]]
     image_files.open_image(paths[0]).resize((40, 90)).save(tmp_path / "narrow.png")
-    pixels, grids = tiny.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
+    pixels, grids = tiny.vision.pixels([*paths[:2], tmp_path / "narrow.png", *paths[2:]])
     tower = tiny.backbone.model.visual
     config = copy.deepcopy(tower.config)
     config._attn_implementation = "sdpa"

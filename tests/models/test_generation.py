@@ -64,12 +64,6 @@ def test_greedy_summaries_equal_transformers_generate(tiny, items):
         assert mine == [t for t in row if t not in (tiny.end_id, tiny.pad_id)]
 
 
-def test_ret_is_never_sampled_and_banned_tokens_neither(tiny, items, sampled):
-    banned = set(tiny.banned_ids.tolist())
-    assert not banned & set(sampled.tokens[sampled.actions].tolist())
-    assert tiny.ret_id in banned
-
-
 def test_nothing_is_an_action_after_the_end_of_turn(tiny, sampled):
     for tokens, actions in zip(sampled.tokens.flatten(0, 1).tolist(), sampled.actions.flatten(0, 1).tolist(), strict=True):
         chosen = [t for t, a in zip(tokens, actions, strict=True) if a]

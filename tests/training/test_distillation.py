@@ -237,8 +237,8 @@ def test_timed_items_come_from_the_whole_side(tiny, items, monkeypatch):
 
 
 def test_images_are_paid_for_in_every_round(tiny, items, monkeypatch):
-    opened, features = [], tiny._vision_features
-    monkeypatch.setattr(tiny, "_vision_features", lambda paths: opened.append(len(paths)) or features(paths))
+    opened, features = [], tiny.vision.image_features
+    monkeypatch.setattr(tiny.vision, "image_features", lambda paths: opened.append(len(paths)) or features(paths))
     throughput.measure({"eol": throughput.Way(tiny, "eol")}, {"queries": items}, batches=(8,), rounds=2)
     assert opened == [len({i.image for i in items if i.image})] * 3
 

@@ -59,32 +59,21 @@ def move(model, seed, only=""):
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_log_probabilities_and_embeddings_are_those_of_the_trainer(policy, sampler, items, noise):
-    out = sampler(policy, [items[:2], items[2:]], [noise[:2], noise[2:]], 1.3)
-    for part, found in zip((items[:2], items[2:]), out, strict=True):
-        log_p, vectors = generation.score(policy, part, found, temperature=1.3)
-        torch.testing.assert_close(found.log_p, log_p.detach(), atol=1e-6, rtol=0)
-        for g, summaries in enumerate(zip(*found.summaries(policy.end_id), strict=True)):
-            with torch.no_grad():
-                alone, _ = policy.embed_summaries(part, summaries)
-            torch.testing.assert_close(found.embeddings[:, g], alone, atol=1e-5, rtol=0)
-        torch.testing.assert_close(vectors.detach(), found.embeddings, atol=1e-6, rtol=0)
-        assert (found.log_p[~found.actions] == 0).all() and (found.tokens[~found.actions] == policy.pad_id).all()
-
-
 def test_given_the_same_tokens_it_is_what_transformers_sample(policy, sampler, items, noise):
-    (theirs,) = sampler(policy, [items], [noise], 0.8)
-    ours = generation.generate(policy, items, noise=noise_that_draws(policy, items, theirs, 0.8), temperature=0.8)
-    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.actions, theirs.actions)
-    for name in ("log_p", "entropy", "embeddings"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=0)
+    """Tokens, actions, log-probabilities, entropy and embeddings of two parts that are asked for at once."""
+    parts = (items[:2], items[2:])
+    for part, theirs in zip(parts, sampler(policy, parts, [noise[:2], noise[2:]], 1.3), strict=True):
+        ours = generation.generate(policy, part, noise=noise_that_draws(policy, part, theirs, 1.3), temperature=1.3)
+        assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.actions, theirs.actions)
+        for name in ("log_p", "entropy", "embeddings"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=0)
 
 
 def noise_that_draws(model, items, found, temperature):
     """The middle of each token's part of [0, 1): sampling by inversion then gives these tokens again."""
     noise = torch.full((*found.tokens.shape[:2], model.settings.max_summary_tokens), 0.5)
-    logits, _ = generation._forced(model, items, found.tokens, found.actions)
-    chance = torch.softmax(logits.detach().double() / temperature, dim=-1)
+    log_p, *_ = generation._forced(model, items, found.tokens, found.actions, temperature)
+    chance = log_p.detach().double().exp()
     token = found.tokens[found.actions][:, None]
     middle = chance.cumsum(-1).gather(-1, token) - chance.gather(-1, token) / 2
     noise[..., : found.tokens.shape[2]][found.actions] = middle[:, 0].float()
