@@ -272,8 +272,8 @@ def _scores_of_pairs(
     """Exact scores (N,) of pairs of a query and a pool row (N,), (N,); the pool is read in its order."""
     scores = torch.empty(len(row), dtype=torch.float32, device=queries.device)
     order = row.argsort(stable=True)
-    for first in range(0, len(row), TILE):
-        chosen = order[first : first + TILE]
+    for first in range(0, len(row), ROWS):
+        chosen = order[first : first + ROWS]
         rows = row[chosen].cpu().numpy()
         vectors = torch.from_numpy(unit_rows(pool[rows], "one of the pool rows from", rows[0]))
         place = torch.arange(len(chosen), device=queries.device)
