@@ -18,7 +18,7 @@ import torch
 
 QUERIES = 1024  # that are multiplied at once
 ROWS = 8192  # of the pool that are read at once; a GPU multiplies all of them
-TILE = 512  # rows that a CPU multiplies at once, and looks at while a near cache has the scores
+TILE = 1024  # rows that a CPU multiplies at once, and looks at while a near cache has the scores
 GROUP = 32  # rows whose maximum says whether to look at each of them
 SPARE = 14  # rows kept beyond k, because float32 may order neighbours otherwise than float64
 PAIRS = 1024  # scored in float64 at once

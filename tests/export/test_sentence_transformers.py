@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from elva_core import encoder as former_encoder
+from elva_core import sentence_module
 from elva_core.data import items as data_items
 from elva_core.data import mbeir
 from elva_core.export import embedder, hub, sentence_transformers
@@ -173,7 +175,7 @@ def test_a_file_that_changes_is_read_again(exported, items, tmp_path):
 def test_an_export_is_whole_or_not_there(saved, tmp_path, monkeypatch):
     target = tmp_path / "elva"
     with monkeypatch.context() as patched:
-        patched.setattr(sentence_transformers, "readme", lambda *_: 1 / 0)
+        patched.setattr(hub, "card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sentence_transformers.sentence_transformer(saved, target)
     assert not target.exists()
@@ -198,3 +200,23 @@ def test_an_export_says_nothing_of_this_machine_and_what_must_be_installed(saved
     assert "sentence-transformers==6.2.0" in readme and "trust_remote_code=True" in readme
     required = json.loads((folder / "config_sentence_transformers.json").read_text())["requirements"]
     assert set(required) == {"elva-workbook"}
+
+
+def test_a_folder_that_was_exported_before_still_loads(saved, reference, items, tmp_path):
+    """modules.json names the class at its former place; the newest keys of the library's configuration are missing."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for path in saved.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    card = json.loads((folder / "elva.json").read_text()) | {"template": "summary"}
+    module = {"idx": 0, "name": "0", "path": "", "type": "elva_core.sentence_module.Embedder"}
+    config = {"model_type": "SentenceTransformer", "prompts": {"query": "", "document": ""}, "default_prompt_name": None}
+    written = {"elva.json": card, "modules.json": [module], "config_sentence_transformers.json": config}
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content))
+    texts = [item for item in items if not item.image]
+    expected = ours(reference, texts, "summary")
+    for model in (SentenceTransformer(str(folder), trust_remote_code=True, device="cpu"), sentence_module.load(folder)):
+        assert type(model[0]) is embedder.Embedder
+        np.testing.assert_allclose(model.encode([item.text for item in texts]), expected, atol=1e-5)
+    assert former_encoder.load is encoder.load
