@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 QUERIES = 1024  # that are multiplied at once
-ROWS = 8192  # of the pool that are read at once; a GPU multiplies all of them
-TILE = 1024  # rows that a CPU multiplies at once, and looks at while a near cache has the scores
+ROWS = 8192  # of the pool that are read and looked at at once; a GPU multiplies all of them
+TILE = 1024  # rows that a CPU multiplies at once, so that a near cache has their scores for the maxima
 GROUP = 32  # rows whose maximum says whether to look at each of them
 SPARE = 14  # rows kept beyond k, because float32 may order neighbours otherwise than float64
 PAIRS = 1024  # scored in float64 at once
@@ -76,10 +76,9 @@ def exact(
     if len(outside := row[(row < 0) | (row >= size)]):
         raise ValueError(f"relevant row {outside[0]} is outside the pool of {size}")
     query, row = torch.from_numpy(query).to(device), torch.from_numpy(row).to(device)
-    entries = torch.stack([query, row])
     goals = _scores_of_pairs(vectors, query, pool, row)
     keys = torch.empty((len(vectors), k), dtype=torch.int64, device=device)
-    ranks, pessimistic = torch.zeros_like(entries)
+    ranks, pessimistic = torch.zeros_like(row), torch.zeros_like(row)
 
     undecided = torch.arange(len(vectors), device=device)
     coarse = [torch.float32] if torch.get_float32_matmul_precision() == "highest" else []
@@ -88,18 +87,18 @@ def exact(
             break
         blocks = []
         for members in undecided.split(QUERIES):
-            place = torch.full_like(keys[:, 0], -1)
+            place = torch.full((len(vectors),), -1, device=device)
             place[members] = torch.arange(len(members), device=device)
-            own = (place[query] >= 0).nonzero()[:, 0]
-            block = _Block(vectors[members], k, size, place[query[own]], row[own], goals[own], precision)
-            blocks.append((members, own, block))
+            entry = (place[query] >= 0).nonzero()[:, 0]
+            known = place[query[entry]], row[entry], goals[entry]
+            blocks.append((members, entry, _Block(vectors[members], k, size, *known, precision)))
         _see_all([block for _, _, block in blocks], pool)
-        still = []
-        for members, own, block in blocks:
+        unclear = []
+        for members, entry, block in blocks:
             keys[members], clear = block.best(pool)
-            ranks[own], pessimistic[own] = block.above + block.before, block.above + block.tied
-            still.append(members[~clear])
-        undecided = torch.cat(still)
+            ranks[entry], pessimistic[entry] = block.above + block.before, block.above + block.tied
+            unclear.append(members[~clear])
+        undecided = torch.cat(unclear)
 
     rows, scores = _decoded(keys)
     ends = np.cumsum([len(rows) for rows in relevant])[:-1]
@@ -111,14 +110,12 @@ def exact(
 def _see_all(blocks: list[_Block], pool: np.ndarray | Sequence) -> None:
     """Shows every row of the pool, in its order, to every block of queries."""
     device = blocks[0].queries.device
-    tile = TILE if device.type == "cpu" else ROWS
     # one room for the scores of all blocks: fresh memory would cost more than what is written to it
-    room = torch.empty(tile * len(blocks[0].queries), dtype=blocks[0].precision, device=device)
+    room = torch.empty(ROWS * len(blocks[0].queries), dtype=blocks[0].precision, device=device)
     for start, part in _read(pool):
         part = torch.from_numpy(part).to(device)
         for block in blocks:
-            for first, rows in zip(range(0, len(part), tile), part.split(tile), strict=True):
-                block.see(rows, start + first, room)
+            block.see(part, start, room)
 
 
 class _Block:
@@ -150,9 +147,7 @@ class _Block:
         self.slack = 4 * queries.shape[1] ** 0.5 * 2.0**-24 if single else 0.0
         kept = min(k + SPARE if single else k, size)
         self.keys = torch.full((len(queries), kept), EMPTY, device=queries.device)
-        self.floor = torch.full_like(
-            self.keys[:, 0], -torch.inf, dtype=torch.float32
-        )  # least score of `keys`
+        self.floor = torch.full((len(queries),), -torch.inf, device=queries.device)  # least score of `keys`
         self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # (query, key) that may be among the best
         self.waiting_keys = 0
         self.above, self.before, self.tied, self.close = torch.zeros(
@@ -169,11 +164,20 @@ class _Block:
         """
         width, count = len(self.queries), len(vectors)
         scores = room[: (count + -count % GROUP) * width].view(-1, width)
-        torch.mm(vectors.to(self.precision), self.factor, out=scores[:count])
         scores[count:] = -torch.inf
+        peaks = torch.empty((len(scores) // GROUP, width), device=scores.device)
+        tile = TILE if scores.device.type == "cpu" else ROWS
+        for first in range(0, count, tile):
+            last = min(first + tile, count)
+            torch.mm(vectors[first:last].to(self.precision), self.factor, out=scores[first:last])
+            fresh = scores[first : first + tile].float().view(-1, GROUP, width)
+            peaks[first // GROUP : first // GROUP + len(fresh)] = fresh.amax(1)
         groups = scores.float().view(-1, GROUP, width)
-        peaks = groups.amax(1)  # one look at all scores; few groups are looked at again
 
+        # a bound before anything is kept: where n groups have a score as high as this, n rows have
+        if start == 0 and len(peaks) >= self.keys.shape[1] > 0:
+            least = peaks.topk(self.keys.shape[1], dim=0)[0][-1]
+            self.floor = least.nextafter(torch.full_like(least, -torch.inf))
         # what scores as the least of the best does stands behind it: rows come in pool order
         group, query = (peaks > self.floor).nonzero(as_tuple=True)
         values = groups[group, :, query]

@@ -38,7 +38,7 @@ def with_copies(n, seed=1):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for name, value in {"QUERIES": 8, "ROWS": 512, "TILE": 256}.items():
+    for name, value in {"QUERIES": 8, "ROWS": 1024, "TILE": 256}.items():
         monkeypatch.setattr(search, name, value)
 
 
