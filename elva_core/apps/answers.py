@@ -1,7 +1,7 @@
 """A free query against a pool: the best candidates, as a table and as a sheet of pictures.
 
-pool = answers.of_unit(encoder, mbeir.Root(ROOT), "emoji_task0", batch=64)
-answers.search(encoder, pool, "woman running", k=10)    # the last line of a cell: JupyterLab shows the sheet
+candidates = pool.of_unit(encoder, mbeir.Root(ROOT), "emoji_task0", batch=64)
+answers.search(encoder, candidates, "woman running", k=10)  # last in a cell: JupyterLab shows the sheet
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from elva_core.retrieval.pool import Pool
 
 @dataclass(frozen=True, repr=False)
 class Answers:
-    """The best candidates of a pool, best first. summary: what the model wrote for the query, "" for one pass."""
+    """The best candidates of a pool, best first.
+
+    summary: what the model wrote for the query, "" for one pass.
+    """
 
     query: Item
     summary: str
@@ -36,21 +39,20 @@ class Answers:
 
     def table(self) -> pd.DataFrame:
         """rank, score (cosine), did, text, image (relative to the root) and caption, a row per answer."""
-        rows = [
-            (n, s, c.did, c.text, c.image, mbeir.caption(c))
-            for n, (c, s) in enumerate(zip(self.found, self.scores, strict=True), 1)
-        ]
+        ranked = enumerate(zip(self.found, self.scores, strict=True), 1)
+        rows = [(n, score, c.did, c.text, c.image, mbeir.caption(c)) for n, (c, score) in ranked]
         return pd.DataFrame(rows, columns=["rank", "score", "did", "text", "image", "caption"])
 
     def sheet(self) -> Figure:
         """The query and its answers; rank, score and id under each."""
-        cards = []
+        root, cards = self.pool.root, []
         for rank, (candidate, score) in enumerate(zip(self.found, self.scores, strict=True), 1):
-            image = self.pool.root.image_path(candidate.image) if candidate.image and self.pool.root else None
+            image = root.image_path(candidate.image) if candidate.image and root else None
             text = candidate.text or ("" if image else candidate.image or "")
             cards.append((text, image, f"{rank}   {score:.3f}   {candidate.did}"))
-        title = f"Best {len(self.found)} of {len(self.pool.candidates):,} candidates, cosine ({self.pool.unit}, {self.pool.kind} pool)"
-        return figures.contact_sheet([(self.query.text, self.query.image, "query"), *cards], title)
+        pool = f"{len(self.pool.candidates):,} candidates, cosine ({self.pool.unit}, {self.pool.kind} pool)"
+        query = (self.query.text, self.query.image, "query")
+        return figures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
 
     def file_name(self) -> str:
         """A name for the sheet, from the query."""
@@ -96,7 +98,7 @@ def search(
     if k < 1:
         raise ValueError(f"k = {k}; ask for at least one answer")
     vector, (summary,) = retriever.encode(loaded, [query], batch=1, template=template or pool.template)
-    best = searching.exact(vector, pool.vectors, min(k, len(pool.candidates)))
-    return Answers(
-        query, summary, [pool.candidates[int(row)] for row in best.rows[0]], best.scores[0].tolist(), pool
-    )
+    depth = min(k, len(pool.candidates))
+    ranking = searching.exact(vector, pool.vectors, depth, device=loaded.device)
+    candidates = [pool.candidates[int(row)] for row in ranking.rows[0]]
+    return Answers(query, summary, candidates, ranking.scores[0].tolist(), pool)

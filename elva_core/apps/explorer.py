@@ -1,7 +1,9 @@
 """The explorer: a query, its grains as check boxes, and what several models answer, side by side.
 
-Explorer([measured["stage 2"], measured["stage 3"]], depth=5)  # in JupyterLab: a grain that is unticked leaves the query
-inline([measured["stage 3"]], unit, typed("a dog, red", query), depth=5)  # the answers alone
+In JupyterLab a grain that is unticked leaves the query; `inline` shows the answers alone.
+
+Explorer([measured["stage 2"], measured["stage 3"]], depth=5)
+inline([measured["stage 3"]], unit, typed("a dog, red", query), depth=5)
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ SPACED = {"width": "auto", "margin": "2px 20px 2px 0"}
 class Answers:
     """What one model answers to a query.
 
-    asked: the text it was given, instruction and query. image: of the query. found: candidate and cosine, best first.
-    right: dids of the positives; empty where nobody knows them. rank: of the first positive in a pool of `size`, None without one.
+    asked: the text it was given, instruction and query. image: of the query. found: candidate and cosine,
+    best first. right: dids of the positives; empty where nobody knows them. rank: of the first positive in a
+    pool of `size`, None without one.
     """
 
     model: str
@@ -48,60 +51,55 @@ class Answers:
 
 
 class Asker:
-    """One measured model that answers queries about the pools of its benchmark; the vectors of a pool are looked up once."""
+    """One measured model that answers queries about the pools of its benchmark, each embedded once."""
 
     def __init__(self, measured: Measured) -> None:
         self._measured, self._pools = measured, {}
 
     def __call__(self, unit: str, query: mbeir.Query, depth: int) -> Answers:
-        """The `depth` best candidates of the local pool of `unit`. Raises ElvaDataError where an image leaves the root."""
+        """The `depth` best candidates of the local pool of `unit`.
+
+        Raises:
+            ElvaDataError: an image leaves the root.
+        """
         searcher, candidates = self._measured.searcher, self._measured.bench[unit].candidates
-        item = searcher.query(query, unit)
+        item, size = searcher.query(query, unit), len(candidates)
         if unit not in self._pools:
             self._pools[unit] = searcher.vectors(candidate_item(searcher.root, c) for c in candidates)
         vectors, summary = _embedded(searcher, item)
         positives = [row for row in map(candidates.row, query.positives) if row is not None]
-        found = search.exact(vectors, self._pools[unit], min(depth, len(candidates)), [positives])
-        answers = [
-            (candidates[row], float(score)) for row, score in zip(found.rows[0], found.scores[0], strict=True)
-        ]
-        rank = found.ranks[0][0] if found.ranks[0] else None
-        return Answers(
-            self._measured.model,
-            item.text,
-            item.image,
-            summary,
-            answers,
-            query.positives,
-            rank,
-            len(candidates),
-        )
+        depth, device = min(depth, size), searcher.encoder.device
+        ranking = search.exact(vectors, self._pools[unit], depth, [positives], device=device)
+        best = [candidates[row] for row in ranking.rows[0]]
+        answers = list(zip(best, ranking.scores[0].tolist(), strict=True))
+        rank = ranking.ranks[0][0] if positives else None
+        model = self._measured.model
+        return Answers(model, item.text, item.image, summary, answers, query.positives, rank, size)
 
 
 def _embedded(searcher: retriever.Searcher, item: Item):
-    """(1, D) embedding and the summary. On disk every query that is typed would be a file of its own, without its summary."""
-    if searcher.settings.on_disk:
-        vectors, (summary,) = retriever.encode(searcher.encoder, [item], batch=1, template=searcher.template)
-        return vectors, summary
-    return searcher.vectors([item]), searcher.summary(item)
+    """(1, D) embedding and the summary of a query.
+
+    Where embeddings are kept on disk it is not looked up there: every query that is typed would be a file of
+    its own, without its summary.
+    """
+    if not searcher.settings.on_disk:
+        return searcher.vectors([item]), searcher.summary(item)
+    vectors, (summary,) = retriever.encode(searcher.encoder, [item], batch=1, template=searcher.template)
+    return vectors, summary
 
 
 def typed(text: str, like: mbeir.Query) -> mbeir.Query:
-    """A query that a person typed, in the place of the benchmark's query `like`: its image, its instruction, no positives.
+    """A query that a person typed, in the place of the benchmark's query `like`.
 
-    Nobody has named the grains of a typed text. Where it holds commas or semicolons, a grain is what stands between them; else
-    it is a word.
+    It has that query's image and instruction, and no positives. Nobody has named the grains of a typed text:
+    where it holds commas or semicolons, a grain is what stands between them; else it is a word.
     """
     parts = [part for part in (part.strip().rstrip(".!?") for part in re.split("[,;]", text)) if part]
     words = text.split() if len(parts) < 2 else []
-    own = [["word", word] for word in words] or [["part", part] for part in parts]
-    return replace(
-        like,
-        text=mbeir.normalise(" ".join(words) or text),
-        positives=(),
-        negatives=(),
-        source={"grains": own},
-    )
+    named = [["word", word] for word in words] or [["part", part] for part in parts]
+    text = mbeir.normalise(" ".join(words) or text)
+    return replace(like, text=text, positives=(), negatives=(), source={"grains": named})
 
 
 def inline(measured: Sequence[Measured], unit: str, query: mbeir.Query, depth: int):
@@ -116,7 +114,8 @@ def inline(measured: Sequence[Measured], unit: str, query: mbeir.Query, depth: i
 class Explorer(ipywidgets.VBox):
     """A widget: choose a query of the benchmark or type one, untick grains, and see what each model answers.
 
-    A grain that only the picture shows cannot be taken out of it, so its box stays ticked. "Right" is what answers the whole query.
+    A grain that only the picture shows cannot be taken out of it, so its box stays ticked. "Right" is what
+    answers the whole query.
 
     Args:
         measured: models measured on the same benchmark. depth: how many answers each shows.
@@ -124,35 +123,21 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, measured: Sequence[Measured], depth: int) -> None:
         super().__init__()
-        wide = ipywidgets.Layout(width="auto")
-        self._bench, self._askers, self._roots = (
-            measured[0].bench,
-            [Asker(m) for m in measured],
-            [m.searcher.root for m in measured],
-        )
-        self._depth = depth
+        wide, column = ({"width": width} for width in ("auto", f"{100 // len(measured)}%"))
+        self._bench, self._depth = measured[0].bench, depth
+        self._askers, self._roots = [Asker(m) for m in measured], [m.searcher.root for m in measured]
         self.unit = ipywidgets.Dropdown(options=list(self._bench), description="Unit")
         self.choice = ipywidgets.Dropdown(options=self._queries(), description="Query", layout=wide)
         self.text = ipywidgets.Text(
             description="or", placeholder=PLACEHOLDER, continuous_update=False, layout=wide
         )
-        self.boxes, self.head = (
-            ipywidgets.HBox(layout=ipywidgets.Layout(flex_flow="row wrap")),
-            ipywidgets.HTML(layout=wide),
-        )
-        self.panels = [
-            ipywidgets.HTML(layout=ipywidgets.Layout(width=f"{100 // len(measured)}%")) for _ in measured
-        ]
+        self.boxes = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
+        self.head = ipywidgets.HTML(layout=wide)
+        self.panels = [ipywidgets.HTML(layout=column) for _ in measured]
         for changed, act in ((self.unit, self._list), (self.choice, self._choose), (self.text, self._begin)):
             changed.observe(act, "value")
-        self.children = [
-            self.unit,
-            self.choice,
-            self.text,
-            self.boxes,
-            self.head,
-            ipywidgets.HBox(self.panels, layout=wide),
-        ]
+        panels = ipywidgets.HBox(self.panels, layout=wide)
+        self.children = [self.unit, self.choice, self.text, self.boxes, self.head, panels]
         self._begin()
 
     def _queries(self) -> list[tuple[str, tuple[str, int]]]:
@@ -184,13 +169,14 @@ class Explorer(ipywidgets.VBox):
         names = [f"{kind}: {grain}" for kind, grain in mbeir.grains(query)]
         if query.image:
             names = [name if i in allowed else f"{name} (in the picture)" for i, name in enumerate(names)]
-        self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED)] + [
+        ticks = [
             ipywidgets.Checkbox(
                 True, description=name, disabled=i not in allowed, indent=False, layout=SPACED
             )
             for i, name in enumerate(names)
         ]
-        for box in self.boxes.children[1:]:
+        self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED), *ticks]
+        for box in ticks:
             box.observe(self._ask, "value")
         self._ask()
 
@@ -200,7 +186,7 @@ class Explorer(ipywidgets.VBox):
         query = grains.without(self._query(), *dropped)
         try:
             answers = [ask(self.unit.value, query, self._depth) for ask in self._askers]
-            tables = [table(own, root) for own, root in zip(answers, self._roots, strict=True)]
+            tables = [table(answer, root) for answer, root in zip(answers, self._roots, strict=True)]
             self.head.value = heading(answers[0])
         except files.ElvaDataError as error:  # a callback has no cell that would show it
             self.head.value, tables = f"<b>{html.escape(str(error))}</b>", [""] * len(self.panels)
@@ -220,37 +206,29 @@ def heading(answers: Answers) -> str:
 
 
 def table(answers: Answers, root: mbeir.Root) -> str:
-    """The answers of one model as an HTML table; a right one is framed. Raises ElvaDataError where an image leaves the root."""
-    known = (
-        f"first right answer at rank {answers.rank:,} of {answers.size:,}"
-        if answers.rank
-        else f"{answers.size:,} candidates"
-    )
-    rows = "".join(
-        _row(i, c, score, c.did in answers.right, root) for i, (c, score) in enumerate(answers.found, start=1)
-    )
+    """The answers of one model as an HTML table; a right one is framed.
+
+    Raises:
+        ElvaDataError: an image leaves the root.
+    """
+    size = f"{answers.size:,}"
+    known = f"first right answer at rank {answers.rank:,} of {size}" if answers.rank else f"{size} candidates"
+    rows = [_cells("th", ["rank", "", "answer", "cosine", ""])]
+    for rank, (candidate, score) in enumerate(answers.found, start=1):
+        picture = _picture(root.image_path(candidate.image)) if candidate.image else ""
+        words = html.escape(candidate.text or mbeir.caption(candidate) or candidate.did)
+        mark, style = ("right", "outline:2px solid #2e8b57") if candidate.did in answers.right else ("", "")
+        rows.append(_cells("td", [rank, picture, words, f"{score:.3f}", mark], style))
     return (
-        f"<div><b>{html.escape(answers.model)}</b>, {known}<br>summary: <i>{html.escape(answers.summary) or 'none'}</i>"
-        f'<table style="border-collapse:collapse;line-height:1.3">{_cells("th", ["rank", "", "answer", "cosine", ""])}{rows}</table></div>'
-    )
-
-
-def _row(rank: int, candidate: mbeir.Candidate, score: float, right: bool, root: mbeir.Root) -> str:
-    picture = _picture(root.image_path(candidate.image)) if candidate.image else ""
-    words = html.escape(candidate.text or mbeir.caption(candidate) or candidate.did)
-    return _cells(
-        "td",
-        [rank, picture, words, f"{score:.3f}", "right" if right else ""],
-        "outline:2px solid #2e8b57" if right else "",
+        f"<div><b>{html.escape(answers.model)}</b>, {known}"
+        f"<br>summary: <i>{html.escape(answers.summary) or 'none'}</i>"
+        f'<table style="border-collapse:collapse;line-height:1.3">{"".join(rows)}</table></div>'
     )
 
 
 def _cells(tag: str, cells: Iterable[object], style: str = "") -> str:
-    return (
-        f'<tr style="{style}">'
-        + "".join(f'<{tag} style="padding:2px 8px;text-align:left">{cell}</{tag}>' for cell in cells)
-        + "</tr>"
-    )
+    columns = (f'<{tag} style="padding:2px 8px;text-align:left">{cell}</{tag}>' for cell in cells)
+    return f'<tr style="{style}">{"".join(columns)}</tr>'
 
 
 @lru_cache(maxsize=1024)

@@ -155,8 +155,7 @@ def score(
 def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
     """What the scores of a unit depend on."""
     values = [
-        asked.query_vectors.content,
-        asked.pool_vectors.content,
+        *asked.content,
         asked.relevant,
         settings.model_dump_json(),
         spread,

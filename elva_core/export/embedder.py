@@ -1,6 +1,6 @@
-"""The module that sentence-transformers finds in an exported folder: it summarises, and returns the state at [RET].
+"""The module of an exported folder for sentence-transformers: it summarises and returns the state at [RET].
 
-Imported by name from modules.json of the folder; see export.py.
+Imported by name from modules.json of the folder; see sentence_transformers.py.
 
 model = SentenceTransformer(FOLDER, trust_remote_code=True)
 model.encode(["A dog.", PIL_IMAGE, {"text": "Make it red.", "image": "photo.jpg"}])
@@ -54,7 +54,9 @@ class Embedder(InputModule):
         task: str | None = None,
         processing_kwargs: dict | None = None,
     ) -> dict[str, Any]:
-        """(text, image) pairs, the prompt before each text. `task` and `processing_kwargs` are given by the library and mean nothing here.
+        """(text, image) pairs, the prompt before each text.
+
+        `task` and `processing_kwargs` are given by the library and mean nothing here.
 
         Raises:
             ValueError: an input that is no text, image or both.
@@ -63,19 +65,17 @@ class Embedder(InputModule):
 
     def forward(self, features: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Embeddings (B, D), float32, on the model's device."""
+        template = self.card["template"]
         with inputs.items(features["pairs"]) as items:
-            vectors, _ = retriever.encode(
-                self.encoder, items, batch=len(items), template=self.card["template"]
-            )
+            vectors, _ = retriever.encode(self.encoder, items, batch=len(items), template=template)
         return {"sentence_embedding": torch.from_numpy(vectors).to(self.encoder.device)}
 
     def save(self, output_path: str, *args, safe_serialization: bool = True) -> None:
         """The folder that `load` reads; weights are safetensors whatever is asked for."""
         self.model.save_pretrained(output_path)
         self.encoder.processor.save_pretrained(output_path)
-        Path(output_path, CARD).write_text(
-            json.dumps(self.card, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(self.card, indent=1, sort_keys=True) + "\n"
+        Path(output_path, CARD).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(
@@ -90,9 +90,8 @@ class Embedder(InputModule):
         **_unused,  # the library gives every module what only its own modules read
     ) -> Embedder:
         """From a folder or a hub name. `model_kwargs={"dtype": "bfloat16"}` is the only one of its kind."""
-        place = cls.load_dir_path(
-            model_name_or_path, subfolder, token, cache_folder, revision, local_files_only
-        )
+        source = (model_name_or_path, subfolder, token, cache_folder, revision, local_files_only)
+        place = cls.load_dir_path(*source)
         if place is None:
             raise ValueError(f"{model_name_or_path} is neither a folder nor a model of the hub")
         card = json.loads(Path(place, CARD).read_text(encoding="utf-8"))
@@ -105,9 +104,8 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     Raises:
         ValueError: modules.json names another class than ours.
     """
-    types = [
-        module["type"] for module in json.loads(Path(folder, "modules.json").read_text(encoding="utf-8"))
-    ]
+    modules = json.loads(Path(folder, "modules.json").read_text(encoding="utf-8"))
+    types = [module["type"] for module in modules]
     if types != [MODULE]:
         raise ValueError(f"{folder} has the modules {types}; it is no export of the ELVA workbook")
     config = json.loads(Path(folder, "config_sentence_transformers.json").read_text(encoding="utf-8"))
@@ -126,7 +124,8 @@ def _pair(entry: object, prompt: str) -> tuple[str, object]:
         parts = {"text": entry}
     if unknown := sorted(map(str, parts.keys() - {"text", "image"})):
         raise ValueError(
-            f"an input has {unknown}; pass a text, a PIL image, an image's path, or {{'text': ..., 'image': ...}}"
+            f"an input has {unknown}; pass a text, a PIL image, an image's path, or "
+            "{'text': ..., 'image': ...}"
         )
     text = parts.get("text", "")
     return inputs.instructed(prompt, text) if prompt and isinstance(text, str) else text, parts.get("image")

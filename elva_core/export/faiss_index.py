@@ -1,7 +1,7 @@
 """A pool's embeddings as files that others read: parquet, a FAISS index, a manifest; whole or not at all.
 
-index.write(encoder, answers.of_unit(encoder, root, unit, batch=64), Path("index"))
-pool = index.opened(Path("index"), encoder)         # searched without embedding it again
+faiss_index.write(encoder, pool.of_unit(encoder, root, unit, batch=64), Path("index"))
+pool = faiss_index.opened(Path("index"), encoder)         # searched without embedding it again
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import pyarrow.parquet as pq
 from elva_core.data import mbeir
 from elva_core.export import hub
 from elva_core.models.encoder import Encoder, lineage
+from elva_core.retrieval import search
 from elva_core.retrieval.pool import Pool
 
 CANDIDATES, FAISS, MANIFEST = "candidates.parquet", "index.faiss", "manifest.json"
+COLUMNS = ["did", "modality", "text", "image"]  # of a candidate
 ROWS = 8192  # of a row group: what search.py reads at once
 KEYS = {"model", "encoder", "template", "unit", "pool", "dim", "count", "bytes", "made_from"}
 
@@ -29,8 +31,9 @@ KEYS = {"model", "encoder", "template", "unit", "pool", "dim", "count", "bytes",
 def write(loaded: Encoder, pool: Pool, to: Path) -> list[str]:
     """The index of a pool; the manifest is written last, then the folder gets its name.
 
-    candidates.parquet: did, modality, text, image (relative to the root), vector (D float32, unit length), in pool order.
-    index.faiss: IndexFlatIP under an IndexIDMap; ids are UniIR's integers, mbeir.unhashed_candidate_id gives the did.
+    candidates.parquet: did, modality, text, image (relative to the root), vector (D float32, unit length), in
+    pool order. index.faiss: IndexFlatIP under an IndexIDMap; ids are UniIR's integers,
+    mbeir.unhashed_candidate_id gives the did.
 
     Returns:
         the names of the files; without index.faiss where faiss is not installed.
@@ -70,9 +73,8 @@ def _reader(loaded: Encoder) -> dict:
 
 def _relative(place: str | Path, to: Path) -> str:
     """A folder as seen from the index, so that nothing names this machine; a hub name as it is."""
-    return (
-        os.path.relpath(Path(place).resolve(), to.resolve()) if place and Path(place).is_dir() else str(place)
-    )
+    is_folder = place and Path(place).is_dir()
+    return os.path.relpath(Path(place).resolve(), to.resolve()) if is_folder else str(place)
 
 
 def place_of(folder: Path, place: str) -> Path | None:
@@ -84,18 +86,15 @@ def place_of(folder: Path, place: str) -> Path | None:
 def _blocks(pool: Pool) -> Iterator[tuple[list[mbeir.Candidate], np.ndarray]]:
     for start in range(0, len(pool.candidates), ROWS):
         vectors = np.asarray(pool.vectors[start : start + ROWS])
-        if vectors.dtype == np.float16:  # unit length again, as search.exact has it
-            vectors = vectors.astype(np.float32)
-            vectors /= np.sqrt(np.vecdot(vectors, vectors))[:, None]
-        yield pool.candidates[start : start + ROWS], vectors
+        yield pool.candidates[start : start + ROWS], search.unit_rows(vectors, "pool row", start)
 
 
 def _write_parquet(pool: Pool, dim: int, path: Path) -> None:
-    names = ("did", "modality", "text", "image")
-    schema = pa.schema([*((name, pa.string()) for name in names), ("vector", pa.list_(pa.float32(), dim))])
+    fields = [(name, pa.string()) for name in COLUMNS]
+    schema = pa.schema([*fields, ("vector", pa.list_(pa.float32(), dim))])
     with pq.ParquetWriter(path, schema) as out:
         for candidates, vectors in _blocks(pool):
-            columns = [pa.array([getattr(c, name) for c in candidates], pa.string()) for name in names]
+            columns = [pa.array([getattr(c, name) for c in candidates], pa.string()) for name in COLUMNS]
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dim))
             out.write_table(pa.Table.from_arrays(columns, schema=schema))
 
@@ -105,9 +104,8 @@ def _write_faiss(pool: Pool, dim: int, path: Path) -> None:
 
     index = faiss.IndexIDMap(faiss.IndexFlatIP(dim))
     for candidates, vectors in _blocks(pool):
-        index.add_with_ids(
-            vectors, np.array([mbeir.hashed_candidate_id(c.did) for c in candidates], np.int64)
-        )
+        ids = np.array([mbeir.hashed_candidate_id(c.did) for c in candidates], np.int64)
+        index.add_with_ids(vectors, ids)
     faiss.write_index(index, str(path))
 
 
@@ -124,21 +122,19 @@ def manifest(folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{folder} is no index, {MANIFEST} is missing; {remedy}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if (
-        not isinstance(found, dict)
-        or not found.keys() >= KEYS
-        or not all(isinstance(found[key], dict) for key in ("bytes", "made_from"))
-    ):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        complete = content.keys() >= KEYS and content["bytes"].keys() and content["made_from"].keys()
+    except (ValueError, AttributeError):  # no JSON, or something else than a table where one belongs
+        complete = False
+    if not complete:
         raise ValueError(f"{path} is not the manifest of an index; {remedy}")
-    for name, size in found["bytes"].items():
+    for name, size in content["bytes"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise ValueError(
-                f"{folder / name} is missing or not the file that {MANIFEST} names ({size:,} bytes); export the index again"
+                f"{folder / name} is missing or not the file that {MANIFEST} names ({size:,} bytes); "
+                "export the index again"
             )
-    return found
+    return content
 
 
 def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Pool:
@@ -147,64 +143,56 @@ def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Poo
     Raises:
         ValueError: no whole index, or another model made it.
     """
-    found, wanted = manifest(folder), _reader(loaded)
-    if any(found[key] != wanted[key] for key in wanted):
+    content, reader = manifest(folder), _reader(loaded)
+    if any(content[key] != value for key, value in reader.items()):
         raise ValueError(
-            f"{folder} was made by another model, or with other prompts, than {loaded.source}; give that model, or export anew"
+            f"{folder} was made by another model, or with other prompts, than {loaded.source}; "
+            "give that model, or export anew"
         )
     file = pq.ParquetFile(folder / CANDIDATES)
     vectors, candidates = Vectors(file), Candidates(file)
-    if len(vectors) != found["count"]:
+    if len(vectors) != content["count"]:
         raise ValueError(
-            f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {found['count']}; export the index again"
+            f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {content['count']}; "
+            "export the index again"
         )
-    return Pool(found["unit"], found["pool"], candidates, vectors, found["template"], root)
+    return Pool(content["unit"], content["pool"], candidates, vectors, content["template"], root)
 
 
-class Vectors:
-    """(C, D) float32 rows of a parquet file; slices and row numbers give arrays, nothing else is in memory."""
+class _Rows:
+    """Rows of a parquet file, which are read when they are asked for: one row group at a time."""
 
     def __init__(self, file: pq.ParquetFile) -> None:
         self._file = file
-        counts = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
-        self._first = np.cumsum([0, *counts])
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._starts[-1])
+
+    def _taken(self, rows: np.ndarray, columns: list[str]) -> pa.Table:
+        """Columns of rows (N,), in their order."""
+        group = np.searchsorted(self._starts, rows, side="right") - 1
+        parts = [pa.schema([self._file.schema_arrow.field(name) for name in columns]).empty_table()]
+        for number in np.unique(group).tolist():
+            table = self._file.read_row_group(number, columns=columns)
+            parts.append(table.take(rows[group == number] - self._starts[number]))
+        return pa.concat_tables(parts).take(group.argsort(kind="stable").argsort())
+
+
+class Vectors(_Rows):
+    """(C, D) float32 rows of a parquet file, on disk until slices or row numbers ask for arrays."""
 
     def __getitem__(self, rows) -> np.ndarray:
-        rows = np.arange(len(self))[rows]
-        group = np.searchsorted(self._first, rows, side="right") - 1
-        parts = {int(g): self._read(int(g)) for g in np.unique(group)}
-        out = np.empty((len(rows), next(iter(parts.values())).shape[1] if parts else 0), np.float32)
-        for g, vectors in parts.items():
-            out[group == g] = vectors[rows[group == g] - self._first[g]]
-        return out
-
-    def _read(self, group: int) -> np.ndarray:
-        column = self._file.read_row_group(group, columns=["vector"]).column("vector").combine_chunks()
-        return column.flatten().to_numpy().reshape(len(column), -1)
+        column = self._taken(np.arange(len(self))[rows], ["vector"])["vector"].combine_chunks()
+        return column.flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
-class Candidates(Sequence[mbeir.Candidate]):
+class Candidates(_Rows, Sequence[mbeir.Candidate]):
     """The candidates of a parquet file, read when they are asked for."""
 
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._file = file
-
-    def __len__(self) -> int:
-        return self._file.metadata.num_rows
-
     def __getitem__(self, place):
-        row = range(len(self))[place]
-        if isinstance(row, range):
-            return [self[i] for i in row]
-        group, left = 0, row
-        while left >= (size := self._file.metadata.row_group(group).num_rows):
-            group, left = group + 1, left - size
-        found = (
-            self._file.read_row_group(group, columns=["did", "modality", "text", "image"])
-            .slice(left, 1)
-            .to_pylist()[0]
-        )
-        return mbeir.Candidate(found["did"], found["text"], found["image"], found["modality"])
+        rows = np.arange(len(self))[place]
+        table = self._taken(np.atleast_1d(rows), COLUMNS).to_pylist()
+        candidates = [mbeir.Candidate(c["did"], c["text"], c["image"], c["modality"]) for c in table]
+        return candidates if rows.ndim else candidates[0]

@@ -1,6 +1,6 @@
 """A trained model with its model card, to a folder or to the hub.
 
-push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=settings.load("cpu"))
+push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=config.load("cpu"))
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -30,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 class PublishError(ValueError):
-    """A model that must not leave this machine as it is, or a target that cannot take it; the message has the remedy."""
+    """A model that must not leave this machine as it is, or a target that cannot take it; with the remedy."""
 
 
 def is_folder(target: str) -> bool:
@@ -50,37 +51,47 @@ def push(
     """Writes or uploads a trained model with its card. Nothing is written before all checks have passed.
 
     Args:
-        model: a folder that `Encoder.save` wrote. Its README.md, if there is one, is the card; else the card is made.
+        model: a folder that `Encoder.save` wrote. Its README.md, if it has one, is the card; else it is made.
         to: an existing folder, a path that starts with . / or ~, or else a hub name like owner/model.
-        profile: whose training values the card shows. results: results.csv of `evaluate`, or claims.csv of a report.
+        profile: whose training values the card shows.
+        results: results.csv of `evaluate`, or claims.csv of a report.
 
     Returns:
         where it is now.
 
     Raises:
-        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use, or a hub that says no.
+        PublishError: no elva.json, pickled weights, a local path in what would be published, a target in use,
+            or a hub that says no.
     """
-    files = checked(model)
     target = Path(to).expanduser()
     name = target.name if is_folder(to) else to
+    with staged_copy(model) as staged:
+        readme = staged / "README.md"
+        if not readme.is_file():
+            text = card(staged, name, profile=profile, results=results, license_name=license_name)
+            readme.write_text(text, encoding="utf-8")
+        refuse_local_paths(staged)
+        return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to, api or HfApi())
+
+
+@contextmanager
+def staged_copy(model: Path) -> Iterator[Path]:
+    """A temporary folder with the files of a model that are published. Raises PublishError like `checked`."""
+    files = checked(model)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / "model"
         staged.mkdir()
         for path in files:
             shutil.copyfile(path, staged / path.name)
-        if not (staged / "README.md").is_file():
-            (staged / "README.md").write_text(
-                card(model, name, profile=profile, results=results, license_name=license_name),
-                encoding="utf-8",
-            )
-        refuse_local_paths(staged)
-        if is_folder(to):
-            return to_folder(staged, target)
-        return _to_hub(staged, to, api or HfApi())
+        yield staged
 
 
 def checked(model: Path) -> list[Path]:
-    """The files of a model that are published; the folder must be one of ours, with safetensors and no pickle."""
+    """The files of a model that are published.
+
+    Raises:
+        PublishError: the folder is none of ours, or has no safetensors, or pickled weights.
+    """
     if not (model / "elva.json").is_file():
         raise PublishError(
             f"{model / 'elva.json'} is missing: push takes a folder that a training stage wrote"
@@ -103,38 +114,49 @@ def refuse_local_paths(folder: Path) -> None:
             if found := LOCAL_PATH.search(text):
                 line = text.count("\n", 0, found.start(1)) + 1
                 raise PublishError(
-                    f"{path.name}:{line} names a path of this machine, {found[1]}; remove it, or save the model again"
+                    f"{path.name}:{line} names a path of this machine, {found[1]}; remove it, "
+                    "or save the model again"
                 )
 
 
-def card(model: Path, name: str, *, profile: Settings | None, results: Path | None, license_name: str) -> str:
-    """The model card, README.md with its YAML header."""
+def card(
+    model: Path,
+    name: str,
+    *,
+    profile: Settings | None = None,
+    results: Path | None = None,
+    license_name: str = "apache-2.0",
+    prompts: dict[str, str] | None = None,
+) -> str:
+    """The model card, README.md with its YAML header; arguments as `push` has them.
+
+    Args:
+        prompts: name -> text, as sentence-transformers keeps them; adds how that library uses the model.
+    """
     from transformers import AutoProcessor  # heavy, like what it takes to read it
 
     from elva_core.models import chat
     from elva_core.models.encoder import SPLICED
 
-    found, kind = (
-        json.loads((model / "elva.json").read_text()),
-        json.loads((model / "config.json").read_text())["model_type"],
-    )
+    content = json.loads((model / "elva.json").read_text(encoding="utf-8"))
+    kind = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
     processor = AutoProcessor.from_pretrained(model)
-    settings, parents = EncoderSettings.model_validate(found["encoder"]), found.get("parents", [])
-    template = found.get("template", "summary")
-    hub = next((p["hub"] for p in parents if "hub" in p), None)
+    settings, parents = EncoderSettings.model_validate(content["encoder"]), content.get("parents", [])
+    template = content.get("template", "summary")
+    hub = next((parent["hub"] for parent in parents if "hub" in parent), None)
     data = ModelCardData(
         base_model=hub,
-        library_name="transformers",
+        library_name="transformers" if prompts is None else "sentence-transformers",
         license=license_name,
-        pipeline_tag="feature-extraction",
+        pipeline_tag="feature-extraction" if prompts is None else "sentence-similarity",
         tags=["elva", "multimodal-retrieval", "universal-retrieval", kind],
     )
-    filled = ModelCard.from_template(
+    return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
-        stage=found["stage"],
-        pooling=found["pooling"],
+        stage=content["stage"],
+        pooling=content["pooling"],
         parents=parents,
         encoder=settings,
         ret_row=_row(model, settings.ret_token),
@@ -145,17 +167,17 @@ def card(model: Path, name: str, *, profile: Settings | None, results: Path | No
         results=results_table(results) if results else "",
         values=training_values(profile) if profile else "",
         hub=hub,
-    )
-    return filled.content
+        prompts=prompts,
+        units=[key for key in prompts or () if key not in ("query", "document")],
+        library=version("sentence-transformers") if prompts is not None else "",
+    ).content
 
 
 def training_values(profile: Settings) -> str:
     """The profile's values as YAML, without what only this machine knows."""
-    kept = profile.model_dump(
-        mode="json",
-        include={"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"},
-    )
-    return yaml.safe_dump({"data": profile.data.name} | kept, sort_keys=False, allow_unicode=True)
+    shown = {"profile", "dtype", "encoder", "stage1", "stage2", "stage3", "control", "distil"}
+    values = {"data": profile.data.name} | profile.model_dump(mode="json", include=shown)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def results_table(path: Path) -> str:
@@ -167,35 +189,22 @@ def results_table(path: Path) -> str:
     table = pd.read_csv(path, dtype={"seeds": str})
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
         rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
-        names, scale, form = ["model", "unit", "pool", "metric"], 100, ".1f"
+        names, scale, form = ["model", "unit", "pool", "metric"], 100, "{:.1f}"
     elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
         # the averages, gains and distances; units and other cut-offs stay in the file
         average = table["claim"].str.endswith("average") & (table["metric"] == "hit@5")
-        rows = table[
-            table["ours"].notna() & (average | table["metric"].str.contains("gain of hit@5|distance"))
-        ]
-        rows = rows.rename(columns={"ours": "value"})
-        names, scale, form = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1, ".3g"
+        gains = table["metric"].str.contains("gain of hit@5|distance")
+        rows = table[table["ours"].notna() & (average | gains)].rename(columns={"ours": "value"})
+        names, scale, form = ["claim", "dataset", "metric", "paper", "seeds", "verdict"], 1, "{:.3g}"
     else:
         raise PublishError(
             f"{path}: columns {list(table)} are neither those of results.csv nor of claims.csv"
         )
-    header = [*names, "value [95 %]", "n"]
-    lines = [header, ["--"] * len(header)]
-    for row in rows.to_dict("records"):
-        interval = (
-            f" [{scale * row['ci_low']:{form}}, {scale * row['ci_high']:{form}}]"
-            if pd.notna(row["ci_low"])
-            else ""
-        )
-        cells = ["" if pd.isna(row[c]) else str(row[c]) for c in names]
-        lines.append(
-            [
-                *cells,
-                f"{scale * row['value']:{form}}{interval}",
-                "" if pd.isna(row["n"]) else f"{row['n']:.0f}",
-            ]
-        )
+    value, low, high = ((scale * rows[name]).map(form.format) for name in ("value", "ci_low", "ci_high"))
+    cells = rows[names].astype(object).where(rows[names].notna(), "").astype(str)
+    cells["value [95 %]"] = value + (" [" + low + ", " + high + "]").where(rows["ci_low"].notna(), "")
+    cells["n"] = rows["n"].map("{:.0f}".format).where(rows["n"].notna(), "")
+    lines = [cells.columns, ["--"] * len(cells.columns), *cells.itertuples(index=False)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -238,14 +247,14 @@ def whole_folder(target: Path, mark: str) -> Iterator[Path]:
 
 def _to_hub(staged: Path, name: str, api: HfApi) -> str:
     validate_repo_id(name)
+    stage = json.loads((staged / "elva.json").read_text(encoding="utf-8"))["stage"]
+    target = {"repo_id": name, "repo_type": "model"}
     try:
-        repository = api.create_repo(repo_id=name, repo_type="model", exist_ok=True)
-        stage = json.loads((staged / "elva.json").read_text())["stage"]
-        api.upload_folder(
-            repo_id=name, folder_path=staged, repo_type="model", commit_message=f"ELVA workbook, {stage}"
-        )
+        repository = api.create_repo(**target, exist_ok=True)
+        api.upload_folder(**target, folder_path=staged, commit_message=f"ELVA workbook, {stage}")
     except Exception as error:  # what the hub says, or what its transport says where there is no connection
         raise PublishError(
-            f"the hub did not take {name}: {type(error).__name__}: {error}; log in with hf auth login, or write ./{name} for a folder"
+            f"the hub did not take {name}: {type(error).__name__}: {error}; log in with hf auth login, "
+            f"or write ./{name} for a folder"
         ) from error
     return str(repository)

@@ -1,7 +1,7 @@
 """What other libraries hand over, as items: a text, an image in memory or in a file, or both.
 
-with inputs.items([("A dog.", None), ("", photograph)]) as found:
-    vectors, _ = retrieval.encode(encoder, found, batch=2)
+with inputs.items([("A dog.", None), ("", photograph)]) as items:
+    vectors, _ = retriever.encode(encoder, items, batch=2)
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def _file(image: object, path: Path) -> Path | None:
         (image if image.mode in PNG_MODES else image.convert("RGB")).save(path, compress_level=1)
         return path
     if not isinstance(image, str | Path) or str(image).startswith(("http://", "https://", "data:")):
-        raise ValueError(
-            f"an image is {str(image)[:80]!r} ({type(image).__name__}); pass a PIL image or the path of a file"
-        )
+        name, kind = str(image)[:80], type(image).__name__
+        raise ValueError(f"an image is {name!r} ({kind}); pass a PIL image or the path of a file")
     return Path(image)
 
 

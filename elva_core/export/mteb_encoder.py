@@ -30,8 +30,9 @@ class MtebEncoder(AbsEncoder):
 
     Args:
         template: "summary" (generative, ELVA) or "eol" (one pass).
-        instructions: by name of a task, instead of its own. mteb keeps results under the model's name and revision, which do not say
-            which instructions were given: keep those apart with `cache=mteb.ResultCache(FOLDER)`.
+        instructions: by name of a task, instead of its own. mteb keeps results under the model's name and
+            revision, which do not say which instructions were given: keep those apart with
+            `cache=mteb.ResultCache(FOLDER)`.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class MtebEncoder(AbsEncoder):
     ) -> None:
         self.encoder, self.template, self.instructions = encoder.forgetful(), template, instructions or {}
         weights = lineage(encoder.source)[-1:]  # none of a model that was never saved
+        revision = weights[0].get("sha256", "unknown")[:12] if weights else "unsaved"
         self.mteb_model_meta = ModelMeta.create_empty().model_copy(
             update={
                 "name": f"elva/{Path(encoder.source).name}",
-                "revision": f"{weights[0].get('sha256', 'unknown')[:12] if weights else 'unsaved'}-{template}",
+                "revision": f"{revision}-{template}",
                 "n_parameters": encoder.backbone.num_parameters(),
                 "embed_dim": encoder.backbone.config.get_text_config().hidden_size,
                 "max_tokens": encoder.settings.max_text_tokens,
@@ -65,7 +67,9 @@ class MtebEncoder(AbsEncoder):
         show_progress_bar: bool = False,
         precision: str = "float32",
     ) -> np.ndarray:
-        """Embeddings (N, D) float32, unit length, of batches with "text", "image" or both; their size is the loader's.
+        """Embeddings (N, D) float32, unit length, of batches with "text", "image" or both.
+
+        The size of a batch is the loader's.
 
         Raises:
             ValueError: another precision than float32, or a batch without text and image.
@@ -76,16 +80,15 @@ class MtebEncoder(AbsEncoder):
         return np.concatenate([self._embedded(batch, instruction) for batch in inputs])
 
     def _instruction(self, task: TaskMetadata) -> str:
-        own = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
-        return self.instructions.get(task.name, own or "")
+        prompt = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
+        return self.instructions.get(task.name, prompt or "")
 
     def _embedded(self, batch: Mapping[str, list], instruction: str) -> np.ndarray:
         if not batch.keys() & {"text", "image"}:
             raise ValueError(f"a batch has {sorted(batch)}; this model reads text and images")
         images = batch.get("image", [None] * len(batch.get("text", ())))
         texts = batch.get("text", [""] * len(images))
-        asked = [
-            mbeir.normalise(f"{mbeir.normalise(instruction)} {text}") for text in texts
-        ]  # as Root.query_text
-        with inputs.items(list(zip(asked, images, strict=True))) as items:
+        prefix = mbeir.normalise(instruction)
+        texts = [mbeir.normalise(f"{prefix} {text}") for text in texts]  # as Root.query_text
+        with inputs.items(list(zip(texts, images, strict=True))) as items:
             return retriever.encode(self.encoder, items, batch=len(items), template=self.template)[0]

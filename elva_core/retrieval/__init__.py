@@ -1,1 +1,1 @@
-"""Vectors and ranks: exact search, metrics, cached embeddings, and the positives of a unit ranked against a pool."""
+"""Vectors and ranks: exact search, metrics, cached embeddings, positives of a unit ranked against a pool."""

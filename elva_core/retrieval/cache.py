@@ -1,4 +1,6 @@
-"""Embeddings on disk: float16 shards, found by the content of what was embedded. A killed run goes on at the next shard.
+"""Embeddings on disk: float16 shards, looked up by the content of what was embedded.
+
+A killed run goes on at the next shard.
 
 store = Store(folder, encoder, batch=64, template="summary")
 vectors = store(items)        # an array on disk in the order of `items`, read row by row where it is sliced
@@ -24,7 +26,7 @@ SHARD = 16_384  # vectors of a file: 50 MB at 1,536 dimensions, minutes of work 
 
 
 class Kept:
-    """(N, D) float16 rows of several files, in any order; slices and row numbers give arrays, nothing else is in memory.
+    """(N, D) float16 rows of several files, in any order, on disk until slices or row numbers ask for arrays.
 
     content: hash of the model and of what it embedded, in its order.
     """
@@ -38,9 +40,9 @@ class Kept:
     def __getitem__(self, rows) -> np.ndarray:
         file, row, out = self._file[rows], self._row[rows], None
         for number in np.unique(file):
-            found = np.load(self._files[number], mmap_mode="r")
-            out = np.empty((len(file), found.shape[1]), found.dtype) if out is None else out
-            out[file == number] = found[row[file == number]]
+            shard = np.load(self._files[number], mmap_mode="r")
+            out = np.empty((len(file), shard.shape[1]), shard.dtype) if out is None else out
+            out[file == number] = shard[row[file == number]]
         return np.empty((0, 0), np.float16) if out is None else out
 
 
@@ -48,7 +50,7 @@ class Store:
     """Embeds every distinct item once, whichever unit or pool asks for it.
 
     Args:
-        folder: shared by all models; each has a folder of its own by the hash of its weights, prompts and dtype.
+        folder: shared by all models; each has its own folder by the hash of its weights, prompts and dtype.
     """
 
     def __init__(self, folder: Path, encoder: Encoder, *, batch: int, template: str) -> None:
@@ -71,25 +73,20 @@ class Store:
         self._order = np.argsort(self._items, kind="stable")
 
     def __call__(self, items: Iterable[Item]) -> Kept:
-        """Embeddings of items in their order; those that no shard holds are computed first, shard by shard."""
+        """Embeddings (N, D) of items in their order; what no shard holds is computed first, by shards."""
         source = iter(items)
         parts = iter(lambda: list(islice(source, SHARD)), [])
-        asked = np.concatenate([np.empty(0, np.int64), *map(self._ensure, parts)])
-        found = self._order[np.searchsorted(self._items, asked, sorter=self._order)]
-        return Kept(
-            self._files,
-            self._file[found],
-            self._row[found],
-            hashlib.sha256(f"{self.key}".encode() + asked.tobytes()).hexdigest(),
-        )
+        names = np.concatenate([np.empty(0, np.int64), *map(self._ensure, parts)])
+        place = self._order[np.searchsorted(self._items, names, sorter=self._order)]
+        content = hashlib.sha256(f"{self.key}".encode() + names.tobytes()).hexdigest()
+        return Kept(self._files, self._file[place], self._row[place], content)
 
     def _ensure(self, items: Sequence[Item]) -> np.ndarray:
         names = np.array([_name(item) for item in items], np.int64)
         missing = {int(names[i]): items[i] for i in np.flatnonzero(~np.isin(names, self._items))}
         if missing:
-            vectors, _ = encode(
-                self._encoder, list(missing.values()), batch=self._batch, template=self._template
-            )
+            new = list(missing.values())
+            vectors, _ = encode(self._encoder, new, batch=self._batch, template=self._template)
             if distributed.processes().is_main_process:
                 self._write(np.array(list(missing), np.int64), vectors.astype(np.float16))
             distributed.processes().wait_for_everyone()
@@ -108,13 +105,11 @@ class Store:
 def _name(item: Item) -> int:
     """60 bits for the parts of an item: among six million the chance of two alike is 16 in a million.
 
-    An image or a clip counts by path, size and time of change, for reading all bytes would take as long as embedding.
+    An image or a clip counts by path, size and time of change: reading its bytes would take as long as
+    embedding it.
     """
-    paths = [*item.images, *(clip.path for clip in item.clips)]
-    stats = [
-        (path, path.stat() if path.is_file() else None) for path in paths
-    ]  # a missing one is refused where it is opened
-    files = [
-        value for path, stat in stats for value in (path, stat and stat.st_size, stat and stat.st_mtime_ns)
-    ]
-    return mbeir.stable_hash(item.text, *files, *item.more)
+    parts: list = []
+    for path in (*item.images, *(clip.path for clip in item.clips)):
+        stat = path.stat() if path.is_file() else None  # a missing one is refused where it is opened
+        parts += [path, stat and stat.st_size, stat and stat.st_mtime_ns]
+    return mbeir.stable_hash(item.text, *parts, *item.more)

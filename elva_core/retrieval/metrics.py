@@ -1,7 +1,7 @@
 """Retrieval metrics and bootstrap intervals; numpy only.
 
-A ranking is, per query, the 1-based ranks at which its relevant candidates stand. Ties are broken by pool order;
-the pessimistic rank puts a relevant candidate behind everything that scores the same.
+A ranking is, per query, the 1-based ranks at which its relevant candidates stand. Ties are broken by pool
+order; the pessimistic rank puts a relevant candidate behind everything that scores the same.
 """
 
 from __future__ import annotations
@@ -43,23 +43,32 @@ def ndcg_at_k(ranks: Sequence[Sequence[int]], k: int, relevant: Sequence[int]) -
     return np.array(out)
 
 
-def bootstrap_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % percentile interval of the mean over queries.
+def interval(groups: Sequence[np.ndarray], samples: int, rng: np.random.Generator) -> tuple[float, float]:
+    """95 % percentile interval of the unweighted mean of group means, rows resampled inside each group.
+
+    A single group is the plain bootstrap over queries; several are the average over units (MRBench).
 
     Args:
-        values: (Q,) one score per query, or (Q, K) columns resampled together; then the mean of column means.
+        groups: (Q,) one score per query, or (Q, K) columns resampled together; then the mean of column means.
+        samples: bootstrap draws.
+
+    Returns:
+        low, high; NaN, NaN where a group has no rows.
     """
-    if len(values) == 0:
+    if len(groups) == 0 or not all(map(len, groups)):
         return float("nan"), float("nan")
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(samples)]
-    low, high = np.percentile(means, [2.5, 97.5])
+    draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(samples)] for g in groups]
+    low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> tuple[float, float]:
+    """`interval` of one group."""
+    return interval([values], samples, rng)
 
 
 def stratified_interval(
     groups: Sequence[np.ndarray], samples: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """95 % interval of the unweighted mean of group means, queries resampled inside each group (MRBench average)."""
-    draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(samples)] for g in groups]
-    low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
-    return float(low), float(high)
+    """`interval` by its former name."""
+    return interval(groups, samples, rng)

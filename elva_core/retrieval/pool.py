@@ -16,7 +16,7 @@ from elva_core.retrieval.cache import Store
 class Pool:
     """Candidates (C) in pool order with their vectors (C, D).
 
-    kind: local or global. template: how the vectors were read. root: where the images are; None where that is not known.
+    kind: local or global. template: how the vectors were read. root: where the images are, None if not known.
     """
 
     unit: str

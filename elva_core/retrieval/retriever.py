@@ -5,6 +5,7 @@ result = Searcher(encoder, root, "test", settings).evaluate("mscoco_task0", pool
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from elva_core.models import generation
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import metrics, search
 
+COLUMNS = ("model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n")  # of a table of results
+
 
 @torch.no_grad()
 def encode(
@@ -30,43 +33,41 @@ def encode(
     """Embeddings of items, each distinct item once.
 
     Args:
-        template: "summary" writes a greedy summary and reads [RET] (ELVA), "eol" takes the prompt's last state.
+        template: "summary" writes a greedy summary and reads [RET] (ELVA), "eol" takes the prompt's last
+            state.
 
     Returns:
         (N, D) float32, L2-normalised, and the summary text of each item ("" for eol).
     """
-    distinct = list(dict.fromkeys(items))
     # rows of one shape together: less padding, and the order does not depend on the caller
-    order = sorted(
-        range(len(distinct)),
-        key=lambda i: (distinct[i].frames, len(distinct[i].images), distinct[i].length, str(distinct[i])),
+    distinct = sorted(
+        dict.fromkeys(items), key=lambda item: (item.frames, len(item.images), item.length, str(item))
     )
-    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+    parts = [distinct[start : start + batch] for start in range(0, len(distinct), batch)]
     done = {}
     for number in distributed.own_share(len(parts)):
-        part, summaries = [distinct[i] for i in parts[number]], [""] * len(parts[number])
+        part, summaries = parts[number], [""] * len(parts[number])
         if template == "eol":
             embedded = encoder.embed_eol(part)
         else:
             out = generation.generate(encoder, part)
             embedded = out.embeddings[:, 0]
-            summaries = [
-                encoder.processor.tokenizer.decode(summary) for (summary,) in out.summaries(encoder.end_id)
-            ]
+            ids = out.summaries(encoder.end_id)
+            summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in ids]
         done[number] = embedded.float().cpu().numpy(), summaries
-    vectors: list[np.ndarray] = [None] * len(distinct)  # type: ignore[list-item]
-    texts = [""] * len(distinct)
+    embeddings = {}
     for number, (embedded, summaries) in distributed.gathered(done).items():
-        for i, vector, summary in zip(parts[number], embedded, summaries, strict=True):
-            vectors[i], texts[i] = vector, summary
-    place = {item: i for i, item in enumerate(distinct)}
-    found = [place[item] for item in items]
-    return np.stack([vectors[i] for i in found]), [texts[i] for i in found]
+        embeddings.update(zip(parts[number], zip(embedded, summaries, strict=True), strict=True))
+    vectors, texts = zip(*(embeddings[item] for item in items), strict=True)
+    return np.stack(vectors), list(texts)
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """Ranks of the positives of one unit under one model. `queries` are in the order of the ranks, `candidates` in that of the pool."""
+    """Ranks of the positives of one unit under one model.
+
+    `queries` are in the order of the ranks, `candidates` in that of the pool.
+    """
 
     unit: str
     pool: str
@@ -80,45 +81,36 @@ class UnitResult:
 
     def wrong_modality(self) -> np.ndarray:
         """1 where the first answer has another modality than the task asks for, per query."""
-        asked = [mbeir.CANDIDATE_MODALITY[query.task] for query in self.queries]
-        return np.array(
-            [float(self.candidates[top[0]].modality != m) for top, m in zip(self.top, asked, strict=True)]
-        )
+        modalities = [mbeir.CANDIDATE_MODALITY[query.task] for query in self.queries]
+        first = [self.candidates[rows[0]].modality for rows in self.top]
+        return np.array([float(a != b) for a, b in zip(first, modalities, strict=True)])
 
     def table(self, cutoffs: Sequence[int], samples: int, seed: int) -> list[dict]:
-        """One row per metric with a bootstrap interval over queries; a unit of M-BEIR also at the cut-off it is reported at."""
-        cutoffs = sorted(
-            {*cutoffs, *([mbeir.OFFICIAL_UNITS[self.unit]] if self.unit in mbeir.OFFICIAL_UNITS else [])}
-        )
+        """One row per metric with a bootstrap interval over queries, in COLUMNS without the model.
+
+        A unit of M-BEIR is also measured at the cut-off it is reported at.
+        """
+        cutoffs = sorted({*cutoffs, mbeir.OFFICIAL_UNITS.get(self.unit, cutoffs[0])})
         measured = {f"hit@{k}": metrics.hit_rate_at_k(self.ranks, k) for k in cutoffs}
         measured |= {f"recall@{k}": metrics.recall_at_k(self.ranks, k, self.relevant) for k in cutoffs}
         measured |= {f"hit@{k} pessimistic": metrics.hit_rate_at_k(self.pessimistic, k) for k in cutoffs}
-        measured |= {"wrong modality@1": self.wrong_modality()}
-        measured |= {
-            "mrr@10": metrics.reciprocal_rank(self.ranks),
-            "ndcg@10": metrics.ndcg_at_k(self.ranks, 10, self.relevant),
-        }
+        measured["wrong modality@1"] = self.wrong_modality()
+        measured["mrr@10"] = metrics.reciprocal_rank(self.ranks)
+        measured["ndcg@10"] = metrics.ndcg_at_k(self.ranks, 10, self.relevant)
         rows = []
         for name, values in measured.items():
-            low, high = metrics.bootstrap_interval(
-                values, samples, distributed.rng_for(seed, "bootstrap", self.unit, name)
-            )
-            rows.append(
-                {
-                    "unit": self.unit,
-                    "pool": self.pool,
-                    "metric": name,
-                    "value": values.mean(),
-                    "ci_low": low,
-                    "ci_high": high,
-                    "n": len(values),
-                }
-            )
+            rng = distributed.rng_for(seed, "bootstrap", self.unit, name)
+            low, high = metrics.interval([values], samples, rng)
+            row = (self.unit, self.pool, name, values.mean(), low, high, len(values))
+            rows.append(dict(zip(COLUMNS[1:], row, strict=True)))
         return rows
 
 
 class Embedded(NamedTuple):
-    """The queries and candidates of a unit with their vectors (Q, D), (C, D). relevant: per query the pool rows judged relevant."""
+    """The queries and candidates of a unit with their vectors (Q, D), (C, D).
+
+    relevant: per query the pool rows judged relevant.
+    """
 
     unit: str
     pool: str
@@ -128,13 +120,24 @@ class Embedded(NamedTuple):
     query_vectors: Sequence
     pool_vectors: Sequence
 
+    @property
+    def content(self) -> tuple[str, str]:
+        """Hashes of what was embedded, queries and candidates: the cache's, or of the vectors in memory."""
+        return _content(self.query_vectors), _content(self.pool_vectors)
+
+
+def _content(vectors: Sequence) -> str:
+    if isinstance(vectors, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()
+    return vectors.content  # of cache.Kept
+
 
 class Searcher:
-    """One encoder over one root and split: embeds each distinct query and candidate once, whatever asks for it.
+    """One encoder over one root and split: embeds each distinct query and candidate once.
 
     Args:
-        store: where embeddings are kept (store.Store); None keeps them, and the summaries, in memory.
-        embed_pool: what embeds the candidates, where that is another model than the queries'; None is this one.
+        store: where embeddings are kept (cache.Store); None keeps them, and the summaries, in memory.
+        embed_pool: what embeds the candidates, where that is another model than the queries'; None is this.
     """
 
     def __init__(
@@ -149,14 +152,8 @@ class Searcher:
         store: Callable[[Iterable[Item]], Sequence] | None = None,
         embed_pool: Callable[[Iterable[Item]], Sequence] | None = None,
     ) -> None:
-        self.encoder, self.root, self.split, self.settings, self.template, self.seed = (
-            encoder,
-            root,
-            split,
-            settings,
-            template,
-            seed,
-        )
+        self.encoder, self.root, self.split, self.settings = encoder, root, split, settings
+        self.template, self.seed = template, seed
         self._known: dict[Item, tuple[np.ndarray, str]] = {}
         self.vectors = store or self._in_memory
         self.embed_pool = embed_pool or self.vectors
@@ -197,78 +194,61 @@ class Searcher:
 
         Args:
             root: where queries and qrels come from (a benchmark); None is this searcher's root.
-            sample: at most so many queries, in their order, chosen by a stable hash, so that fewer are part of more.
+            sample: at most so many queries, in their order, chosen by a stable hash: fewer are part of more.
 
         Raises:
             ElvaDataError: a query without judgement, or (global pool) a judged did that the pool lacks.
         """
-        asked = root or self.root
-        queries, judged, candidates = (
-            asked.queries(unit, self.split),
-            asked.qrels(unit, self.split),
-            asked.pool(unit, self.split, pool),
-        )
+        source = root or self.root
+        queries, judged = source.queries(unit, self.split), source.qrels(unit, self.split)
+        candidates = source.pool(unit, self.split, pool)
         if sample is not None:
             order = sorted(range(len(queries)), key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
             queries = [queries[i] for i in sorted(order[:sample])]
-        relevant = []
+        relevant, path = [], source.qrels_path(unit, self.split)
         for query in queries:
             if query.qid not in judged:
-                raise files.ElvaDataError(
-                    f"{asked.qrels_path(unit, self.split)}: query {query.qid} has no judgement"
-                )
-            own = [
-                d
-                for d in judged[query.qid]
-                if pool == "global" or d.partition(":")[0] == query.qid.partition(":")[0]
-            ]
-            rows = [candidates.row(d) for d in own]
+                raise files.ElvaDataError(f"{path}: query {query.qid} has no judgement")
+            dataset = query.qid.partition(":")[0]  # all that a local pool holds
+            dids = [d for d in judged[query.qid] if pool == "global" or d.partition(":")[0] == dataset]
+            rows = [candidates.row(did) for did in dids]
             if None in rows:
                 raise files.ElvaDataError(
-                    f"{asked.qrels_path(unit, self.split)}: {query.qid} is judged with {own[rows.index(None)]}, "
+                    f"{path}: {query.qid} is judged with {dids[rows.index(None)]}, "
                     f"which the {pool} pool lacks; run lint"
                 )
             relevant.append(rows)
-        q = self.vectors(self.query(query, unit, prompt_index) for query in queries)
-        return Embedded(
+        query_vectors = self.vectors(self.query(query, unit, prompt_index) for query in queries)
+        pool_vectors = self.embed_pool(candidate_item(self.root, candidate) for candidate in candidates)
+        return Embedded(unit, pool, queries, candidates, relevant, query_vectors, pool_vectors)
+
+    def rank(self, embedded: Embedded) -> UnitResult:
+        """Where the positives stand, and the best candidates."""
+        unit, pool, queries, candidates, relevant, query_vectors, pool_vectors = embedded
+        k = min(max(self.settings.cutoffs), len(candidates))
+        ranking = search.exact(query_vectors[:], pool_vectors, k, relevant, device=self.encoder.device)
+        return UnitResult(
             unit,
             pool,
             queries,
+            ranking.ranks,
+            ranking.pessimistic,
+            [len(rows) for rows in relevant],
+            ranking.rows,
+            ranking.scores,
             candidates,
-            relevant,
-            q,
-            self.embed_pool(candidate_item(self.root, x) for x in candidates),
-        )
-
-    def rank(self, asked: Embedded) -> UnitResult:
-        """Where the positives stand, and the best candidates."""
-        k = min(max(self.settings.cutoffs), len(asked.candidates))
-        found = search.exact(asked.query_vectors[:], asked.pool_vectors, k, asked.relevant)
-        sizes = [len(rows) for rows in asked.relevant]
-        return UnitResult(
-            asked.unit,
-            asked.pool,
-            asked.queries,
-            found.ranks,
-            found.pessimistic,
-            sizes,
-            found.rows,
-            found.scores,
-            asked.candidates,
         )
 
 
 def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test") -> list[Path]:
-    """The ranked lists as trec_eval reads them, six columns, and as UniIR names and writes them, seven: the last is the task.
+    """The ranked lists as trec_eval reads them, and as UniIR names and writes them.
 
-    Columns: qid Q0 did rank score run [task].
+    Columns: qid Q0 did rank score run [task]; UniIR's files have the last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     depth, place = result.top.shape[1], "single" if result.pool == "local" else "union"
-    trec, uniir = (
-        folder / f"{result.unit}_{result.pool}_trec.txt",
-        folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt",
-    )
+    trec = folder / f"{result.unit}_{result.pool}_trec.txt"
+    uniir = folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt"
     lines = [
         (f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}", query.task)
         for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
@@ -280,17 +260,15 @@ def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test"
 
 
 def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:
-    """The judgements of a unit in trec_eval's four columns; the root's own file has UniIR's fifth, the task."""
+    """The judgements of a unit in trec_eval's four columns; the root's file has UniIR's fifth, the task."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"{qid} 0 {did} {relevance}"
-        for qid, dids in root.qrels(unit, split).items()
-        for did, relevance in dids.items()
-    ]
-    files.write_whole(folder / f"{unit}_qrels_trec.txt", "\n".join(lines) + "\n")
-    return folder / f"{unit}_qrels_trec.txt"
+    judged = root.qrels(unit, split)
+    lines = [f"{qid} 0 {did} {value}" for qid, dids in judged.items() for did, value in dids.items()]
+    path = folder / f"{unit}_qrels_trec.txt"
+    files.write_whole(path, "\n".join(lines) + "\n")
+    return path
 
 
 def tabulate(rows: Sequence[dict]) -> pd.DataFrame:
     """Long table of results in a stable column order."""
-    return pd.DataFrame(rows)[["model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"]]
+    return pd.DataFrame(rows)[list(COLUMNS)]

@@ -1,57 +1,37 @@
 """Exact cosine search: one pass over a pool of any size gives the top k and the ranks of the relevant rows.
 
-A score is the dot product in float64, rounded to float32; equal scores go by pool order. Products of less precision only find what
-could matter: the result does not depend on blocks, threads or BLAS, and a copy of a vector ties with it wherever it stands.
+A blocked matrix product and a running top k in torch, on any device. A score is the dot product in float64,
+rounded to float32; equal scores go by pool order. Products in float32 only find what could matter: the result
+does not depend on blocks, threads, BLAS or device, and a copy of a vector ties with it wherever it stands.
 
-    found = exact(queries, pool, k=10, relevant=[[3], [5, 8]])
-    found.rows[0], found.ranks[0]
+    ranking = exact(queries, pool, k=10, relevant=[[3], [5, 8]])
+    ranking.rows[0], ranking.ranks[0]
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 
 QUERIES = 1024  # that are multiplied at once
-ROWS, TILE = (
-    8192,
-    2048,
-)  # of the pool: read at once; multiplied at once, and looked at while a near cache has the scores
-GROUP, COUNTED = (
-    8,
-    64,
-)  # rows whose maximum gives the first bound; rows whose maximum, or count, says whether to look at each of them
-AHEAD = 2  # blocks of rows that are read before they are worked on
-SPARE = 14  # rows kept beyond k (bfloat16: 2 k), because less than float64 may order neighbours wrongly
-MANY = 128  # queries from which on rounding the pool to bfloat16 costs less than it saves
-PAIRS = 128  # scored in float64 at once
-EMPTY = np.iinfo(np.int64).min
-PAGE = 2**21  # bytes of a huge page
-
-PRECISIONS = (
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-)  # of the passes; each takes what the one before could not decide
-
-# slices and row numbers give arrays: an array, or what is on disk and looks like one (store.Kept)
-Rows = np.ndarray | Sequence
-Pool = Rows | list[Rows | Path]
+ROWS = 8192  # of the pool that are read and looked at at once; a GPU multiplies all of them
+TILE = 1024  # rows that a CPU multiplies at once, so that a near cache has their scores for the maxima
+GROUP = 32  # rows whose maximum says whether to look at each of them
+SPARE = 14  # rows kept beyond k, because float32 may order neighbours otherwise than float64
+PAIRS = 1024  # scored in float64 at once
+EMPTY = torch.iinfo(torch.int64).min  # a key below that of any row
 
 
 @dataclass(frozen=True)
-class Found:
-    """rows (Q, k) int64 and scores (Q, k) float32, best first. ranks: per query the 1-based ranks of its relevant rows, ascending;
-    pessimistic: the same with every relevant row behind all that score the same."""
+class Ranking:
+    """rows (Q, k) int64 and scores (Q, k) float32, best first.
+
+    ranks: per query the 1-based ranks of its relevant rows, ascending; pessimistic: the same with every
+    relevant row behind all that score the same.
+    """
 
     rows: np.ndarray
     scores: np.ndarray
@@ -59,305 +39,229 @@ class Found:
     pessimistic: list[list[int]]
 
 
-def exact(queries: np.ndarray, pool: Pool, k: int, relevant: Sequence[Sequence[int]] | None = None) -> Found:
-    """The k best pool rows of every query, and where its relevant rows stand. Uses as many threads as torch.
+def exact(
+    queries: np.ndarray,
+    pool: np.ndarray | Sequence,
+    k: int,
+    relevant: Sequence[Sequence[int]] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Ranking:
+    """The k best pool rows of every query, and where its relevant rows stand.
 
-    Queries for which too many scores are too close for one precision, as when all embeddings are the same, take another pass in the next.
-    The first is float32; bfloat16, twice as fast, for at least MANY queries without relevant rows, where the CPU multiplies it.
+    Queries for which too many scores are too close for float32, as when all embeddings are the same, take a
+    second pass in float64; all take only that where torch may round float32 products further (TF32).
 
     Args:
         queries: (Q, D), unit length.
-        pool: (C, D) array, or a list of arrays and .npy files that follow one another. float32 rows have unit length; float16
-            rows are scaled to it again. Files are read block by block and never held.
+        pool: (C, D); an array, or what looks like one (np.memmap, cache.Kept): slices and row numbers give
+            arrays. Read block by block and never held. float32 rows have unit length; float16 rows are scaled
+            to it again.
         k: at most C.
         relevant: per query the pool rows judged relevant; may be empty. None means none.
+        device: where scores are computed, as torch names it.
 
     Raises:
         ValueError: k exceeds the pool, or a vector is not finite or not of unit length.
     """
-    parts = pool if isinstance(pool, list) else [pool]
-    size = sum(len(_opened(part)) for part in parts)
+    size = len(pool)
     if k > size:
         raise ValueError(f"k = {k} exceeds the pool of {size}; lower the cut-off")
-    vectors, asked = _unit(queries, "query", 0), [[]] * len(queries) if relevant is None else relevant
-    keys, ranks, pessimistic = np.empty((len(vectors), k), np.int64), [[]] * len(vectors), [[]] * len(vectors)
-    undecided = np.arange(len(vectors))
-    # bfloat16 finds the best rows, but is too coarse to count what stands above a row
-    for precision in PRECISIONS[
-        0 if not any(map(len, asked)) and len(vectors) >= MANY and _has_bfloat16() else 1 :
-    ]:
-        keys[undecided], *counted, clear = _passed(
-            vectors[undecided], parts, size, k, [asked[i] for i in undecided], precision
-        )
-        for i, *found in zip(undecided, *counted, strict=True):
-            ranks[i], pessimistic[i] = found
-        undecided = undecided[~clear]
+    vectors = torch.from_numpy(unit_rows(queries, "query", 0)).to(device)
+    relevant = [[]] * len(vectors) if relevant is None else relevant
+
+    # an entry is a query and one of its relevant rows
+    query = np.repeat(np.arange(len(vectors)), [len(rows) for rows in relevant])
+    row = np.array([row for rows in relevant for row in rows], np.int64)
+    if len(outside := row[(row < 0) | (row >= size)]):
+        raise ValueError(f"relevant row {outside[0]} is outside the pool of {size}")
+    query, row = torch.from_numpy(query).to(device), torch.from_numpy(row).to(device)
+    goals = _scores_of_pairs(vectors, query, pool, row)
+    keys = torch.empty((len(vectors), k), dtype=torch.int64, device=device)
+    ranks, pessimistic = torch.zeros_like(row), torch.zeros_like(row)
+
+    undecided = torch.arange(len(vectors), device=device)
+    coarse = [torch.float32] if torch.get_float32_matmul_precision() == "highest" else []
+    for precision in (*coarse, torch.float64):
         if not len(undecided):
             break
-    return Found(*_decoded(keys), ranks, pessimistic)
+        blocks = []
+        for members in undecided.split(QUERIES):
+            place = torch.full((len(vectors),), -1, device=device)
+            place[members] = torch.arange(len(members), device=device)
+            entry = (place[query] >= 0).nonzero()[:, 0]
+            known = place[query[entry]], row[entry], goals[entry]
+            blocks.append((members, entry, _Block(vectors[members], k, size, *known, precision)))
+        _see_all([block for _, _, block in blocks], pool)
+        unclear = []
+        for members, entry, block in blocks:
+            keys[members], clear = block.best(pool)
+            ranks[entry], pessimistic[entry] = block.above + block.before, block.above + block.tied
+            unclear.append(members[~clear])
+        undecided = torch.cat(unclear)
+
+    rows, scores = _decoded(keys)
+    ends = np.cumsum([len(rows) for rows in relevant])[:-1]
+    per_query = (np.split(values.cpu().numpy(), ends) for values in (ranks, pessimistic))
+    lists = ([sorted(values.tolist()) for values in arrays[: len(vectors)]] for arrays in per_query)
+    return Ranking(rows.cpu().numpy(), scores.cpu().numpy(), *lists)
 
 
-def _has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware, twice as fast as float32 or more."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-
-
-def _passed(
-    vectors: np.ndarray,
-    parts: list,
-    size: int,
-    k: int,
-    relevant: Sequence[Sequence[int]],
-    precision: torch.dtype,
-) -> tuple[np.ndarray, list, list, np.ndarray]:
-    """Keys (Q, k), ranks and pessimistic ranks of some queries, and for which of them these are certain."""
-    threads = torch.get_num_threads()
-    width = max(1, min(QUERIES, -(-len(vectors) // threads)))
-    starts = range(0, len(vectors), width)
-    blocks = [
-        _Block(vectors[i : i + width], k, relevant[i : i + width], parts, size, precision) for i in starts
-    ]
-    space = [_in_huge_pages(TILE * width) for _ in range(threads)]
-
-    def work(thread: int, part: np.ndarray, rounded: torch.Tensor, start: int) -> None:
-        for block in blocks[thread::threads]:
-            block.see(part, rounded, start, space[thread])
-
-    with threadpool_limits(1), ExitStack() as stack:
-        stack.callback(
-            torch.set_num_threads, threads
-        )  # what a worker sets for itself, torch sets for threads to come, too
-        workers = [
-            stack.enter_context(ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)))
-            for _ in range(threads)
-        ]
-        running: deque[list[Future]] = deque()
-        for start, part in _read(
-            parts
-        ):  # rows are read while those before are worked on; no worker waits for another
-            rounded = torch.from_numpy(part).to(precision)
-            running.append(
-                [worker.submit(work, thread, part, rounded, start) for thread, worker in enumerate(workers)]
-            )
-            if len(running) > AHEAD:
-                for future in running.popleft():
-                    future.result()
-        for future in itertools.chain(*running):
-            future.result()
-        best = [workers[i % threads].submit(block.best_keys, parts) for i, block in enumerate(blocks)]
-        keys, clear = (
-            zip(*[x.result() for x in best], strict=True)
-            if blocks
-            else ([np.empty((0, k), np.int64)], [np.empty(0, bool)])
-        )
-    ranks, pessimistic = (
-        [row for block in blocks for row in block.ranks(tied)] for tied in ("before", "tied")
-    )
-    return np.concatenate(keys), ranks, pessimistic, np.concatenate(clear)
+def _see_all(blocks: list[_Block], pool: np.ndarray | Sequence) -> None:
+    """Shows every row of the pool, in its order, to every block of queries."""
+    device = blocks[0].queries.device
+    # one room for the scores of all blocks: fresh memory would cost more than what is written to it
+    room = torch.empty(ROWS * len(blocks[0].queries), dtype=blocks[0].precision, device=device)
+    for start, part in _read(pool):
+        part = torch.from_numpy(part).to(device)
+        for block in blocks:
+            block.see(part, start, room)
 
 
 class _Block:
-    """Some queries and what is known of them so far: keys of their best rows, and counts for each relevant row ("entry").
+    """Some queries and what is known of them so far: keys of their best rows, counts for their relevant rows.
 
-    precision: of the scores; with float64 nothing is too close to say, with bfloat16 nothing can be counted.
+    An entry is a query and one of its relevant rows.
+
+    Args:
+        queries: (n, D) float32.
+        query, row, goal: of the entries (E,): place among the queries, row of the pool, exact score.
+        precision: of the products; with float64 nothing is too close to say.
     """
 
     def __init__(
         self,
-        queries: np.ndarray,
+        queries: torch.Tensor,
         k: int,
-        relevant: Sequence[Sequence[int]],
-        parts: list,
         size: int,
+        query: torch.Tensor,
+        row: torch.Tensor,
+        goal: torch.Tensor,
         precision: torch.dtype,
     ) -> None:
         self.queries, self.k, self.size, self.precision = queries, k, size, precision
-        self.factor = torch.from_numpy(queries.T.copy()).to(precision)
-        # float32: rounding errors are random; this is far more than any that was seen
-        self.slack = np.float32(4 * np.sqrt(queries.shape[1]) * 2.0**-24 if precision == torch.float32 else 0)
-        kept = {torch.bfloat16: 2 * k + SPARE, torch.float32: k + SPARE, torch.float64: k}[precision]
-        self.best = np.full(
-            (len(queries), min(kept, size)), EMPTY
-        )  # the least one first, the others in any order
-        self.floor = np.full(
-            len(queries), -np.inf, np.float32
-        )  # a lower score than this is not among the best
-        self.tops: np.ndarray | None = np.empty(
-            (0, len(queries)), np.float32
-        )  # maxima of groups, until the first keys are kept
-        self.new: list[tuple[np.ndarray, np.ndarray]] = []
-        self.waiting = 0  # keys in `new`
-        lengths = [len(rows) for rows in relevant]
-        self.column = np.repeat(np.arange(len(queries)), lengths)
-        self.row = np.array([row for rows in relevant for row in rows], np.int64)
-        self.goal = _scores_at(queries, self.column, parts, self.row)
-        self.greater, self.before, self.tied, self.close = np.zeros((4, len(self.row)), np.int64)
-        self.too_close = max(1000, size // 100)  # scores that are worth computing one by one
-        nth = np.arange(len(self.row)) - np.repeat(np.cumsum(lengths) - lengths, lengths).astype(np.int64)
-        self.layers = [
-            np.flatnonzero(nth == n) for n in range(max(lengths, default=0))
-        ]  # at most one entry per query in each
+        self.query, self.row, self.goal = query, row, goal
+        self.factor = queries.T.to(precision)
+        single = precision == torch.float32
+        # rounding errors are random; this is far more than any that was seen
+        self.slack = 4 * queries.shape[1] ** 0.5 * 2.0**-24 if single else 0.0
+        kept = min(k + SPARE if single else k, size)
+        self.keys = torch.full((len(queries), kept), EMPTY, device=queries.device)
+        self.floor = torch.full((len(queries),), -torch.inf, device=queries.device)  # least score of `keys`
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # (query, key) that may be among the best
+        self.waiting_keys = 0
+        self.above, self.before, self.tied, self.close = torch.zeros(
+            (4, len(row)), dtype=torch.int64, device=queries.device
+        )
+        # scores of an entry that are worth computing one by one; float64 leaves none to compute
+        self.too_close = max(1000, size // 100) if single else size
 
-    def see(self, part: np.ndarray, rounded: torch.Tensor, start: int, scores: np.ndarray) -> None:
-        """Takes the rows from `start` on into account.
+    def see(self, vectors: torch.Tensor, start: int, room: torch.Tensor) -> None:
+        """Takes the pool rows from `start` on into account.
 
         Args:
-            part: (n, D) float32. rounded: the same in this block's precision.
-            scores: (at least TILE times the queries,) float32, to work in.
+            vectors: (n, D) float32. room: at least (n up to a full GROUP) times the queries, to work in.
         """
-        width = len(self.queries)
-        scores = scores[: TILE * width].reshape(TILE, width)
-        for first in range(0, len(part), TILE):
-            rows = part[first : first + TILE]
-            n = len(rows)
-            if self.precision == torch.float32:
-                np.matmul(rows, self.factor.numpy(), out=scores[:n])  # numpy's is faster than torch's
-            else:
-                torch.from_numpy(scores[:n]).copy_(rounded[first : first + TILE] @ self.factor)
-            scores[n:] = -np.inf
-            if self.tops is not None:
-                self._raise_floor(scores)
-            groups = scores.reshape(-1, COUNTED, width)
-            peaks = groups.max(1)  # one look at all scores; few groups are looked at again
-            group, column = _marked(peaks >= self.floor)
-            values = groups[group, :, column]
-            found, row = _marked(values >= self.floor[column, None])
-            self._add(column[found], values[found, row], start + first + group[found] * COUNTED + row)
+        width, count = len(self.queries), len(vectors)
+        scores = room[: (count + -count % GROUP) * width].view(-1, width)
+        scores[count:] = -torch.inf
+        peaks = torch.empty((len(scores) // GROUP, width), device=scores.device)
+        tile = TILE if scores.device.type == "cpu" else ROWS
+        for first in range(0, count, tile):
+            last = min(first + tile, count)
+            torch.mm(vectors[first:last].to(self.precision), self.factor, out=scores[first:last])
+            fresh = scores[first : first + tile].float().view(-1, GROUP, width)
+            peaks[first // GROUP : first // GROUP + len(fresh)] = fresh.amax(1)
+        groups = scores.float().view(-1, GROUP, width)
+
+        # a bound before anything is kept: where n groups have a score as high as this, n rows have
+        if start == 0 and len(peaks) >= self.keys.shape[1] > 0:
+            least = peaks.topk(self.keys.shape[1], dim=0)[0][-1]
+            self.floor = least.nextafter(torch.full_like(least, -torch.inf))
+        # what scores as the least of the best does stands behind it: rows come in pool order
+        group, query = (peaks > self.floor).nonzero(as_tuple=True)
+        values = groups[group, :, query]
+        pair, place = (values > self.floor[query, None]).nonzero(as_tuple=True)
+        rows = start + group[pair] * GROUP + place
+        self.waiting.append((query[pair], _keys(values[pair, place], rows)))
+        self.waiting_keys += len(pair)
+        if self.waiting_keys > self.keys.numel() // 4:
+            self._merge()
+        if len(self.row):
+            self._count(groups, peaks, vectors, start)
+
+    def _merge(self) -> None:
+        """Lets the waiting keys compete with the best ones."""
+        query, keys = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting, self.waiting_keys = [], 0
+        order = query.argsort(stable=True)
+        counts = query.bincount(minlength=len(self.keys))
+        nth = torch.arange(len(keys), device=keys.device) - (counts.cumsum(0) - counts)[query[order]]
+        table = torch.full((len(self.keys), int(counts.max())), EMPTY, device=keys.device)
+        table[query[order], nth] = keys[order]
+        self.keys = torch.cat([self.keys, table], 1).topk(self.keys.shape[1], sorted=False)[0]
+        least = self.keys.amin(1)
+        self.floor = torch.where(least == EMPTY, -torch.inf, _decoded(least)[1])
+
+    def _count(self, groups: torch.Tensor, peaks: torch.Tensor, vectors: torch.Tensor, start: int) -> None:
+        """Counts the scores above those of the entries; those too close to say are computed exactly."""
+        low, high = (self.goal - self.slack)[:, None], (self.goal + self.slack)[:, None]
+        reached = (peaks.T[self.query] >= low) & (self.close <= self.too_close)[:, None]
+        for pairs in reached.nonzero().split(ROWS):
+            entry, group = pairs.unbind(1)
+            values = groups[group, :, self.query[entry]]
+            over = values > high[entry]
+            self.above.index_add_(0, entry, over.sum(1))
+            pair, place = ((values >= low[entry]) & ~over).nonzero(as_tuple=True)
+            entry, row = entry[pair], group[pair] * GROUP + place
             if self.precision == torch.float64:
-                self._count_exactly(scores[:n], np.arange(start + first, start + first + n))
+                score = values[pair, place]
             else:
-                for layer in self.layers:
-                    self._count(scores, peaks.max(0), layer, rows, start + first)
+                score = _cosines(vectors, row, self.queries, self.query[entry])
+            equal = score == self.goal[entry]
+            early = start + row <= self.row[entry]
+            self.close.index_add_(0, entry, torch.ones_like(entry))
+            self.above.index_add_(0, entry, (score > self.goal[entry]).long())
+            self.tied.index_add_(0, entry, equal.long())
+            self.before.index_add_(0, entry, (equal & early).long())
 
-    def _raise_floor(self, scores: np.ndarray) -> None:
-        """A bound before anything is kept: where n groups of rows have a score as high as this, n rows have."""
-        n = self.best.shape[1]
-        self.tops = np.concatenate([self.tops, scores.reshape(-1, GROUP, scores.shape[1]).max(1)])
-        if len(self.tops) >= n:
-            self.tops = np.partition(self.tops, -n, axis=0)[-n:]
-            self.floor = self.tops[0]
-
-    def _add(self, columns: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> None:
-        self.new.append((columns, _keys(scores, rows)))
-        self.waiting += len(rows)
-        if self.waiting > self.best.size // 4:
-            self._keep()
-
-    def _keep(self) -> None:
-        """Lets the new keys compete with the best ones."""
-        columns, keys = (np.concatenate(x) for x in zip(*self.new, strict=True))
-        self.new, self.waiting, self.tops = [], 0, None
-        order = np.argsort(columns.astype(np.uint16), kind="stable")  # numpy sorts two bytes by their digits
-        touched, first, count = np.unique(columns[order], return_index=True, return_counts=True)
-        width = count.max(initial=0)
-        new = np.full((len(touched), width), EMPTY)
-        new[np.repeat(np.arange(len(touched)), count), np.arange(len(keys)) - np.repeat(first, count)] = keys[
-            order
-        ]
-        self.best[touched] = np.partition(np.hstack([self.best[touched], new]), width, axis=1)[:, width:]
-        floor = _decoded(self.best[touched, 0])[1]
-        self.floor[touched] = np.where(self.best[touched, 0] == EMPTY, -np.inf, floor)
-
-    def _count(
-        self, scores: np.ndarray, peaks: np.ndarray, layer: np.ndarray, rows: np.ndarray, start: int
-    ) -> None:
-        """Counts the scores above those of a layer's entries; those too close to say are computed exactly."""
-        reached = layer[
-            (peaks[self.column[layer]] >= self.goal[layer] - self.slack)
-            & (self.close[layer] <= self.too_close)
-        ]
-        if not len(reached):
-            return
-        place = self.column[reached]
-        if len(reached) * 4 < scores.shape[1]:  # else copying their columns costs more than looking at all
-            scores, place = scores[:, place], np.arange(len(reached))
-        goal, entry = np.full(scores.shape[1], np.inf, np.float32), np.zeros(scores.shape[1], np.int64)
-        goal[place], entry[place] = self.goal[reached], reached
-        low, high, groups = goal - self.slack, goal + self.slack, scores.reshape(-1, COUNTED, scores.shape[1])
-        over = _counted(groups > high)
-        self.greater[reached] += over.sum(0, dtype=np.int64)[place]
-        group, which = _marked(over != _counted(groups >= low))
-        values = groups[group, :, which]
-        near, row = _marked((values >= low[which, None]) & (values <= high[which, None]))
-        row, entry = group[near] * COUNTED + row, entry[which[near]]
-        exactly = _cosines(rows, row, self.queries, self.column[entry])
-        equal, early = exactly == self.goal[entry], start + row <= self.row[entry]
-        counts = (
-            (self.close, row >= 0),
-            (self.greater, exactly > self.goal[entry]),
-            (self.tied, equal),
-            (self.before, equal & early),
-        )
-        for total, chosen in counts:
-            total += np.bincount(entry[chosen], minlength=len(total))
-
-    def _count_exactly(self, scores: np.ndarray, rows: np.ndarray) -> None:
-        own = scores[:, self.column]
-        equal = own == self.goal
-        self.greater += (own > self.goal).sum(0)
-        self.tied += equal.sum(0)
-        self.before += (equal & (rows[:, None] <= self.row)).sum(0)
-
-    def best_keys(self, parts: list) -> tuple[np.ndarray, np.ndarray]:
-        """Exact keys (queries, k), best first, and for which queries neither a key nor a count can be wrong."""
-        if self.new:
-            self._keep()
-        keys, clear = self.best, np.ones(len(self.best), bool)
-        if self.precision != torch.float64:
-            rows = _decoded(keys)[0]
-            columns = np.repeat(np.arange(len(rows)), rows.shape[1])
-            keys = _keys(_scores_at(self.queries, columns, parts, rows.ravel()), rows.ravel()).reshape(
-                rows.shape
-            )
-            clear[self.column[self.close > self.too_close]] = False
-        keys = np.sort(keys, axis=1)[:, : -self.k - 1 : -1]
-        if (
-            self.k < self.best.shape[1] < self.size
-        ):  # a row that was not kept scores at most the floor and an error
-            clear &= _decoded(keys[:, -1])[1] > self.floor + self._error()
+    def best(self, pool: np.ndarray | Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exact keys (queries, k), best first, and for which queries no key and no count can be wrong."""
+        if self.waiting:
+            self._merge()
+        keys, clear = self.keys, torch.ones_like(self.floor, dtype=torch.bool)
+        if self.precision == torch.float32:
+            rows = _decoded(keys)[0].ravel()
+            query = torch.arange(len(keys), device=keys.device).repeat_interleave(keys.shape[1])
+            keys = _keys(_scores_of_pairs(self.queries, query, pool, rows), rows).view(keys.shape)
+            clear[self.query[self.close > self.too_close]] = False
+        keys = keys.sort(descending=True)[0][:, : self.k]
+        if self.k and self.k < self.keys.shape[1] < self.size:
+            # a row that was not kept scores at most the floor and an error
+            clear &= _decoded(keys[:, -1])[1] > self.floor + self.slack
         return keys, clear
 
-    def _error(self) -> np.ndarray | np.float32:
-        """The most by which a row that scores the floor may be better.
 
-        bfloat16 rounds either vector by 2^-8 of its length, and their score by 2^-8 of itself; a few percent more for the sums.
-        """
-        return (
-            np.float32(2.1 * 2**-8) + abs(self.floor) * np.float32(1.1 * 2**-8)
-            if self.precision == torch.bfloat16
-            else self.slack
-        )
-
-    def ranks(self, tied: str) -> list[list[int]]:
-        out: list[list[int]] = [[] for _ in self.queries]
-        for column, rank in zip(self.column, self.greater + getattr(self, tied), strict=True):
-            out[column].append(int(rank))
-        return [sorted(row) for row in out]
+def _read(pool: np.ndarray | Sequence) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (ROWS, D) float32 vectors) of each block of the pool."""
+    for start in range(0, len(pool), ROWS):
+        yield start, unit_rows(pool[start : start + ROWS], "pool row", start)
 
 
-def _opened(part: Rows | Path) -> Rows:
-    return np.load(part, mmap_mode="r") if isinstance(part, Path) else part
+def unit_rows(vectors: np.ndarray, name: str = "row", start: int = 0) -> np.ndarray:
+    """(N, D) vectors as float32 of unit length; float16 ones, which were rounded, are scaled to it again.
 
+    Args:
+        name, start: what a row is called, and the number of the first, where one is refused.
 
-def _read(parts: list) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 vectors) of each block. A file is mapped anew for every block, so what has been read is given back."""
-    start = 0
-    for part in parts:
-        length = len(_opened(part))
-        for first in range(0, length, ROWS):
-            yield start + first, _unit(_opened(part)[first : first + ROWS], "pool row", start + first)
-        start += length
-
-
-def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
+    Raises:
+        ValueError: a vector is not finite, or its length is not 1 within 1 %.
+    """
     half = vectors.dtype == np.float16
-    # torch converts float16 six times as fast as numpy
-    out = (
-        torch.from_numpy(np.array(vectors)).float().numpy()
-        if half
-        else np.require(vectors, np.float32, ["C", "W"])
-    )
+    if half:  # torch converts float16 six times as fast as numpy
+        out = torch.from_numpy(np.array(vectors)).float().numpy()
+    else:
+        out = np.require(vectors, np.float32, ["C", "W"])
     lengths = np.sqrt(np.vecdot(out, out))
     if len(wrong := np.flatnonzero(~(abs(lengths - 1) < 0.01))):
         raise ValueError(
@@ -366,58 +270,39 @@ def _unit(vectors: np.ndarray, name: str, start: int) -> np.ndarray:
     return out / lengths[:, None] if half else out
 
 
-def _scores_at(queries: np.ndarray, columns: np.ndarray, parts: list, rows: np.ndarray) -> np.ndarray:
-    """Exact scores of pairs of query and pool row, read in pool order."""
-    scores, order, start = np.empty(len(rows), np.float32), np.argsort(rows, kind="stable"), 0
-    for part in parts:
-        length = len(_opened(part))
-        chosen = order[slice(*np.searchsorted(rows[order], [start, start + length]))]
-        for first in range(0, len(chosen), TILE):
-            some = chosen[first : first + TILE]
-            vectors = _unit(
-                _opened(part)[rows[some] - start], "one of the pool rows from", int(rows[some[0]])
-            )
-            scores[some] = _cosines(vectors, np.arange(len(some)), queries, columns[some])
-        start += length
-    if len(outside := rows[(rows < 0) | (rows >= start)]):
-        raise ValueError(f"relevant row {outside[0]} is outside the pool of {start}")
+def _scores_of_pairs(
+    queries: torch.Tensor, query: torch.Tensor, pool: np.ndarray | Sequence, row: torch.Tensor
+) -> torch.Tensor:
+    """Exact scores (N,) of pairs of a query and a pool row (N,), (N,); the pool is read in its order."""
+    scores = torch.empty(len(row), dtype=torch.float32, device=queries.device)
+    order = row.argsort(stable=True)
+    for first in range(0, len(row), ROWS):
+        chosen = order[first : first + ROWS]
+        rows = row[chosen].cpu().numpy()
+        vectors = torch.from_numpy(unit_rows(pool[rows], "one of the pool rows from", rows[0]))
+        place = torch.arange(len(chosen), device=queries.device)
+        scores[chosen] = _cosines(vectors.to(queries.device), place, queries, query[chosen])
     return scores
 
 
-def _cosines(part: np.ndarray, rows: np.ndarray, queries: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Exact scores of the pairs (part[rows], queries[columns])."""
-    out = np.empty(len(rows), np.float32)
-    for first in range(0, len(rows), PAIRS):
-        some = slice(first, first + PAIRS)
-        out[some] = np.einsum(
-            "nd,nd->n", part[rows[some]].astype(np.float64), queries[columns[some]].astype(np.float64)
-        )
-    return out
+def _cosines(
+    vectors: torch.Tensor, row: torch.Tensor, queries: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    """Exact scores (N,) of the pairs (vectors[row], queries[query]): sums in float64, rounded to float32."""
+    parts = [
+        (vectors[rows].double() * queries[places].double()).sum(1).float()
+        for rows, places in zip(row.split(PAIRS), query.split(PAIRS), strict=True)
+    ]
+    return torch.cat(parts)
 
 
-def _in_huge_pages(count: int) -> np.ndarray:
-    """Room for float32 numbers. numpy asks for huge pages, in which a product finds its rows sooner; none is only half in it."""
-    room = np.empty(count + 2 * PAGE // 4, np.float32)
-    return room[-room.ctypes.data % PAGE // 4 :][:count]
+def _keys(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Integers (N,) that sort as (score, row) is ranked: a higher score, or else a lower row, is larger."""
+    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0xFFFFFFFF - rows)
 
 
-def _marked(marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of every mark; numpy's own nonzero takes ten times as long."""
-    return np.divmod(np.flatnonzero(marks), max(1, marks.shape[1]))
-
-
-def _counted(marks: np.ndarray) -> np.ndarray:
-    """(G, COUNTED, N) marks to their numbers (G, N), which a byte holds."""
-    return marks.view(np.uint8).sum(1, dtype=np.uint8)
-
-
-def _keys(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """One integer per (score, row) that sorts as ranking does: a higher score, then a lower row, is the larger."""
-    bits = (scores + 0.0).view(np.int32)  # -0 becomes 0
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32) | (0xFFFFFFFF - rows)
-
-
-def _decoded(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows and scores of keys. The inverse of `_keys`."""
-    bits = (keys >> 32).astype(np.int32)
-    return 0xFFFFFFFF - (keys & 0xFFFFFFFF), (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+    bits = (keys >> 32).int()
+    return 0xFFFFFFFF - (keys & 0xFFFFFFFF), (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -114,8 +114,7 @@ def test_the_card_has_a_valid_header_and_the_whole_line_of_descent(trained, tmp_
 def test_a_hub_name_is_the_base_model_and_a_folder_only_a_hash(trained, tiny, tmp_path):
     tiny.save(tmp_path / "first", stage="stage 2", parent="Qwen/Qwen2-VL-2B-Instruct")
     tiny.save(tmp_path / "second", stage="stage 3", parent=str(tmp_path / "first"))
-    hub.push(tmp_path / "second", str(tmp_path / "out"))
-    assert ModelCard.load(tmp_path / "out/README.md").data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
+    assert ModelCard(hub.card(tmp_path / "second", "out")).data.base_model == "Qwen/Qwen2-VL-2B-Instruct"
     for folder in (trained, tmp_path / "second"):
         assert str(tmp_path) not in (folder / "elva.json").read_text()
 
@@ -205,7 +204,7 @@ def test_a_folder_that_is_no_model_of_ours_is_neither_published_nor_replaced(tra
     assert (tmp_path / "thesis/chapter.txt").read_text() == "years"
 
 
-def test_a_second_push_replaces_the_first(trained, tmp_path):
+def test_a_second_push_replaces_the_first_and_one_that_is_killed_leaves_it(trained, tmp_path, monkeypatch):
     target = tmp_path / "out"
     for content in ("one", "two"):
         (trained / "README.md").write_text(content)
@@ -213,20 +212,14 @@ def test_a_second_push_replaces_the_first(trained, tmp_path):
     assert (target / "README.md").read_text() == "two"
     assert not list(tmp_path.glob(".out.*"))
 
-
-def test_a_push_that_is_killed_leaves_the_old_model(trained, tmp_path, monkeypatch):
-    target = tmp_path / "out"
-    (trained / "README.md").write_text("one")
-    hub.push(trained, str(target))
-
     def full(*_args, **_named):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(hub.shutil, "copytree", full)
-    (trained / "README.md").write_text("two")
+    (trained / "README.md").write_text("three")
     with pytest.raises(OSError, match="No space"):
         hub.push(trained, str(target))
-    assert (target / "README.md").read_text() == "one"
+    assert (target / "README.md").read_text() == "two"
 
 
 def test_what_is_a_folder_and_what_a_hub_name(tmp_path, monkeypatch):
@@ -245,10 +238,10 @@ def test_the_command_line_pushes_and_says_what_is_wrong(trained, tmp_path, capsy
     assert cli.main(["push", "--model", str(trained), "--to", "not a name"]) == 1
 
 
-def test_a_results_file_of_another_kind_is_refused(trained, tmp_path):
+def test_a_results_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(PublishError, match=r"columns \['a', 'b'\] are neither"):
-        hub.push(trained, str(tmp_path / "out"), results=tmp_path / "x.csv")
+        hub.results_table(tmp_path / "x.csv")
 
 
 def test_claims_show_what_the_report_shows_first(tmp_path):

@@ -46,11 +46,21 @@ def test_interval_covers_the_mean_and_shrinks_with_the_square_root_of_n():
     widths = []
     for n in (100, 1600):
         values = (np.arange(n) % 2).astype(float)
-        low, high = metrics.bootstrap_interval(values, 2000, rng)
+        low, high = metrics.interval([values], 2000, rng)
         assert low < 0.5 < high
         widths.append(high - low)
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.15)  # spread of 2000 bootstrap means is about 3 %
 
 
-def test_stratified_interval_of_constant_groups_is_their_mean():
-    assert metrics.stratified_interval([np.ones(5), np.zeros(50)], 50, np.random.default_rng(0)) == (0.5, 0.5)
+def test_groups_are_resampled_each_by_itself_and_weigh_the_same():
+    assert metrics.interval([np.ones(5), np.zeros(50)], 50, np.random.default_rng(0)) == (0.5, 0.5)
+    few, many, rng = np.arange(3.0), np.random.default_rng(2).normal(size=(40, 2)), np.random.default_rng(3)
+    draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(200)] for g in (few, many)]
+    means = (np.array(draws[0]) + draws[1]) / 2
+    expected = tuple(np.percentile(means, [2.5, 97.5]))
+    assert metrics.interval([few, many], 200, np.random.default_rng(3)) == expected
+
+
+def test_without_rows_there_is_no_interval():
+    for groups in ([], [np.empty(0)], [np.ones(3), np.empty(0)]):
+        assert np.isnan(metrics.interval(groups, 10, np.random.default_rng(0))).all()

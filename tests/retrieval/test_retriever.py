@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from elva_core import files
-from elva_core.retrieval import retriever
+from elva_core.retrieval import cache, retriever
 
 
 def test_encoding_keeps_order_and_repeats(tiny, items):
@@ -47,3 +47,12 @@ def test_a_judgement_the_pool_lacks_and_a_query_without_judgement_fail_loudly(ti
     path.write_text("\n".join(rest) + "\n")
     with pytest.raises(files.ElvaDataError, match="has no judgement"):
         searcher.evaluate("emoji_task0")
+
+
+def test_what_was_embedded_has_a_hash_wherever_the_vectors_are(tiny, root, smoke, tmp_path):
+    store = cache.Store(tmp_path, tiny, batch=4, template="eol")
+    for where in (None, store):
+        searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation, template="eol", store=where)
+        all_of_them, few = searcher.embedded("emoji_task0"), searcher.embedded("emoji_task0", sample=3)
+        assert all_of_them.content == searcher.embedded("emoji_task0").content
+        assert all_of_them.content[1] == few.content[1] != all_of_them.content[0] != few.content[0]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from elva_core.retrieval import search
+from elva_core.retrieval import cache, search
 
 
 def unit_vectors(n, d=16, seed=0):
@@ -38,17 +38,14 @@ def with_copies(n, seed=1):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for name, value in {"QUERIES": 8, "ROWS": 512, "TILE": 256}.items():
+    for name, value in {"QUERIES": 8, "ROWS": 1024, "TILE": 256}.items():
         monkeypatch.setattr(search, name, value)
 
 
 @pytest.mark.parametrize("size", [1, 9, 130, 3000])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("judged", [True, False])
-def test_one_pass_equals_a_full_sort_with_copies_in_the_pool(small_blocks, monkeypatch, size, threads, judged):
-    """Without judgements bfloat16 looks first."""
-    monkeypatch.setattr(search, "MANY", 1)
-    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)  # torch can do without
+def test_one_pass_equals_a_full_sort_with_copies_in_the_pool(small_blocks, size, threads, judged):
     c = unit_vectors(size) if size < 100 else with_copies(size)
     q = np.concatenate([unit_vectors(20, seed=2), c[3:4] if size > 3 else c])  # the last query's best are the copies
     rng = np.random.default_rng(3)
@@ -58,19 +55,19 @@ def test_one_pass_equals_a_full_sort_with_copies_in_the_pool(small_blocks, monke
     k, before = min(size, 7), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = search.exact(q, c, k, relevant if judged else None)
+        ranking = search.exact(q, c, k, relevant if judged else None)
     finally:
         torch.set_num_threads(before)
     rows, scores, ranks, worst = by_full_sort(q, c, k, relevant)
-    assert np.array_equal(found.rows, rows) and np.array_equal(found.scores, scores)
-    assert found.ranks == ranks and found.pessimistic == worst
+    assert np.array_equal(ranking.rows, rows) and np.array_equal(ranking.scores, scores)
+    assert ranking.ranks == ranks and ranking.pessimistic == worst
 
 
 def test_collapsed_embeddings_rank_in_pool_order_and_pessimistically_last(small_blocks):
     same = np.repeat(unit_vectors(1), 2000, axis=0)
-    found = search.exact(same[:9], same, 5, [[i, 1500] for i in range(9)])
-    assert (found.rows == np.arange(5)).all()
-    assert found.ranks == [[i + 1, 1501] for i in range(9)] and found.pessimistic == [[2000, 2000]] * 9
+    ranking = search.exact(same[:9], same, 5, [[i, 1500] for i in range(9)])
+    assert (ranking.rows == np.arange(5)).all()
+    assert ranking.ranks == [[i + 1, 1501] for i in range(9)] and ranking.pessimistic == [[2000, 2000]] * 9
 
 
 @pytest.mark.parametrize("clear", [0, 40])
@@ -83,64 +80,92 @@ def test_a_cloud_as_narrow_as_the_errors_of_float32_is_ranked_exactly(small_bloc
     c = (c / np.linalg.norm(c, axis=1, keepdims=True)).astype(np.float32)
     relevant = [[10, 2000], [], [7], *[[i] for i in range(1000, 1017)]] if clear else [[]] * 20
     rows, _, ranks, worst = by_full_sort(q, c, 6, relevant)
-    found = search.exact(q, c, 6, relevant)
-    assert np.array_equal(found.rows, rows) and found.ranks == ranks and found.pessimistic == worst
+    ranking = search.exact(q, c, 6, relevant)
+    assert np.array_equal(ranking.rows, rows) and ranking.ranks == ranks and ranking.pessimistic == worst
 
 
 @pytest.mark.parametrize("spread", [1, 0.03, 1e-4, 0])
-def test_what_bfloat16_cannot_tell_apart_is_ranked_exactly(small_blocks, monkeypatch, spread):
-    """From rows that it orders well to rows that it takes for one."""
-    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)  # torch can do without
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_what_float32_or_less_cannot_tell_apart_is_ranked_exactly(small_blocks, spread, precision):
+    """From rows that are far apart to rows that are one; "medium" lets torch round the factors of its products to bfloat16."""
     c = unit_vectors(1, d=64) + spread * unit_vectors(3000, d=64, seed=4)
     c /= np.linalg.norm(c, axis=1, keepdims=True)
-    q = unit_vectors(search.MANY, d=64, seed=5)
+    q = unit_vectors(128, d=64, seed=5)
     rows, scores, _, _ = by_full_sort(q, c, 6, [[]] * len(q))
-    found = search.exact(q, c, 6)
-    assert np.array_equal(found.rows, rows) and np.array_equal(found.scores, scores)
-
-
-def test_bfloat16_decides_what_is_far_apart_and_leaves_counts_to_float32(small_blocks, monkeypatch):
-    passes, run = [], search._passed
-    monkeypatch.setattr(search, "_has_bfloat16", lambda: True)
-    monkeypatch.setattr(search, "_passed", lambda vectors, *rest: passes.append((len(vectors), rest[-1])) or run(vectors, *rest))
-    q, c = unit_vectors(search.MANY, d=64), unit_vectors(3000, d=64, seed=1)
-    search.exact(q, c, 6)
-    assert passes[0] == (len(q), torch.bfloat16) and sum(n for n, _ in passes[1:]) < len(q) / 4
-    passes.clear()
-    search.exact(q, c, 6, [[1]] * len(q))
-    search.exact(q[:-1], c, 6)
-    assert [precision for _, precision in passes] == [torch.float32] * 2
-
-
-def test_threads_are_as_many_after_a_search_as_before():
-    before, broken = torch.get_num_threads(), unit_vectors(9)
-    broken[3] *= 5
-    torch.set_num_threads(2)
+    torch.set_float32_matmul_precision(precision)
     try:
-        with ThreadPoolExecutor(1) as later:
-            search.exact(unit_vectors(4), unit_vectors(9), 3)
-            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 2
-        with ThreadPoolExecutor(1) as later:
-            with pytest.raises(ValueError, match="pool row 3"):
-                search.exact(unit_vectors(4), broken, 3)
-            assert torch.get_num_threads() == later.submit(torch.get_num_threads).result() == 2
+        ranking = search.exact(q, c, 6)
     finally:
-        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision("highest")
+    assert np.array_equal(ranking.rows, rows) and np.array_equal(ranking.scores, scores)
 
 
-def test_files_are_one_pool_and_float16_is_normalised_again(small_blocks, tmp_path):
+def test_float32_decides_what_is_far_apart(small_blocks, monkeypatch):
+    passes, run = [], search._see_all
+    monkeypatch.setattr(
+        search, "_see_all", lambda blocks, pool: passes.extend((len(b.queries), b.precision) for b in blocks) or run(blocks, pool)
+    )
+    search.exact(unit_vectors(20, d=64), unit_vectors(3000, d=64, seed=1), 6, [[1]] * 20)
+    assert passes == [(8, torch.float32), (8, torch.float32), (4, torch.float32)]
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that stands for one on a GPU: it meets none of this machine's, and gives no array."""
+
+    def numpy(self):
+        raise TypeError("a tensor of a device gives no array")
+
+
+class Gpu(TorchFunctionMode):
+    """Makes what is asked for on "cuda" an `Elsewhere`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        away = [isinstance(x, Elsewhere) for x in tensors if x.dim()]
+        name = getattr(func, "__name__", "")
+        if getattr(func, "__self__", None) is torch.Tensor.device:
+            return torch.device("cuda" if isinstance(args[0], Elsewhere) else "cpu")
+        if func is torch.Tensor.to and torch.device("cuda") in args:
+            return args[0].as_subclass(Elsewhere)
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if name not in ("as_subclass", "__get__"):
+            assert all(away) or not any(away), f"{name} of tensors on two devices"
+        here = kwargs.get("device") != torch.device("cuda")
+        out = func(*args, **(kwargs if here else kwargs | {"device": "cpu"}))
+        return out if here else out.as_subclass(Elsewhere)
+
+
+def test_on_a_device_nothing_is_computed_elsewhere(small_blocks):
+    """Without a GPU here: every operation sees tensors of one device, and only what is copied back becomes an array."""
+    c, q = with_copies(1000), unit_vectors(20, seed=2)
+    relevant = [[i, 2 * i][: i % 3] for i in range(20)]
+    for pool in (c, np.repeat(c[:1], 3000, axis=0)):
+        expected = search.exact(q, pool, 7, relevant)
+        with Gpu():
+            ranking = search.exact(q, pool, 7, relevant, device=torch.device("cuda"))
+        assert np.array_equal(ranking.rows, expected.rows) and np.array_equal(ranking.scores, expected.scores)
+        assert (ranking.ranks, ranking.pessimistic) == (expected.ranks, expected.pessimistic)
+
+
+def test_a_pool_on_disk_is_read_in_parts_and_float16_is_normalised_again(small_blocks, tmp_path):
     c, q = unit_vectors(1500), unit_vectors(5, seed=1)
     half = c.astype(np.float16)
-    for i, start in enumerate((0, 700, 1400)):
-        np.save(tmp_path / f"{i}.npy", half[start : start + 700])
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for path, rows in zip(paths, np.split(half, (700, 1400)), strict=True):
+        np.save(path, rows)
+    kept = cache.Kept(paths, np.arange(1500) // 700, np.arange(1500) % 700, "")
     wide = half.astype(np.float32)
     wide /= np.sqrt(np.vecdot(wide, wide))[:, None]
     relevant = [[0, 1499], [699], [700], [], [1400]]
-    found = search.exact(q, sorted(tmp_path.glob("*.npy")), 9, relevant)
     expected = search.exact(q, wide, 9, relevant)
-    assert np.array_equal(found.rows, expected.rows) and np.array_equal(found.scores, expected.scores)
-    assert found.ranks == expected.ranks
-    assert not np.array_equal(found.scores, np.sort(q @ half.astype(np.float32).T, axis=1)[:, ::-1][:, :9])
+    np.save(tmp_path / "whole.npy", half)
+    for pool in (kept, half, np.load(tmp_path / "whole.npy", mmap_mode="r")):
+        ranking = search.exact(q, pool, 9, relevant)
+        assert np.array_equal(ranking.rows, expected.rows) and np.array_equal(ranking.scores, expected.scores)
+        assert ranking.ranks == expected.ranks
+    assert not np.array_equal(expected.scores, np.sort(q @ half.astype(np.float32).T, axis=1)[:, ::-1][:, :9])
 
 
 def test_no_query_and_no_relevant_row():
