@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 from rich.console import Console
@@ -24,27 +24,24 @@ app = typer.Typer(
     help="The ELVA workbook: its notebooks, training, evaluation and use of what was trained.",
     epilog="Installed as `elva`, too; `elva --install-completion` completes commands, flags and profiles.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 WORKBOOK, TRAINING, EVALUATION = "Workbook", "Training", "Data and evaluation"
-USE, SHARING = "Use of a trained model", "Sharing"
+USE = "Use and sharing of a trained model"
 # what ends a command with one line
 EXPECTED = (chain.ChainError, stages.MissingStageError, FileNotFoundError, ValueError)
 PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
 
 # Arguments that several commands share
+Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 Profile = Annotated[
     str, Argument(metavar="PROFILE", help="a file of params/", autocompletion=lambda: PROFILES)
 ]
 Seed = Annotated[int, Option(help="every generator derives from it")]
 SettingsFrom = Annotated[str, Option("--profile", help="device and batch", autocompletion=lambda: PROFILES)]
-Root = Annotated[Path, Option(help="an M-BEIR folder")]
-OptionalRoot = Annotated[Path | None, Option(help="an M-BEIR folder")]
 Model = Annotated[Path, Option(help="folder of a trained model")]
 OptionalModel = Annotated[Path | None, Option(help="folder of a trained model")]
 Out = Annotated[Path, Option(help="folder of the results")]
-Pool = Annotated[Literal["local", "global"], Option(help="candidates of the unit, or of all units")]
 PoolModel = Annotated[Path | None, Option(help="the model that embeds the candidates; default: --model")]
 READ = "read at \\[RET] after a summary, or in one pass; default: as the model's elva.json says"
 Template = Annotated[Literal["summary", "eol"] | None, Option(help=READ)]
@@ -115,10 +112,7 @@ def readme(profile: Profile = "cpu") -> None:
 
 @app.command(rich_help_panel=TRAINING)
 def train(
-    stage: Annotated[
-        Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"],
-        Argument(metavar="STAGE", help="stage1, stage2, stage3, control, distil or rerank"),
-    ],
+    stage: Annotated[Stage, Argument(metavar="STAGE", help=" ".join(get_args(Stage)))],
     profile: Profile,
     seed: Seed = 17,
 ) -> None:
@@ -154,19 +148,17 @@ def lint(root: Annotated[Path, Argument(metavar="ROOT", help="an M-BEIR folder")
     from elva_core.data import mbeir
 
     problems = rules.check(mbeir.Root(root))
-    for problem in problems:
-        print(problem)
-    print(f"{root}: {len(problems)} problems")
+    print(*problems, f"{root}: {len(problems)} problems", sep="\n")
     raise typer.Exit(bool(problems))
 
 
 @app.command(rich_help_panel=EVALUATION, cls=ManyValues)
 def evaluate(
-    root: Root,
+    root: Annotated[Path, Option(help="an M-BEIR folder")],
     model: Model,
     out: Out,
     unit: Annotated[list[str] | None, Option(help="only these test units; default: all")] = None,
-    pool: Annotated[Literal["local", "global", "both"], Option(help="candidates")] = "local",
+    pool: Annotated[Literal["local", "global", "both"], Option(help="of candidates")] = "local",
     template: Template = None,
     pool_model: PoolModel = None,
     profile: SettingsFrom = "cpu",
@@ -245,9 +237,8 @@ def unseen(
     if not lint_only and (model is None or out is None):
         raise ValueError("unseen needs --model and --out, or --lint")
     problems, notes = captions.check(sets, names or (), decode=lint_only)
-    for line in [*(f"note: {note}" for note in notes), *problems]:
-        print(line)
-    print(f"{sets}: {len(problems)} problems, {len(notes)} notes")
+    counts = f"{sets}: {len(problems)} problems, {len(notes)} notes"
+    print(*(f"note: {note}" for note in notes), *problems, counts, sep="\n")
     if problems or lint_only:
         raise typer.Exit(bool(problems))
     settings = config.load(profile)
@@ -264,7 +255,7 @@ def search(
     text: Annotated[str, Argument(metavar="TEXT")] = "",
     image: Annotated[Path | None, Option(help="a file")] = None,
     model: OptionalModel = None,
-    root: OptionalRoot = None,
+    root: Annotated[Path | None, Option(help="an M-BEIR folder")] = None,
     unit: Annotated[str | None, Option(help="whose pool is searched")] = None,
     index: Annotated[Path | None, Option(help="of `export --index`, for --model, --root and --unit")] = None,
     k: Annotated[int, Option(help="how many answers")] = 10,
@@ -285,15 +276,14 @@ def search(
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
 
-    if index is None and not (model and root and unit):
-        raise ValueError("search needs --model, --root and --unit, or --index")
-    if index is not None:
-        model, root = faiss_index.made_from(index, model, root, unit)
-    settings = config.load(profile)
-    loaded = _loaded(model, settings)
-    data = mbeir.Root(root) if root else None
     if index and pool_model:
         raise ValueError("--index holds embedded candidates; leave --pool-model out")
+    if index:
+        model, root = faiss_index.made_from(index, model, root, unit)
+    elif not (model and root and unit):
+        raise ValueError("search needs --model, --root and --unit, or --index")
+    settings = config.load(profile)
+    loaded, data = _loaded(model, settings), mbeir.Root(root) if root else None
     if index:
         pool = faiss_index.opened(index, loaded, data)
         template = template or pool.template  # an index is asked as it was read
@@ -312,14 +302,14 @@ def search(
         print(f"pictures: {results.save(Path.cwd())}{lacking}")
 
 
-@app.command(rich_help_panel=SHARING)
+@app.command(rich_help_panel=USE)
 def export(
     model: Model,
     to: Annotated[Path, Option(help="folder that is written")],
     root: Annotated[Path | None, Option(help="an M-BEIR folder: its instructions, or the pool's")] = None,
     unit: Annotated[str | None, Option(help="whose instruction is encode_query's, or whose pool")] = None,
     index: Annotated[bool, Option("--index", help="embeddings of a pool, instead of the model")] = False,
-    pool: Pool = "local",
+    pool: Annotated[Literal["local", "global"], Option(help="of --index")] = "local",
     template: Template = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
@@ -351,7 +341,7 @@ def export(
         print(f"no {faiss_index.FAISS}: faiss is not installed; pip install faiss-cpu, then export again")
 
 
-@app.command(rich_help_panel=SHARING)
+@app.command(rich_help_panel=USE)
 def push(
     model: Model,
     to: Annotated[str, Option(help="a folder (existing, or starting with . / ~), else a hub name")],
@@ -406,5 +396,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return end.code or 0
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return 1
