@@ -16,21 +16,8 @@ from elva_core import files
 from elva_core.data import mbeir
 from elva_core.evaluation import captions
 from elva_core.experiments import claims
-from elva_core.experiments.stages import Stage, manifest
+from elva_core.experiments.stages import STAGES, Stage, manifest
 
-GATHERED = (
-    "00_check_environment",
-    "10_prepare_data",
-    "20_build_mrbench",
-    "30_pretrain_contrastive",
-    "40_finetune_rlvr",
-    "50_evaluate",
-    "60_ablate",
-    "70_analyse_grains",
-    "80_generalise",
-    "82_transfer",
-    "85_trade_cost",
-)
 BASELINES = (
     "zero-shot,",
     "stage 2,",
@@ -67,9 +54,10 @@ DEVIATIONS = (
 
 def gather(run: Stage) -> Mapping[str, dict]:
     """Manifests of every stage before this one, each verified."""
-    for stage in GATHERED:
+    gathered = STAGES[run.name]
+    for stage in gathered:
         run.require(stage)
-    return {stage: manifest(run.settings.profile, stage) for stage in GATHERED}
+    return {stage: manifest(run.settings.profile, stage) for stage in gathered}
 
 
 def claims_table(run: Stage, reported: dict) -> pd.DataFrame:

@@ -44,14 +44,21 @@ def test_a_misspelt_parameter_is_refused(tmp_path):
         chain.run_notebook(book, tmp_path / "out.ipynb", {"sead": 2})
 
 
-def test_a_failing_cell_is_named_with_its_heading_and_executed_copy(tmp_path):
-    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "1 / 0")
+def test_a_failing_cell_is_named_with_its_heading_and_executed_copy_which_names_no_place_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REPOSITORY", tmp_path)
+    printed = "from pathlib import Path\nprint(Path('outputs').resolve())\nPath('models').resolve()"
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", printed, "exec(compile('1 / 0', Path('broken.py').resolve(), 'exec'))")
     read = nbformat.read(book, 4)
     read.cells.insert(1, nbformat.v4.new_markdown_cell("## Where it breaks"))
     nbformat.write(read, book)
     with pytest.raises(ChainError, match=r"(?s)a\.ipynb, cell \d \(Where it breaks\): ZeroDivisionError: division by zero.*out\.ipynb"):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
-    assert (tmp_path / "out.ipynb").is_file()
+    copy = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert str(tmp_path) not in (tmp_path / "out.ipynb").read_text()
+    assert [copy.metadata.papermill[f"{side}_path"] for side in ("input", "output")] == ["a.ipynb", "out.ipynb"]
+    shown, resolved = next(cell for cell in copy.cells if "print(" in cell.source).outputs
+    assert shown.text == "outputs\n" and resolved.data["text/plain"] == "PosixPath('models')"
+    assert any("broken.py" in line for o in copy.cells[-1].outputs for line in o.traceback)
 
 
 def test_cells_that_never_ran_are_noticed(tmp_path):
