@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core import config
+from elva_core import config, files
 from elva_core.evaluation import statistics
-from elva_core.experiments import compare, figures, jobs, study
+from elva_core.experiments import compare, figures, jobs, stages, study
 from elva_core.experiments.study import Arm, Study
 from elva_core.mrbench import annotate, build
 
@@ -46,10 +47,10 @@ def run(profile, root, triplets, bench, model_folder, tmp_path, monkeypatch):
         measured.append(arm.trains)
         return original(model, arm, *rest)
 
-    def run(changed=profile):
+    def run(changed=profile, backbone=model_folder):
         measured.clear()
         monkeypatch.setattr(study, "measure", counted)
-        study.run(changed, root, triplets, bench, str(model_folder), tmp_path / "study", tmp_path / "work")
+        study.run(changed, root, triplets, bench, str(backbone), tmp_path / "study", tmp_path / "work")
         return list(measured)
 
     return run
@@ -104,6 +105,7 @@ def test_arms_of_every_seed_run_first_and_the_others_once(profile):
     assert everywhere == sorted(everywhere, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run, tmp_path, interrupted):
     names = len(study.planned(profile))
     with interrupted(jobs, "run", 4):
@@ -117,6 +119,37 @@ def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run
     assert len(found.runs) == names and len(set(found.hits.groupby(["arm", "seed"]).size())) == 1
     held_out = found.units[found.units["arm"] == "held out, stage 3"]
     assert set(held_out["unit"]) == {"emoji_task4", "emoji_task6", "emoji_task8"}
+
+
+@pytest.mark.parametrize("recorded", [None, "0" * 64])
+def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, model_folder, tmp_path, recorded):
+    folder, weights = tmp_path / "study", study.backbone_hash(model_folder)
+    assert study.recorded_backbone(folder, profile) == "not recorded"  # nothing has been measured
+    only = profile.changed({"study": {"arms": ["zero-shot"]}})
+    assert run(only) == ["nothing"] and study.recorded_backbone(folder, only) == weights
+    assert run(only) == []
+    (path,) = folder.glob("*/*/manifest.json")
+    record = json.loads(path.read_text())
+    assert record.pop("backbone_sha256") == weights
+    path.write_text(json.dumps(record | ({"backbone_sha256": recorded} if recorded else {})))
+    before = recorded or "not recorded"
+    assert study.recorded_backbone(folder, only) == before
+    with pytest.raises(
+        ValueError, match=f"{folder}.* sha256 {before}; {model_folder} has {weights}.*[Mm]ove that folder away, or give the old"
+    ):
+        run(only)
+
+
+def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "OUTPUTS", tmp_path)
+    trained = stages.stage_folder("smoke", "30_pretrain_contrastive")
+    assert study.chain_backbone(trained) == "not recorded"
+    stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
+    jobs.record_backbone(stage, model_folder)
+    stage.close()
+    assert study.backbone_of(trained) == str(model_folder) and study.chain_backbone(trained) == study.backbone_hash(model_folder)
+    with pytest.raises(ValueError, match="me/nowhere has no weights on this machine"):
+        study.backbone_hash("me/nowhere")
 
 
 def test_an_empty_study_names_the_command(profile, tmp_path):
