@@ -117,10 +117,8 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], ma
         raise ChainError(f"{source.name}, {cell}: {error.ename}: {last}\nexecuted copy: {executed}") from None
     finally:
         _relative_paths(executed)
-    code = {
-        i: cell for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()
-    }
-    if skipped := [i for i, cell in code.items() if cell.execution_count is None]:
+    code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    if skipped := [i for i, cell in code if cell.source.strip() and cell.execution_count is None]:
         raise ChainError(f"{source.name}: cells {skipped} never ran (sys.exit?); executed copy: {executed}")
 
 
@@ -186,10 +184,8 @@ def run(
         stage_began = time.monotonic()
         executed = files.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
         try:
-            mark, parameters = (
-                wanted_fingerprint(profile, seed, stage),
-                {"profile": profile_name, "seed": seed},
-            )
+            parameters = {"profile": profile_name, "seed": seed}
+            mark = wanted_fingerprint(profile, seed, stage)
             run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, parameters, mark)
             if manifest(profile_name, stage) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")

@@ -105,9 +105,8 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
     used |= {"backbone"} if "backbone" in arm.changes else set()
     # what is said about the benchmark, and an annotator that adds nothing, do not change what is measured
-    unused = {"precision", "licence"} | (
-        {"annotator"} if settings.mrbench.annotator.kind == "exact" else set()
-    )
+    unused = {"precision", "licence"}
+    unused |= {"annotator"} if settings.mrbench.annotator.kind == "exact" else set()
     values = _dumped(settings, used, exclude={"mrbench": unused})
     units = [*settings.study.units, *arm.units]
     return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
@@ -128,21 +127,18 @@ def result_folder(folder: Path, name: str, seed: int) -> Path:
 
 def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, Arm, int]]:
     """The planned arms without a result of these values."""
-    done = _manifests(folder, settings)
-    return [
-        (name, arm, seed)
-        for name, arm, seed in planned(settings)
-        if done.get((name, seed), {}).get("fingerprint")
-        != fingerprint(arm.applied(settings), arm, seed, backbone)
-    ]
+    marks = {place: record["fingerprint"] for place, record in _manifests(folder, settings).items()}
+
+    def measured(name: str, arm: Arm, seed: int) -> bool:
+        return marks.get((name, seed)) == fingerprint(arm.applied(settings), arm, seed, backbone)
+
+    return [row for row in planned(settings) if not measured(*row)]
 
 
 def _manifests(folder: Path, settings: Settings) -> dict[tuple[str, int], dict]:
     """The manifests of the planned arms that have a result, by (name, seed), in the order of the plan."""
-    paths = {
-        (name, seed): result_folder(folder, name, seed) / "manifest.json"
-        for name, _, seed in planned(settings)
-    }
+    places = [(name, seed) for name, _, seed in planned(settings)]
+    paths = {place: result_folder(folder, *place) / "manifest.json" for place in places}
     return {place: json.loads(path.read_text()) for place, path in paths.items() if path.is_file()}
 
 
@@ -152,7 +148,8 @@ def recorded_backbone(folder: Path, settings: Settings) -> str:
     Returns:
         NOT_RECORDED for results of before it was written down, and where there is no result.
     """
-    hashes = {record.get("backbone_sha256", NOT_RECORDED) for record in _manifests(folder, settings).values()}
+    records = _manifests(folder, settings).values()
+    hashes = {record.get("backbone_sha256", NOT_RECORDED) for record in records}
     return ", ".join(sorted(hashes)) or NOT_RECORDED
 
 
@@ -196,20 +193,27 @@ def run(
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), arm.applied(settings)
         mark = fingerprint(changed, arm, seed, backbone)
+        scratch = work / _hash(mark, weights)  # checkpoints of other weights are not gone on with
+
+        # where the arm starts
         earlier = {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
         start = backbone_for(changed, backbone, root, work)
         if arm.start == "stage2":
             start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
+
+        # what it trains
         rows, trained = [], start
         if arm.trains != "nothing":
             # arms of one start differ in their training only; what they share is mined once
             stage3 = changed.stage3
             drawn = (stage3.queries, stage3.negatives.model_dump())
-            shared = _hash(str(start), changed.encoder.model_dump(), *drawn, seed)
+            shared = _hash(backbone_hash(start), changed.encoder.model_dump(), *drawn, seed)
             mined = work / f"negatives-{shared}.safetensors"
-            job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), work / mark, mined)
+            job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), scratch, mined)
             jobs.launch(jobs.run, job)
             rows, trained = jobs.history(job), job.model
+
+        # what it is worth, in a folder that appears whole
         model = encoder.load(trained, changed.encoder, dtype=changed.dtype, device=changed.device)
         target = result_folder(folder, name, seed)
         partial = target.with_name(target.name + ".partial")
@@ -225,7 +229,7 @@ def run(
         files.write_whole(partial / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        shutil.rmtree(work / mark, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
@@ -240,9 +244,9 @@ def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path)
 def retriever(
     settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path
 ) -> Path:
-    """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
+    """Folder of the stage-2 model of a seed, trained once per backbone and values that matter."""
     values = _dumped(settings, {"data", "encoder", "stage1", "stage2", "dtype", "device"})
-    folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
+    folder = work / f"stage2-{_hash(values, seed, backbone_hash(backbone))}"
     if (folder / "elva.json").is_file():
         return folder
     partial, start = folder.with_name(folder.name + ".partial"), backbone

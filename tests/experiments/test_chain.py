@@ -15,13 +15,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import cli, config, files
+from elva_core import config, files
 from elva_core.data import mbeir
 from elva_core.data import sources as prepare
 from elva_core.evaluation import statistics
 from elva_core.experiments import chain, claims, report, stages, study
 from elva_core.experiments.chain import ChainError
-from elva_core.retrieval import cache
 
 
 def notebook(path, *sources):
@@ -125,18 +124,6 @@ def test_up_to_date_means_same_inputs_profile_seed_and_code(outputs, monkeypatch
 def test_code_of_a_stage_is_what_its_notebook_reaches():
     used = chain._imports("from elva_core.experiments import figures\nfrom elva_core.training.rewards import ranks\nimport elva_core")
     assert {path.stem for path in used} == {"figures", "rewards"}
-
-
-def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
-    assert cli.main(["run", "nowhere"]) == 1
-    assert "nowhere.yaml is missing" in capsys.readouterr().err
-
-
-def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
-    assert cli.main(["lint", str(own_root.folder)]) == 0
-    own_root.image_path(own_root.pool("emoji_task0", "test")[0].image).unlink()
-    assert cli.main(["lint", str(own_root.folder)]) == 1
-    assert "is missing; restore the file" in capsys.readouterr().out
 
 
 def hits():
@@ -333,20 +320,6 @@ def test_the_readme_shows_the_committed_reference_run():
     assert list(table.columns) == claims.COLUMNS
     texts = dict.fromkeys(("verdict", "baseline", "seeds"), "")
     assert claims.markdown(table.fillna(texts), statistics.reported(), "").strip() in readme
-
-
-def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
-    tiny.save(tmp_path / "model", stage="test", parent="none")
-    common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
-    assert cli.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
-    table = pd.read_csv(tmp_path / "out/results.csv")
-    assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
-    assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
-    assert cli.main(["evaluate", *common[:4], "--unit", "nowhere_task0", "--out", str(tmp_path / "out")]) == 1
-    assert "no test units ['nowhere_task0']" in capsys.readouterr().err
-    assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
-    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
 
 
 def test_a_readme_without_markers_is_refused(tmp_path):

@@ -140,6 +140,20 @@ def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, mode
         run(only)
 
 
+def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, triplets, tmp_path, monkeypatch):
+    def train(_, job):
+        job.model.mkdir(parents=True)
+        (job.model / "elva.json").write_text("{}")
+
+    monkeypatch.setattr(jobs, "launch", train)
+    places = []
+    for weights in ("old", "new", "old"):  # in folders of one name
+        (backbone := tmp_path / weights / "backbone").mkdir(parents=True, exist_ok=True)
+        (backbone / "model.safetensors").write_text(weights)
+        places.append(study.retriever(profile, root, triplets, str(backbone), 1, tmp_path / "work"))
+    assert places[0] == places[2] != places[1]
+
+
 def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "OUTPUTS", tmp_path)
     trained = stages.stage_folder("smoke", "30_pretrain_contrastive")
