@@ -67,7 +67,7 @@ def _imports(source: str) -> set[Path]:
     return {path for path in paths if path.is_file()}
 
 
-def wanted_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
+def current_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
     """What the manifest of an up-to-date stage carries."""
     inputs = {}
     for name in STAGES[stage]:
@@ -79,7 +79,7 @@ def wanted_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
 def up_to_date(profile: config.Settings, seed: int, stage: str) -> bool:
     """Whether a finished stage has the inputs, profile, seed and code of now."""
     done = manifest(profile.profile, stage)
-    return done is not None and done["fingerprint"] == wanted_fingerprint(profile, seed, stage)
+    return done is not None and done["fingerprint"] == current_fingerprint(profile, seed, stage)
 
 
 def run_notebook(source: Path, executed: Path, parameters: dict[str, object], mark: str = "") -> None:
@@ -185,7 +185,7 @@ def run(
         executed = files.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
         try:
             parameters = {"profile": profile_name, "seed": seed}
-            mark = wanted_fingerprint(profile, seed, stage)
+            mark = current_fingerprint(profile, seed, stage)
             run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, parameters, mark)
             if manifest(profile_name, stage) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
@@ -264,7 +264,7 @@ def train(stage: str, profile_name: str, seed: int) -> None:
     from elva_core.experiments import jobs
 
     profile, notebook = config.load(profile_name), jobs.NOTEBOOKS[stage]
-    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=wanted_fingerprint(profile, seed, notebook))
+    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=current_fingerprint(profile, seed, notebook))
     with distributed.processes().main_process_first():
         opened = open_stage(notebook, profile_name, seed)
         job = jobs.following(stage, opened)

@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_no_table(outputs, monkeypatch):
 
 def test_up_to_date_means_same_inputs_profile_seed_and_code(outputs, monkeypatch):
     profile = config.load("smoke")
-    monkeypatch.setitem(os.environ, "ELVA_FINGERPRINT", chain.wanted_fingerprint(profile, 1, "00_check_environment"))
+    monkeypatch.setitem(os.environ, "ELVA_FINGERPRINT", chain.current_fingerprint(profile, 1, "00_check_environment"))
     stages.open_stage("00_check_environment", "smoke", 1).close()
     assert chain.up_to_date(profile, 1, "00_check_environment")
     assert not chain.up_to_date(profile, 2, "00_check_environment")
