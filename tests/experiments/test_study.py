@@ -81,13 +81,18 @@ def test_all_negatives_are_as_many_as_the_profile_has_of_both_kinds():
         assert (chosen["without random negatives"].hard, chosen["without random negatives"].random) == (both, 0)
 
 
-def test_what_is_said_about_a_benchmark_asks_for_no_arm_again_but_who_draws_it_does(profile):
-    def mark(**changes):
-        return study.fingerprint(profile.changed({"mrbench": changes}), Arm(group="", trains="nothing", why=""), 1, "b")
+def test_a_result_is_named_by_the_values_it_uses_and_by_no_others(profile):
+    def mark(template="summary", start="stage2", trains="nothing", seed=1, **changes):
+        arm = Arm(group="", trains=trains, template=template, start=start, why="")
+        return study.fingerprint(profile.changed(changes), arm, seed, "b")
 
-    assert mark() == mark(precision=0.5, licence="x")
-    model = {"kind": "transformers", "model": "m"}
-    assert len({mark(), mark(annotator=model), mark(units=["u"]), mark(queries=8)}) == 4
+    drawn_by = {"annotator": {"kind": "transformers", "model": "m"}}
+    used = [{}, {"template": "eol"}, {"start": "backbone"}, {"seed": 2}, {"mrbench": drawn_by}, {"mrbench": {"units": ["u"]}}]
+    used += [{"mrbench": {"queries": 8}}, {"stage1": {"steps": 9}}, {"trains": "stage3"}, {"trains": "stage3", "stage3": {"beta": 0.5}}]
+    assert len({mark(**change) for change in used}) == len(used)
+    said = {"mrbench": {"precision": 0.5, "licence": "x"}}  # about the benchmark; and what is not trained, or not from stage 2
+    assert mark(**said) == mark() == mark(stage3={"beta": 0.5}) == mark(threads=7)
+    assert mark(start="backbone", stage1={"steps": 9}) == mark(start="backbone")
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
@@ -233,12 +238,3 @@ def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
     assert table.loc["average", "by seed"] == pytest.approx((50, 100, 25))
     assert table.loc["average", "spread"] == pytest.approx(np.std([50, 100, 25], ddof=1))
     assert table.loc["x_task0", "value"] == pytest.approx(100 * (2 + 2 + 1) / 6)
-
-
-def test_a_template_and_a_start_belong_to_what_is_measured(profile):
-    plain = Arm(group="main", trains="nothing", why="x")
-    marks = {
-        study.fingerprint(profile, a, 1, "b")
-        for a in (plain, plain.model_copy(update={"template": "eol"}), plain.model_copy(update={"start": "backbone"}))
-    }
-    assert len(marks) == 3
