@@ -3,6 +3,9 @@ PROFILE ?= cpu
 SEED ?= 17
 PYTHON ?= python3
 BIN := .venv/bin
+# keeps outputs of notebooks, takes away what a machine leaves in them
+STRIP := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
+	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce study smoke test test-browser bench lint lab notebooks readme clean
@@ -47,7 +50,7 @@ bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL,
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+	$(STRIP) --verify notebooks/*.ipynb
 
 lab: .venv/ready ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -58,7 +61,7 @@ export TQDM_DISABLE := 1
 
 notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their outputs
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
-	$(BIN)/nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version" notebooks/*.ipynb
+	$(STRIP) notebooks/*.ipynb
 
 readme: .venv/ready ## the README's result table from outputs/cpu/90_report
 	$(BIN)/python -m elva_core readme cpu

@@ -1,497 +1,399 @@
-"""The command line: what each command is given and prints. Imports heavy modules only inside the command that needs them.
+"""The command line: what each command is given and prints.
+
+Heavy modules are imported only inside the command that needs them.
 
 python -m elva_core run smoke
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
+import typer
 from rich.console import Console
+from typer import Argument, Option
+from typer.core import TyperCommand
 
-from elva_core import config
-from elva_core import files as artifacts
+from elva_core import config, files
 from elva_core.experiments import chain, stages
 
+app = typer.Typer(
+    help="The ELVA workbook: its notebooks, training, evaluation and use of what was trained.",
+    epilog="Installed as `elva`, too; `elva --install-completion` completes commands, flags and profiles.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+WORKBOOK, TRAINING, EVALUATION = "Workbook", "Training", "Data and evaluation"
+USE = "Use and sharing of a trained model"
+# what ends a command with one line
+EXPECTED = (chain.ChainError, stages.MissingStageError, FileNotFoundError, ValueError)
+PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
 
-def lint(root: Path) -> int:
-    """Prints every violation; the exit status is 1 if there is one."""
+# Arguments that several commands share
+Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
+Profile = Annotated[
+    str, Argument(metavar="PROFILE", help="a file of params/", autocompletion=lambda: PROFILES)
+]
+Seed = Annotated[int, Option(help="every generator derives from it")]
+SettingsFrom = Annotated[str, Option("--profile", help="device and batch", autocompletion=lambda: PROFILES)]
+Model = Annotated[Path, Option(help="folder of a trained model")]
+OptionalModel = Annotated[Path | None, Option(help="folder of a trained model")]
+Out = Annotated[Path, Option(help="folder of the results")]
+PoolModel = Annotated[Path | None, Option(help="the model that embeds the candidates; default: --model")]
+READ = "read at \\[RET] after a summary, or in one pass; default: as the model's elva.json says"
+Template = Annotated[Literal["summary", "eol"] | None, Option(help=READ)]
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options take several values after one flag: `--unit a b`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
+        words, flag = [], None
+        for word in args:
+            if word.startswith("-"):
+                flag = word if word in repeatable else None
+            if flag is None:
+                words.append(word)
+            elif word != flag:
+                words += [flag, word]
+        return super().parse_args(ctx, words)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def run(
+    profile: Profile,
+    seed: Seed = 17,
+    only: Annotated[str | None, Option(metavar="NN", help="only this stage")] = None,
+    start: Annotated[str | None, Option("--from", metavar="NN", help="this one and all after it")] = None,
+    force: Annotated[bool, Option("--force", help="run stages that are up to date, too")] = False,
+) -> None:
+    """Run the chain of notebooks; what is up to date is skipped.
+
+    Example: python -m elva_core run cpu --from 40
+    """
+    chain.run(profile, seed=seed, only=only, start=start, force=force)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def status(profile: Profile, seed: Seed = 17) -> None:
+    """Say which stages are done and current.
+
+    Example: python -m elva_core status cpu
+    """
+    chain.status(profile, seed)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def study(profile: Profile, seed: Seed = 17) -> None:
+    """Train and measure the arms of params/arms.yaml that have no result yet, from the chain's backbone.
+
+    Example: python -m elva_core study cpu
+    """
+    chain.study(profile, seed)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def readme(profile: Profile = "cpu") -> None:
+    """Refresh the tables of README.md with those of a profile's report.
+
+    Example: python -m elva_core readme cpu
+    """
+    from elva_core.experiments import report
+
+    folder = stages.stage_folder(profile, "90_report")
+    tables = {"claims": "table.md", "stages": "stages.md"}
+    blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
+    report.update_readme(files.REPOSITORY / "README.md", blocks)
+
+
+@app.command(rich_help_panel=TRAINING)
+def train(
+    stage: Annotated[Stage, Argument(metavar="STAGE", help=" ".join(get_args(Stage)))],
+    profile: Profile,
+    seed: Seed = 17,
+) -> None:
+    """Train one stage, also under accelerate launch; its notebook finds it done.
+
+    Example: accelerate launch --config_file params/accelerate/fsdp2.yaml -m elva_core train stage2 qwen2vl-2b
+    """
+    chain.train(stage, profile, seed)
+
+
+@app.command(rich_help_panel=TRAINING)
+def plan(
+    profile: Profile,
+    gpu: Annotated[str | None, Option(help="of params/plan.yaml: H100, A100, H20, L40S, ...")] = None,
+    devices: Annotated[int, Option(help="GPUs that train together")] = 1,
+) -> None:
+    """Say what a profile costs before it is started: sequences, FLOPs, hours, memory, disk. Writes nothing.
+
+    Example: python -m elva_core plan qwen2vl-7b --gpu H20 --devices 8
+    """
+    from elva_core.experiments import plan as costs
+
+    costs.show(config.load(profile), gpu=gpu, devices=devices, console=Console())
+
+
+@app.command(rich_help_panel=EVALUATION)
+def lint(root: Annotated[Path, Argument(metavar="ROOT", help="an M-BEIR folder")]) -> None:
+    """Check an M-BEIR folder and print every violation; the exit status is 1 if there is one.
+
+    Example: python -m elva_core lint data/M-BEIR
+    """
     from elva_core.data import lint as rules
     from elva_core.data import mbeir
 
     problems = rules.check(mbeir.Root(root))
-    for problem in problems:
-        print(problem)
-    print(f"{root}: {len(problems)} problems")
-    return int(bool(problems))
+    print(*problems, f"{root}: {len(problems)} problems", sep="\n")
+    raise typer.Exit(bool(problems))
 
 
-def _loaded(model: Path, profile: config.Settings):
-    """A model folder, with the device, dtype and threads of a profile."""
-    from elva_core import distributed
-    from elva_core.models import encoder
-
-    distributed.start(profile.threads)
-    return encoder.load(model, dtype=profile.dtype, device=profile.device)
-
-
+@app.command(rich_help_panel=EVALUATION, cls=ManyValues)
 def evaluate(
-    *,
-    root: Path,
-    units: Sequence[str],
-    model: Path,
-    pool: str,
-    out: Path,
-    profile_name: str,
-    template: str | None,
-    spread: bool,
-    pool_model: Path | None,
+    root: Annotated[Path, Option(help="an M-BEIR folder")],
+    model: Model,
+    out: Out,
+    unit: Annotated[list[str] | None, Option(help="only these test units; default: all")] = None,
+    pool: Annotated[Literal["local", "global", "both"], Option(help="of candidates")] = "local",
+    template: Template = None,
+    pool_model: PoolModel = None,
+    profile: SettingsFrom = "cpu",
 ) -> None:
-    """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again.
+    """Score a trained model on units of an M-BEIR folder; what a killed run has done is not done again.
 
-    Args:
-        template: how the queries are read; None reads them as the model's folder says. pool_model: embeds the candidates,
-            as its folder says; None is `model`, read like the queries.
+    Example: python -m elva_core evaluate --root data/M-BEIR --unit mscoco_task0 --model MODEL --out results
     """
     from elva_core.data import mbeir
-    from elva_core.evaluation import benchmark as evaluation
+    from elva_core.evaluation import benchmark
 
-    profile, pools = config.load(profile_name), ("local", "global") if pool == "both" else (pool,)
-    loaded = _loaded(model, profile)
-    kept = profile.evaluation.model_copy(update={"on_disk": True})
-    candidates = _kept_pool(pool_model, loaded, profile) if pool_model else None
-    searcher = evaluation.searcher_of(
-        loaded, mbeir.Root(root), "test", kept, template or loaded.template, candidates
-    )
-    known = searcher.root.units("test")
-    if lost := sorted(set(units) - set(known)):
+    settings, pools = config.load(profile), ("local", "global") if pool == "both" else (pool,)
+    loaded = _loaded(model, settings)
+    other = pool_model and _pool_encoder(pool_model, loaded, settings)
+    embed_pool = other and _store(other, settings.evaluation.batch)
+    on_disk = settings.evaluation.model_copy(update={"on_disk": True})
+    data, template = mbeir.Root(root), template or loaded.template
+    searcher = benchmark.searcher_of(loaded, data, "test", on_disk, template, embed_pool)
+    known = data.units("test")
+    if lost := sorted(set(unit or ()) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    results = evaluation.score(searcher, units or known, pools, out, model=model.name, spread=spread)
-    if results is None:
-        return
-    print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
-    print((out / "table.md").read_text())
+    results = benchmark.score(searcher, unit or known, pools, out, model=model.name)
+    if results is not None:
+        print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
+        print((out / "table.md").read_text())
 
 
+@app.command(rich_help_panel=EVALUATION)
 def video(
-    *,
-    name: str,
-    root: Path,
-    model: Path,
-    out: Path,
-    frames: int | None,
-    template: str | None,
-    profile_name: str,
+    name: Annotated[Literal["msrvtt", "msvd"], Option("--set")],
+    root: Annotated[Path, Option(help="annotations and videos/, as elva_core/data/video_sets.py says")],
+    model: Model,
+    out: Out,
+    frames: Annotated[int | None, Option(help="of each video; default: as LamRA on MSVD")] = None,
+    template: Template = None,
+    profile: SettingsFrom = "cpu",
 ) -> None:
-    """Scores a trained model on text to video; embeddings are kept, so that a killed run goes on."""
-    from elva_core import distributed
-    from elva_core import files as artifact_files
-    from elva_core.data import video_sets
-    from elva_core.evaluation import captions as unseen_scores
-    from elva_core.evaluation import video as videos
-    from elva_core.retrieval import cache
+    """Score a trained model on text to video: MSR-VTT or MSVD.
 
-    profile, frames = config.load(profile_name), video_sets.FRAMES if frames is None else frames
+    Example: python -m elva_core video --set msvd --root data/msvd --model MODEL --out results
+    """
+    from elva_core import distributed
+    from elva_core.data import video_sets
+    from elva_core.evaluation import captions
+    from elva_core.evaluation import video as videos
+
+    settings, frames = config.load(profile), video_sets.FRAMES if frames is None else frames
     task = video_sets.SETS[name](root, frames)
-    loaded = _loaded(model, profile)
-    batch = max(1, profile.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
-    kept = cache.Store(cache.EMBEDDINGS, loaded, batch=batch, template=template or loaded.template)
-    hits = unseen_scores.score(task.name, [task], kept)[["set", "query", "metric", "value"]]
-    results = videos.table(hits, profile.evaluation.bootstrap, 0).assign(model=model.name)
+    batch = max(1, settings.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
+    embed = _store(_loaded(model, settings), batch, template)
+    hits = captions.score(task.name, [task], embed)[["set", "query", "metric", "value"]]
+    results = videos.table(hits, settings.evaluation.bootstrap, 0).assign(model=model.name)
     if distributed.processes().is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        artifact_files.write_whole(out / f"{name}.csv", results.to_csv(index=False))
+        files.write_whole(out / f"{name}.csv", results.to_csv(index=False))
         print(results.round(4).to_string(index=False))
 
 
+@app.command(rich_help_panel=EVALUATION, cls=ManyValues)
 def unseen(
-    *,
-    sets: Path,
-    names: Sequence[str],
-    model: Path | None,
-    out: Path | None,
-    profile_name: str,
-    template: str | None,
-    encoding: str,
-    lint_only: bool,
-) -> int:
-    """Lints a folder of unseen sets and, if it is clean, scores a trained model on them; the exit status is 1 if it is not."""
-    from elva_core.evaluation import captions as unseen_scores
+    sets: Annotated[Path, Option(help="the folder that holds sharegpt4v, Urban1k, flickr, CIRCO, ...")],
+    names: Annotated[list[str] | None, Option("--set", help="default: all that are there")] = None,
+    model: OptionalModel = None,
+    out: Annotated[Path | None, Option(help="folder of the results")] = None,
+    lint_only: Annotated[bool, Option("--lint", help="only check, and decode every image")] = False,
+    encoding: Annotated[Literal["by direction", "once"], Option(help="once: as LamRA")] = "by direction",
+    template: Template = None,
+    profile: SettingsFrom = "cpu",
+) -> None:
+    """Check the unseen sets of the paper's Table 2 and, if they are clean, score a trained model on them.
+
+    Example: python -m elva_core unseen --sets data/unseen --set circo sugarcrepe --model MODEL --out results
+    """
+    from elva_core.evaluation import captions
 
     if not lint_only and (model is None or out is None):
         raise ValueError("unseen needs --model and --out, or --lint")
-    problems, notes = unseen_scores.check(sets, names, decode=lint_only)
-    for line in [*(f"note: {note}" for note in notes), *problems]:
-        print(line)
-    print(f"{sets}: {len(problems)} problems, {len(notes)} notes")
+    problems, notes = captions.check(sets, names or (), decode=lint_only)
+    counts = f"{sets}: {len(problems)} problems, {len(notes)} notes"
+    print(*(f"note: {note}" for note in notes), *problems, counts, sep="\n")
     if problems or lint_only:
-        return int(bool(problems))
-    from elva_core.retrieval import cache
-
-    profile = config.load(profile_name)
-    loaded = _loaded(model, profile)
-    kept = cache.Store(
-        cache.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=template or loaded.template
-    )
-    results = unseen_scores.run(
-        sets, names, kept, out, model=model.name, encoding=encoding, samples=profile.evaluation.bootstrap
-    )
+        raise typer.Exit(bool(problems))
+    settings = config.load(profile)
+    embed = _store(_loaded(model, settings), settings.evaluation.batch, template)
+    said = {"model": model.name, "encoding": encoding, "samples": settings.evaluation.bootstrap}
+    results = captions.run(sets, names or (), embed, out, **said)
     if results is not None:
         print(results.round(4).to_string(index=False))
         print((out / "table2.md").read_text())
-    return 0
 
 
-def _kept_pool(folder: Path, asking, profile: config.Settings):
-    """The kept embeddings of another model than the one that reads the queries; errors as `_pool_encoder` has them."""
-    from elva_core.retrieval import cache
-
-    loaded = _pool_encoder(folder, asking, profile)
-    return cache.Store(cache.EMBEDDINGS, loaded, batch=profile.evaluation.batch, template=loaded.template)
-
-
-def _pool_encoder(folder: Path, asking, profile: config.Settings):
-    """The model that embeds the candidates.
-
-    Raises:
-        ValueError: its embeddings have another size than those of the model that reads the queries.
-    """
-    loaded = _loaded(folder, profile)
-    sizes = [e.backbone.config.get_text_config().hidden_size for e in (asking, loaded)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{folder} has embeddings of size {sizes[1]}, {asking.source} of {sizes[0]}; take its teacher"
-        )
-    return loaded
-
-
+@app.command(rich_help_panel=USE)
 def search(
-    *,
-    model: Path | None,
-    root: Path | None,
-    unit: str | None,
-    text: str,
-    image: Path | None,
-    k: int,
-    profile_name: str,
-    template: str | None,
-    pool_model: Path | None,
-    built: Path | None,
-    pictures: bool,
+    text: Annotated[str, Argument(metavar="TEXT")] = "",
+    image: Annotated[Path | None, Option(help="a file")] = None,
+    model: OptionalModel = None,
+    root: Annotated[Path | None, Option(help="an M-BEIR folder")] = None,
+    unit: Annotated[str | None, Option(help="whose pool is searched")] = None,
+    index: Annotated[Path | None, Option(help="of `export --index`, for --model, --root and --unit")] = None,
+    k: Annotated[int, Option(help="how many answers")] = 10,
+    template: Template = None,
+    pool_model: PoolModel = None,
+    no_pictures: Annotated[bool, Option("--no-pictures", help="write no contact sheet here")] = False,
+    profile: SettingsFrom = "cpu",
 ) -> None:
-    """Prints the best candidates of a unit's pool, or of a built index, for a free query; a sheet of pictures goes where one stands.
+    """Search a unit's pool, or a built index, with a text, an image, or both.
 
-    The pool of a unit is embedded once and kept. An index says which model and root it was made from; either may be given instead.
+    The pool of a unit is embedded once and kept. An index says which model and root it was made from; either
+    may be given instead.
 
-    Args:
-        template, pool_model: as in `evaluate`; an index is asked as it was read. In one pass there is no summary to print.
+    Example: python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
     """
     from elva_core.apps import answers
     from elva_core.data import mbeir
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
 
-    if built is None and not (model and root and unit):
-        raise ValueError("search needs --model, --root and --unit, or --index")
-    if built is not None:
-        written = faiss_index.manifest(built)
-        if unit not in (None, written["unit"]):
-            raise ValueError(
-                f"{built} is an index of {written['unit']}, not of {unit}; leave --unit out, or export that unit's index"
-            )
-        places = written["made_from"]
-        model, root = (
-            given or faiss_index.place_of(built, places[name])
-            for given, name in ((model, "model"), (root, "root"))
-        )
-        if model is None:
-            raise ValueError(
-                f"{built} was made by {places['model']}, which is not there; say where it is with --model DIR"
-            )
-    profile = config.load(profile_name)
-    loaded = _loaded(model, profile)
-    data = mbeir.Root(root) if root else None
-    if built and pool_model:
+    if index and pool_model:
         raise ValueError("--index holds embedded candidates; leave --pool-model out")
-    other = _pool_encoder(pool_model, loaded, profile) if pool_model else loaded
-    read = other.template if pool_model else template or loaded.template
-    batch = profile.evaluation.batch
-    pool = (
-        faiss_index.opened(built, loaded, data)
-        if built
-        else pools.of_unit(other, data, unit, batch=batch, template=read)
-    )
-    asked = template or (pool.template if built else loaded.template)
-    found = answers.search(loaded, pool, text, image, k=k, template=asked)
-    if asked == "summary":
-        print(f"summary: {found.summary!r}")
-    for rank, score, did, words, picture, caption in found.table().fillna("").itertuples(index=False):
+    if index:
+        model, root = faiss_index.made_from(index, model, root, unit)
+    elif not (model and root and unit):
+        raise ValueError("search needs --model, --root and --unit, or --index")
+    settings = config.load(profile)
+    loaded, data = _loaded(model, settings), mbeir.Root(root) if root else None
+    if index:
+        pool = faiss_index.opened(index, loaded, data)
+        template = template or pool.template  # an index is asked as it was read
+    else:
+        other = _pool_encoder(pool_model, loaded, settings) if pool_model else loaded
+        read = other.template if pool_model else template or loaded.template
+        pool = pools.of_unit(other, data, unit, batch=settings.evaluation.batch, template=read)
+        template = template or loaded.template
+    results = answers.search(loaded, pool, text, image, k=k, template=template)
+    if template == "summary":
+        print(f"summary: {results.summary!r}")
+    for rank, score, did, words, picture, caption in results.table().fillna("").itertuples(index=False):
         print(f"{rank:3} {score:.3f} {did:10} {words} {picture} {caption}")
-    if pictures:
-        print(
-            f"pictures: {found.save(Path.cwd())}"
-            + ("" if data else " without images; say where they are with --root ROOT")
-        )
+    if not no_pictures:
+        lacking = "" if data else " without images; say where they are with --root ROOT"
+        print(f"pictures: {results.save(Path.cwd())}{lacking}")
 
 
+@app.command(rich_help_panel=USE)
 def export(
-    *,
-    model: Path,
-    to: Path,
-    template: str | None,
-    root: Path | None,
-    unit: str | None,
-    index_wanted: bool,
-    pool: str,
-    profile_name: str,
+    model: Model,
+    to: Annotated[Path, Option(help="folder that is written")],
+    root: Annotated[Path | None, Option(help="an M-BEIR folder: its instructions, or the pool's")] = None,
+    unit: Annotated[str | None, Option(help="whose instruction is encode_query's, or whose pool")] = None,
+    index: Annotated[bool, Option("--index", help="embeddings of a pool, instead of the model")] = False,
+    pool: Annotated[Literal["local", "global"], Option(help="of --index")] = "local",
+    template: Template = None,
+    profile: SettingsFrom = "cpu",
 ) -> None:
-    """Writes a model for sentence-transformers, or the embeddings of a unit's pool as parquet and for FAISS."""
+    """Write a model for sentence-transformers, or with --index a pool's embeddings for FAISS and as parquet.
+
+    Example: python -m elva_core export --model MODEL --to FOLDER
+    """
     from elva_core.data import mbeir
 
     data = mbeir.Root(root) if root else None
-    if not index_wanted:
-        from elva_core.export import sentence_transformers as exporting
+    if not index:
+        from elva_core.export import sentence_transformers
 
-        print(
-            f"{model} is now {exporting.sentence_transformer(model, to, template=template, root=data, unit=unit)}; see its README.md"
-        )
+        asked = {"template": template, "root": data, "unit": unit}
+        written = sentence_transformers.sentence_transformer(model, to, **asked)
+        print(f"{model} is now {written}; see its README.md")
         return
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
 
     if not (data and unit):
         raise ValueError("export --index needs --root and --unit, whose pool it embeds")
-    profile = config.load(profile_name)
-    loaded = _loaded(model, profile)
-    embedded = pools.of_unit(
-        loaded, data, unit, batch=profile.evaluation.batch, template=template or loaded.template, pool=pool
-    )
-    files = faiss_index.write(loaded, embedded, to)
-    print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(files)}")
-    if faiss_index.FAISS not in files:
+    settings = config.load(profile)
+    loaded, batch = _loaded(model, settings), settings.evaluation.batch
+    embedded = pools.of_unit(loaded, data, unit, batch=batch, template=template or loaded.template, pool=pool)
+    written = faiss_index.write(loaded, embedded, to)
+    print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(written)}")
+    if faiss_index.FAISS not in written:
         print(f"no {faiss_index.FAISS}: faiss is not installed; pip install faiss-cpu, then export again")
 
 
-def plan(profile_name: str, gpu: str | None, devices: int) -> None:
-    """Prints what a profile costs on a named GPU; starts nothing, writes nothing."""
-    from elva_core.experiments import plan as costs
+@app.command(rich_help_panel=USE)
+def push(
+    model: Model,
+    to: Annotated[str, Option(help="a folder (existing, or starting with . / ~), else a hub name")],
+    profile: Annotated[str | None, Option(help="whose training values the card shows")] = None,
+    results: Annotated[Path | None, Option(help="of `evaluate`, or a claims.csv, for the card")] = None,
+) -> None:
+    """Put a trained model with its model card into a folder or on the hub.
 
-    costs.show(config.load(profile_name), gpu=gpu, devices=devices, console=Console())
-
-
-def push(model: Path, to: str, profile_name: str | None, results: Path | None) -> None:
-    """Puts a trained model with its card into a folder or on the hub."""
+    Example: python -m elva_core push --model MODEL --to ./published --profile cpu
+    """
     from elva_core.export import hub
 
-    profile = config.load(profile_name) if profile_name else None
-    print(f"{model} is now {hub.push(model, to, profile=profile, results=results)}")
+    settings = config.load(profile) if profile else None
+    print(f"{model} is now {hub.push(model, to, profile=settings, results=results)}")
 
 
-def readme(profile_name: str) -> None:
-    """Writes the tables of the committed run between the README's markers."""
-    from elva_core.experiments import report
+def _loaded(model: Path, settings: config.Settings):
+    """A model folder, with the device, dtype and threads of a profile."""
+    from elva_core import distributed
+    from elva_core.models import encoder
 
-    folder = stages.stage_folder(profile_name, "90_report")
-    blocks = {
-        name: (folder / file).read_text(encoding="utf-8")
-        for name, file in (("claims", "table.md"), ("stages", "stages.md"))
-    }
-    report.update_readme(artifacts.REPOSITORY / "README.md", blocks)
+    distributed.start(settings.threads)
+    return encoder.load(model, dtype=settings.dtype, device=settings.device)
 
 
-def _run(command: argparse.ArgumentParser) -> None:
-    """Which run of the chain is meant."""
-    command.add_argument("profile_name", metavar="PROFILE")
-    command.add_argument("--seed", type=int, default=17)
+def _store(loaded, batch: int, template: str | None = None):
+    """Embeddings of a model, kept on disk; it is read as its folder says, or as `template` does."""
+    from elva_core.retrieval import cache
+
+    return cache.Store(cache.EMBEDDINGS, loaded, batch=batch, template=template or loaded.template)
 
 
-def _profile(command: argparse.ArgumentParser, said: str = "where device and batch come from") -> None:
-    command.add_argument(
-        "--profile", dest="profile_name", metavar="PROFILE", default="cpu", help=said + "; default: cpu"
-    )
+def _pool_encoder(folder: Path, queries, settings: config.Settings):
+    """The model that embeds the candidates, where another one, `queries`, reads the queries.
 
-
-def _template(command: argparse.ArgumentParser) -> None:
-    said = "read at [RET] after a summary, or in one pass; default: as the model's elva.json says"
-    command.add_argument("--template", choices=("summary", "eol"), help=said)
-
-
-def _pool_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--pool-model",
-        type=Path,
-        metavar="DIR",
-        help="the model that embeds the candidates; default: --model",
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    """What can be typed; `do` is the function that takes the rest as keywords and may return an exit status."""
-    whole = argparse.ArgumentParser(prog="python -m elva_core", description="The ELVA workbook")
-    commands = whole.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(do: Callable[..., int | None], said: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(do.__name__, help=said)
-        added.set_defaults(do=do)
-        return added
-
-    p = command(chain.run, "run the chain of notebooks")
-    _run(p)
-    p.add_argument("--only", metavar="NN", help="only this stage")
-    p.add_argument("--from", dest="start", metavar="NN", help="this stage and those after it")
-    p.add_argument("--force", action="store_true", help="run stages that are up to date, too")
-
-    _run(command(chain.status, "which stages are done and current"))
-
-    said = "train and measure the arms of params/arms.yaml that have no result yet, on the data and backbone of the chain"
-    _run(command(chain.study, said))
-
-    p = command(chain.train, "train one stage, also under accelerate launch")
-    p.add_argument("stage", choices=("stage1", "stage2", "stage3", "control", "distil", "rerank"))
-    _run(p)
-
-    p = command(plan, "what a profile costs before it is started: sequences, FLOPs, hours, memory, disk")
-    p.add_argument("profile_name", metavar="PROFILE")
-    p.add_argument(
-        "--gpu",
-        help="a name of params/plan.yaml, for instance H100, A100, H20, L40S; default by the profile's device",
-    )
-    p.add_argument("--devices", type=int, default=1)
-
-    p = command(lint, "check an M-BEIR folder")
-    p.add_argument("root", type=Path)
-
-    p = command(evaluate, "score a trained model on units of an M-BEIR folder")
-    p.add_argument("--root", type=Path, required=True)
-    p.add_argument("--unit", nargs="*", default=[], dest="units")
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--pool", choices=("local", "global", "both"), default="local")
-    _template(p)
-    _pool_model(p)
-    p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
-    p.add_argument("--out", type=Path, required=True)
-    _profile(p, "where device, batch and cut-offs come from")
-
-    p = command(video, "score a trained model on text to video: MSR-VTT or MSVD")
-    p.add_argument("--set", dest="name", choices=("msrvtt", "msvd"), required=True)
-    p.add_argument(
-        "--root",
-        type=Path,
-        required=True,
-        help="folder with the annotations and videos/; layouts: elva_core/video_sets.py",
-    )
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--frames", type=int, help="looked at in each video; default as LamRA on MSVD")
-    _template(p)
-    _profile(p)
-
-    p = command(unseen, "check the unseen sets of the paper's Table 2 and score a trained model on them")
-    p.add_argument(
-        "--sets",
-        type=Path,
-        required=True,
-        help="the folder that holds sharegpt4v, Urban1k, flickr, CIRCO, ...",
-    )
-    p.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        dest="names",
-        metavar="NAME",
-        help="only these; default: all whose folder is there",
-    )
-    p.add_argument("--lint", action="store_true", dest="lint_only", help="only check, and decode every image")
-    p.add_argument("--model", type=Path)
-    p.add_argument(
-        "--encoding",
-        choices=("by direction", "once"),
-        default="by direction",
-        help="once: LamRA's way of the captioned sets",
-    )
-    p.add_argument("--out", type=Path)
-    _template(p)
-    _profile(p)
-
-    p = command(search, "search a unit's pool, or a built index, with a text, an image, or both")
-    p.add_argument("--model", type=Path)
-    p.add_argument("--root", type=Path)
-    p.add_argument("--unit")
-    p.add_argument(
-        "--index",
-        type=Path,
-        dest="built",
-        help="what `export --index` wrote, instead of --model, --root and --unit",
-    )
-    p.add_argument("text", nargs="?", default="")
-    p.add_argument("--image", type=Path)
-    p.add_argument("--k", type=int, default=10)
-    _template(p)
-    _pool_model(p)
-    p.add_argument(
-        "--no-pictures", action="store_false", dest="pictures", help="write no contact sheet into this folder"
-    )
-    _profile(p)
-
-    p = command(
-        export,
-        "write a model for sentence-transformers, or with --index a pool's embeddings for FAISS and as parquet",
-    )
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    p.add_argument(
-        "--root",
-        type=Path,
-        help="an M-BEIR folder: its instructions become prompts; with --index, where the pool is",
-    )
-    p.add_argument(
-        "--unit", help="whose instruction encode_query takes; with --index, whose pool is embedded"
-    )
-    p.add_argument(
-        "--index",
-        action="store_true",
-        dest="index_wanted",
-        help="the embeddings of a pool, instead of the model",
-    )
-    p.add_argument("--pool", choices=("local", "global"), default="local")
-    _template(p)
-    _profile(p)
-
-    p = command(push, "put a trained model with its model card into a folder or on the hub")
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument(
-        "--to",
-        required=True,
-        metavar="REPO_OR_FOLDER",
-        help="a folder (existing, or starting with . / ~), else a hub name",
-    )
-    p.add_argument(
-        "--profile", dest="profile_name", metavar="PROFILE", help="whose training values the card shows"
-    )
-    p.add_argument(
-        "--results", type=Path, help="results.csv of `evaluate` or claims.csv of a report, for the card"
-    )
-
-    p = command(readme, "refresh the tables of README.md")
-    p.add_argument("profile_name", metavar="PROFILE", nargs="?", default="cpu")
-    return whole
+    Raises:
+        ValueError: its embeddings have another size than those of the model that reads the queries.
+    """
+    loaded = _loaded(folder, settings)
+    sizes = [e.backbone.config.get_text_config().hidden_size for e in (queries, loaded)]
+    if sizes[0] != sizes[1]:
+        other = f"{queries.source} of {sizes[0]}"
+        raise ValueError(f"{folder} has embeddings of size {sizes[1]}, {other}; take its teacher")
+    return loaded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does one command; what went wrong is one line, and the exit status is 1."""
-    given = vars(parser().parse_args(arguments))
-    do = given.pop("do")
+    """Does one command; the exit status is 1 for what went wrong, in one line, and 2 for a wrong command."""
     try:
-        return do(**given) or 0
-    except (
-        chain.ChainError,
-        config.ProfileError,
-        stages.MissingStageError,
-        FileNotFoundError,
-        ValueError,
-    ) as error:
+        app(args=arguments)
+    except SystemExit as end:
+        return end.code or 0
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    return 1

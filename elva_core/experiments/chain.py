@@ -1,4 +1,4 @@
-"""The chain of notebooks: which reads which, what is up to date, and running, studying and training it.
+"""The chain of notebooks: running it or a part of it, what is up to date, its ablation study, its training.
 
     run("smoke", seed=17)
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import sys
 import time
@@ -18,44 +19,19 @@ from rich.console import Console
 from rich.table import Table
 
 from elva_core import config, files
-from elva_core.experiments.stages import fingerprint as stage_fingerprint
-from elva_core.experiments.stages import manifest, open_stage, stage_folder
+from elva_core.experiments.stages import STAGES, fingerprint, manifest, numbered, open_stage, stage_folder
 
+REPORT = numbered("90")
 NOTEBOOKS = files.REPOSITORY / "notebooks"
 PACKAGE = files.REPOSITORY / "elva_core"
-# stage -> the stages it reads
-STAGES = {
-    "00_check_environment": (),
-    "10_prepare_data": ("00_check_environment",),
-    "20_build_mrbench": ("10_prepare_data",),
-    "30_pretrain_contrastive": ("10_prepare_data",),
-    "40_finetune_rlvr": ("10_prepare_data", "30_pretrain_contrastive"),
-    "50_evaluate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "60_ablate": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive"),
-    "70_analyse_grains": (
-        "10_prepare_data",
-        "20_build_mrbench",
-        "30_pretrain_contrastive",
-        "40_finetune_rlvr",
-    ),
-    "80_generalise": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "82_transfer": (
-        "10_prepare_data",
-        "30_pretrain_contrastive",
-        "40_finetune_rlvr",
-        "50_evaluate",
-        "60_ablate",
-    ),
-    "85_trade_cost": ("10_prepare_data", "20_build_mrbench", "30_pretrain_contrastive", "40_finetune_rlvr"),
-    "90_report": (),
-}
-STAGES["90_report"] = tuple(s for s in STAGES if s != "90_report")
-# Large tensors come and go all the time; without these glibc gives the pages back and faults them in again.
+FOUR_GB = 4294967296
 KERNEL_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296",
+    # large tensors come and go all the time; else glibc gives the pages back and faults them in again
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+    f":glibc.malloc.mmap_threshold={FOUR_GB}:glibc.malloc.trim_threshold={FOUR_GB}",
     "TQDM_MININTERVAL": "30",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    "PYTHONWARNINGS": "ignore::FutureWarning",  # transformers announces its next major version in every kernel
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # transformers announces its next version in every kernel
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -68,9 +44,8 @@ def code_hash(notebook: Path) -> str:
     """Hash of a notebook's code cells and of every module of the package they reach through imports."""
     import nbformat
 
-    source = "\n".join(
-        cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"
-    )
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     digest, queue, seen = hashlib.sha256(source.encode()), _imports(source), set()
     while queue:
         path = queue.pop()
@@ -92,22 +67,27 @@ def _imports(source: str) -> set[Path]:
     return {path for path in paths if path.is_file()}
 
 
-def wanted_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
+def current_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
     """What the manifest of an up-to-date stage carries."""
     inputs = {}
     for name in STAGES[stage]:
         path = stage_folder(profile.profile, name) / "manifest.json"
         inputs[name] = files.file_hash(path) if path.is_file() else "missing"
-    return stage_fingerprint(profile, seed, inputs, code_hash(NOTEBOOKS / f"{stage}.ipynb"))
+    return fingerprint(profile, seed, inputs, code_hash(NOTEBOOKS / f"{stage}.ipynb"))
 
 
 def up_to_date(profile: config.Settings, seed: int, stage: str) -> bool:
-    found = manifest(profile.profile, stage)
-    return found is not None and found["fingerprint"] == wanted_fingerprint(profile, seed, stage)
+    """Whether a finished stage has the inputs, profile, seed and code of now."""
+    done = manifest(profile.profile, stage)
+    return done is not None and done["fingerprint"] == current_fingerprint(profile, seed, stage)
 
 
-def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fingerprint: str = "") -> None:
+def run_notebook(source: Path, executed: Path, parameters: dict[str, object], mark: str = "") -> None:
     """Executes one notebook with papermill; refuses unknown parameters, notices cells that never ran.
+
+    Args:
+        executed: where the executed copy is written; paths below the repository are relative in it.
+        mark: fingerprint that the stage's manifest will carry.
 
     Raises:
         ChainError: with notebook, cell, last line of the traceback and the executed copy.
@@ -118,7 +98,7 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fi
     if unknown := sorted(parameters.keys() - declared.keys()):
         raise ChainError(f"{source.name} declares no parameter {unknown}; it declares {sorted(declared)}")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=fingerprint)
+    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=mark)
     try:
         notebook = papermill.execute_notebook(
             str(source),
@@ -132,46 +112,44 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], fi
             extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of local TCP at every start
         )
     except papermill.PapermillExecutionError as error:
-        last = error.evalue.strip().splitlines()[-1] if error.evalue.strip() else ""
-        raise ChainError(
-            f"{source.name}, cell {error.cell_index} ({_heading(executed, error.cell_index)}): {error.ename}: {last}\n"
-            f"executed copy: {executed}"
-        ) from None
-    skipped = [
-        i
-        for i, c in enumerate(notebook.cells)
-        if c.cell_type == "code" and c.source.strip() and c.execution_count is None
-    ]
-    if skipped:
+        last = (error.evalue.strip().splitlines() or [""])[-1]
+        cell = f"cell {error.cell_index} ({_heading(executed, error.cell_index)})"
+        raise ChainError(f"{source.name}, {cell}: {error.ename}: {last}\nexecuted copy: {executed}") from None
+    finally:
+        _relative_paths(executed)
+    code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    if skipped := [i for i, cell in code if cell.source.strip() and cell.execution_count is None]:
         raise ChainError(f"{source.name}: cells {skipped} never ran (sys.exit?); executed copy: {executed}")
+
+
+def _relative_paths(executed: Path) -> None:
+    """Makes the repository's paths in an executed notebook (metadata, outputs, tracebacks) relative to it."""
+    if executed.is_file():
+        place = json.dumps(f"{files.REPOSITORY}{os.sep}", ensure_ascii=False)[1:-1]  # as JSON has it
+        files.write_whole(executed, executed.read_text(encoding="utf-8").replace(place, ""))
 
 
 def _heading(executed: Path, index: int) -> str:
     import nbformat
 
     cells = nbformat.read(executed, as_version=4).cells[: index + 1]
-    lines = [
-        line
-        for c in cells
-        if c.cell_type == "markdown"
-        for line in c.source.splitlines()
-        if line.startswith("#")
-    ]
-    return lines[-1].lstrip("# ") if lines else "no heading"
+    lines = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    headings = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return headings[-1] if headings else "no heading"
 
 
 def expected_seconds(profile: str) -> dict[str, float]:
     """Seconds each stage took last time here, else in the committed reference run."""
     import csv
 
-    cost = stage_folder(profile, "90_report") / "cost.csv"
+    cost = stage_folder(profile, REPORT) / "cost.csv"
     known = {}
     if cost.is_file():
         with cost.open(encoding="utf-8") as rows:
             known = {r["stage"]: float(r["wall_s"]) for r in csv.DictReader(rows)}
     for stage in STAGES:
-        if found := manifest(profile, stage):
-            known[stage] = found["wall_s"]
+        if done := manifest(profile, stage):
+            known[stage] = done["wall_s"]
     return known
 
 
@@ -184,7 +162,7 @@ def run(
     force: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Runs the chain, or a part of it; stages whose inputs, profile, seed and code have not changed are skipped.
+    """Runs the chain, or a part of it; stages whose inputs, profile, seed and code are the same are skipped.
 
     Raises:
         ChainError: at the first failure; later stages are named as skipped.
@@ -199,22 +177,16 @@ def run(
         if not force and up_to_date(profile, seed, stage):
             console.print(f"[green]up to date[/]  {stage}")
             continue
-        left = [s for s in stages[place:] if s in expected]
-        hint = (
-            f"about {sum(expected[s] for s in left) / 60:.0f} min left"
-            if len(left) == len(stages[place:])
-            else "no estimate yet"
-        )
+        left, hint = stages[place:], "no estimate yet"
+        if all(s in expected for s in left):
+            hint = f"about {sum(expected[s] for s in left) / 60:.0f} min left"
         console.print(f"[cyan]running[/]     {stage}  ({hint})")
         stage_began = time.monotonic()
         executed = files.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
         try:
-            run_notebook(
-                NOTEBOOKS / f"{stage}.ipynb",
-                executed,
-                {"profile": profile_name, "seed": seed},
-                wanted_fingerprint(profile, seed, stage),
-            )
+            parameters = {"profile": profile_name, "seed": seed}
+            mark = current_fingerprint(profile, seed, stage)
+            run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, parameters, mark)
             if manifest(profile_name, stage) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
         except ChainError as error:
@@ -222,38 +194,29 @@ def run(
             raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None
         console.print(f"[green]done[/]        {stage}  {time.monotonic() - stage_began:.0f} s")
     console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
-    if "90_report" in stages:
-        _print_claims(stage_folder(profile_name, "90_report"), console)
+    if REPORT in stages:
+        _print_claims(stage_folder(profile_name, REPORT), console)
 
 
 def _print_claims(report: Path, console: Console) -> None:
-    """The averages at rank 5, the gains and the distances; units, ablations and the rest stay in claims.csv."""
+    """The averages at rank 5, the gains and the distances; units, ablations and so on stay in claims.csv."""
     import csv
 
     table = Table(title="measured in this run; every row: claims.csv")
     for column in ("claim", "metric", "paper", "ours", "95 % interval", "n", "verdict"):
         table.add_column(column, no_wrap=True)
     with (report / "claims.csv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            average = row["claim"].endswith("average") and row["metric"] == "hit@5"
-            if row["ours"] and (average or "gain of hit@5" in row["metric"] or "distance" in row["metric"]):
-                numbers = [row[c] for c in ("paper", "ours", "ci_low", "ci_high")]
-                paper, ours, low, high = (
-                    n and f"{round(float(n), 6) + 0.0:.3g}" for n in numbers
-                )  # + 0.0: no -0
-                interval = f"[{low}, {high}]" if low else ""
-                table.add_row(
-                    row["claim"],
-                    row["metric"],
-                    paper,
-                    ours,
-                    interval,
-                    row["n"].removesuffix(".0"),
-                    row["verdict"],
-                )
-    Console(file=console.file, width=max(console.width, 150)).print(
-        table
-    )  # print(width=) never exceeds the console's own
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        average = row["claim"].endswith("average") and row["metric"] == "hit@5"
+        if row["ours"] and (average or "gain of hit@5" in row["metric"] or "distance" in row["metric"]):
+            numbers = [row[column] for column in ("paper", "ours", "ci_low", "ci_high")]
+            # + 0.0: no -0
+            paper, ours, low, high = (n and f"{round(float(n), 6) + 0.0:.3g}" for n in numbers)
+            interval, n = f"[{low}, {high}]" if low else "", row["n"].removesuffix(".0")
+            table.add_row(row["claim"], row["metric"], paper, ours, interval, n, row["verdict"])
+    # print(width=) never exceeds the console's own
+    Console(file=console.file, width=max(console.width, 150)).print(table)
     console.print(f"report: {report / 'report.md'}")
 
 
@@ -261,62 +224,51 @@ def status(profile_name: str, seed: int) -> None:
     """One line per stage: done and current, out of date, or not done."""
     profile, console = config.load(profile_name), Console(soft_wrap=True)
     for stage in STAGES:
-        found = manifest(profile_name, stage)
-        word = (
-            "not done"
-            if found is None
-            else "up to date"
-            if up_to_date(profile, seed, stage)
-            else "out of date"
-        )
-        console.print(f"{word:12}{stage}" + (f"  seed {found['seed']}, {found['wall_s']} s" if found else ""))
+        done = manifest(profile_name, stage)
+        if done is None:
+            console.print(f"{'not done':12}{stage}")
+            continue
+        word = "up to date" if up_to_date(profile, seed, stage) else "out of date"
+        console.print(f"{word:12}{stage}  seed {done['seed']}, {done['wall_s']} s")
 
 
 def study(profile_name: str, seed: int) -> None:
-    """Trains and measures the arms that have no result yet, on the data and backbone of the chain; then the notebooks that show them.
+    """Trains and measures the arms that have no result yet, on the data and backbone of the chain.
 
-    Of these, those that also read stages that have not been run are left to `run`.
+    Then it runs the notebooks that show them, but for those that also read stages that have not been run.
     """
     from elva_core import distributed
     from elva_core.data import mbeir, sources
     from elva_core.experiments import study as arms
 
-    profile = config.load(profile_name)
-    for stage in ("00_check_environment", *STAGES["60_ablate"]):
+    profile, ablation = config.load(profile_name), numbered("60")
+    for stage in (numbered("00"), *STAGES[ablation]):
         run(profile_name, seed=seed, only=stage)
     os.environ.update(KERNEL_ENVIRONMENT)
     distributed.start(profile.threads)
-    data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES["60_ablate"])
+    data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES[ablation])
     root, triplets = sources.locate(data)
-    arms.run(
-        profile,
-        root,
-        triplets,
-        mbeir.Root(bench / "bench"),
-        arms.backbone_of(trained),
-        *arms.folders(profile_name),
-    )
-    for stage in ("60_ablate", "82_transfer", "90_report"):
-        if lacking := [name for name in STAGES[stage] if manifest(profile_name, name) is None]:
-            print(
-                f"left out  {stage}, which needs {', '.join(lacking)}; run: python -m elva_core run {profile_name} --seed {seed}"
-            )
+    backbone, places = arms.backbone_of(trained), arms.folders(profile_name)
+    arms.run(profile, root, triplets, mbeir.Root(bench / "bench"), backbone, *places)
+    for stage in map(numbered, ("60", "82", "90")):
+        if lacking := ", ".join(name for name in STAGES[stage] if manifest(profile_name, name) is None):
+            command = f"python -m elva_core run {profile_name} --seed {seed}"
+            print(f"left out  {stage}, which needs {lacking}; run: {command}")
         else:
             run(profile_name, seed=seed, only=stage)
 
 
 def train(stage: str, profile_name: str, seed: int) -> None:
-    """Trains one stage on the processes that `accelerate launch` has started; the notebook of the stage finds it done."""
+    """Trains one stage on the processes that `accelerate launch` has started; its notebook finds it done."""
     from elva_core import distributed
     from elva_core.experiments import jobs
 
     profile, notebook = config.load(profile_name), jobs.NOTEBOOKS[stage]
-    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=wanted_fingerprint(profile, seed, notebook))
+    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=current_fingerprint(profile, seed, notebook))
     with distributed.processes().main_process_first():
         opened = open_stage(notebook, profile_name, seed)
         job = jobs.following(stage, opened)
     jobs.run(job)
     if distributed.processes().is_main_process:
-        print(
-            f"{job.model}; goes on with: python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}"
-        )
+        command = f"python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}"
+        print(f"{job.model}; goes on with: {command}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,21 +28,21 @@ from elva_core.training import contrastive, distillation, grpo, hard_negatives, 
 Name = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 # stage of training -> the notebook that holds it
 NOTEBOOKS = {
-    "stage1": "30_pretrain_contrastive",
-    "stage2": "30_pretrain_contrastive",
-    "stage3": "40_finetune_rlvr",
-    "control": "40_finetune_rlvr",
-    "distil": "85_trade_cost",
-    "rerank": "85_trade_cost",
+    name: stages.numbered(number)
+    for number, names in (("30", "stage1 stage2"), ("40", "stage3 control"), ("85", "distil rerank"))
+    for name in names.split()
 }
+PREPARED, CONTRASTIVE, RLVR = (stages.numbered(number) for number in ("10", "30", "40"))
 
 
 @dataclass(frozen=True)
 class Job:
     """What one stage needs.
 
-    start: folder or hub name of the model it begins with. folder: checkpoints and metrics.jsonl, and in the end model/.
-    mined: file of the negatives of stage 3, its control or the reranker, written by whichever of them in the folder comes first.
+    start: folder or hub name of the model it begins with.
+    folder: checkpoints and metrics.jsonl, and in the end model/.
+    mined: file of the negatives of stage 3, its control or the reranker; whichever comes first in the folder
+        writes it.
     """
 
     name: Name
@@ -61,18 +62,10 @@ class Job:
 
 def job(name: Name, stage: stages.Stage, start: str | Path) -> Job:
     """The job of one of the chain's notebooks."""
-    root, triplets = sources.locate(stage.require("10_prepare_data"))
+    root, triplets = sources.locate(stage.require(PREPARED))
     work = stage.folder / "work"
-    return Job(
-        name,
-        stage.settings,
-        stage.seed,
-        root,
-        triplets,
-        str(start),
-        work / name,
-        work / "negatives.safetensors",
-    )
+    mined = work / "negatives.safetensors"
+    return Job(name, stage.settings, stage.seed, root, triplets, str(start), work / name, mined)
 
 
 def following(name: Name, stage: stages.Stage) -> Job:
@@ -85,26 +78,21 @@ def following(name: Name, stage: stages.Stage) -> Job:
     if NOTEBOOKS[name] != stage.name:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
-        root, _ = sources.locate(stage.require("10_prepare_data"))
-        return job(
-            name,
-            stage,
-            teach.ensure(stage.settings.backbone, stage.settings.encoder, root, files.OUTPUTS / "cache"),
-        )
+        root, _ = sources.locate(stage.require(PREPARED))
+        backbone, prompts = stage.settings.backbone, stage.settings.encoder
+        return job(name, stage, teach.ensure(backbone, prompts, root, files.OUTPUTS / "cache"))
     if name in ("distil", "rerank"):
-        if (own := getattr(stage.settings, name)) is None:
-            raise ProfileError(
-                f"params/{stage.settings.profile}.yaml has no section {name}; copy the one of params/cpu.yaml"
-            )
-        begun = job(name, stage, stage.require("40_finetune_rlvr") / "model")
+        profile = f"params/{stage.settings.profile}.yaml"
+        if (section := getattr(stage.settings, name)) is None:
+            raise ProfileError(f"{profile} has no section {name}; copy the one of params/cpu.yaml")
+        following_rlvr = job(name, stage, stage.require(RLVR) / "model")
         if name == "distil":
-            return begun
-        mining = {
-            "stage3": {"queries": own.queries, "negatives": {"pool": own.pool}}
-        }  # of its own, with stage 3's rules
-        return replace(begun, settings=stage.settings.changed(mining))
+            return following_rlvr
+        # the reranker mines by stage 3's rules, with values of its own
+        mining = {"stage3": {"queries": section.queries, "negatives": {"pool": section.pool}}}
+        return replace(following_rlvr, settings=stage.settings.changed(mining))
     if name != "stage2":
-        return job(name, stage, stage.require("30_pretrain_contrastive") / "model")
+        return job(name, stage, stage.require(CONTRASTIVE) / "model")
     before = job("stage1", stage, "")
     if not finished(before):
         command = f"python -m elva_core train stage1 {stage.settings.profile} --seed {stage.seed}"
@@ -112,15 +100,35 @@ def following(name: Name, stage: stages.Stage) -> Job:
     return job(name, stage, before.model)
 
 
-def launch(work: Callable[[Job], None], wanted: Job) -> None:
+def backbone_hash(backbone: str | Path) -> str:
+    """sha256 of the weights of a model folder, or of the copy that this machine has of a model of the hub.
+
+    Raises:
+        ValueError: there are no weights to hash.
+    """
+    weights = encoder.lineage(backbone)[-1:]
+    if not weights or "sha256" not in weights[0]:
+        raise ValueError(
+            f"{backbone} has no weights on this machine; give a model folder, or download it first"
+        )
+    return weights[0]["sha256"]
+
+
+def record_backbone(stage: stages.Stage, backbone: str | Path) -> None:
+    """Writes backbone.txt, the model that a contrastive stage started from, and its hash for the manifest."""
+    (stage.folder / "backbone.txt").write_text(f"{backbone}\n", encoding="utf-8")
+    stage.record["backbone_sha256"] = backbone_hash(backbone)
+
+
+def launch(work: Callable[[Job], None], spec: Job) -> None:
     """Does `work` (`run` or `mine`) in one process per GPU, or in this one where there is one GPU or none.
 
     With several GPUs this process must not have used one before: accelerate forks it.
     """
-    if (count := devices(wanted.settings)) > 1:
-        notebook_launcher(_forked, (work, wanted), num_processes=count)
+    if (count := devices(spec.settings)) > 1:
+        notebook_launcher(_forked, (work, spec), num_processes=count)
     else:
-        work(wanted)
+        work(spec)
 
 
 def devices(settings: Settings) -> int:
@@ -128,101 +136,85 @@ def devices(settings: Settings) -> int:
     return torch.cuda.device_count() if settings.device == "cuda" else 1
 
 
-def _forked(work: Callable[[Job], None], wanted: Job) -> None:
+def _forked(work: Callable[[Job], None], spec: Job) -> None:
     PartialState._reset_state()  # what the notebook's process knew of itself
-    work(wanted)
+    work(spec)
 
 
-def finished(wanted: Job) -> bool:
-    return (wanted.model / "elva.json").is_file()
+def finished(spec: Job) -> bool:
+    return (spec.model / "elva.json").is_file()
 
 
-def history(wanted: Job) -> list[dict[str, float]]:
+def history(spec: Job) -> list[dict[str, float]]:
     """The log lines of a finished job, one per step."""
-    return [json.loads(line) for line in (wanted.folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (spec.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(wanted: Job) -> None:
+def run(spec: Job) -> None:
     """Trains one stage in this process, which may be one of several; resumes from the last checkpoint."""
-    if finished(wanted):
+    if finished(spec):
         return
-    settings, seed, folder = wanted.settings, wanted.seed, wanted.folder
+    settings, seed, folder = spec.settings, spec.seed, spec.folder
     distributed.start(settings.threads)
     distributed.processes()  # each takes its own device before anything is loaded
-    if wanted.name in ("stage3", "control", "rerank"):
-        mine(wanted)
-    model = _loaded(wanted)
-    if wanted.name == "stage1":
-        contrastive.train(
-            model,
-            contrastive.triplet_pairs(sources.read_nli(wanted.triplets), seed),
-            settings.stage1,
-            seed=seed,
-            folder=folder,
-        )
-    elif wanted.name == "stage2":
-        contrastive.train(model, _stage2_pairs(wanted), settings.stage2, seed=seed, folder=folder)
-    elif wanted.name == "distil":
-        drawn = distillation.sample(_stage2_pairs(wanted), settings.distil.pairs, settings.stage2.batch)
-        targets = distillation.taught(
-            model, drawn, batch=settings.evaluation.batch, path=folder / "teacher.safetensors"
-        )
+    if spec.name in ("stage3", "control", "rerank"):
+        mine(spec)
+    model = _loaded(spec)
+    if spec.name == "stage1":
+        pairs = contrastive.triplet_pairs(sources.read_nli(spec.triplets), seed)
+        contrastive.train(model, pairs, settings.stage1, seed=seed, folder=folder)
+    elif spec.name == "stage2":
+        contrastive.train(model, _stage2_pairs(spec), settings.stage2, seed=seed, folder=folder)
+    elif spec.name == "distil":
+        drawn = distillation.sample(_stage2_pairs(spec), settings.distil.pairs, settings.stage2.batch)
+        batch, path = settings.evaluation.batch, folder / "teacher.safetensors"
+        targets = distillation.taught(model, drawn, batch=batch, path=path)
         distillation.train(model, drawn, targets, settings.distil, seed=seed, folder=folder)
     else:
-        ranked = hard_negatives.read(wanted.mined, wanted.root, seed)
-        if wanted.name == "control":
-            contrastive.train(
-                model, contrastive.ranked_pairs(ranked, seed), settings.control, seed=seed, folder=folder
-            )
-        elif wanted.name == "rerank":
+        ranked = hard_negatives.read(spec.mined, spec.root, seed)
+        if spec.name == "control":
+            pairs = contrastive.ranked_pairs(ranked, seed)
+            contrastive.train(model, pairs, settings.control, seed=seed, folder=folder)
+        elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
         else:
-            grpo.train(
-                model,
-                ranked,
-                settings.stage3,
-                seed=seed,
-                folder=folder,
-                mine=lambda: _mined_by(model, wanted),
-            )
+            mine_again = partial(_mined_by, model, spec)
+            grpo.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine_again)
     weights = sharding.whole(model.model)
     if distributed.processes().is_main_process:
-        partial = folder / "model.partial"
-        template = "eol" if wanted.name in ("stage1", "distil") else "summary"
-        model.save(partial, stage=wanted.name, parent=wanted.start, weights=weights, template=template)
-        partial.rename(wanted.model)
+        unfinished = folder / "model.partial"
+        template = "eol" if spec.name in ("stage1", "distil") else "summary"
+        model.save(unfinished, stage=spec.name, parent=spec.start, weights=weights, template=template)
+        unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
 
 
-def _stage2_pairs(wanted: Job) -> contrastive.Draw:
-    return contrastive.union_pairs(
-        wanted.root, wanted.settings.stage2, wanted.seed, wanted.settings.data.exclude_units
-    )
+def _stage2_pairs(spec: Job) -> contrastive.Draw:
+    settings = spec.settings
+    return contrastive.union_pairs(spec.root, settings.stage2, spec.seed, settings.data.exclude_units)
 
 
-def mine(wanted: Job) -> None:
-    """Writes the file of the negatives that the model of `wanted.start` chooses, unless it is there."""
-    if wanted.mined.is_file():
+def mine(spec: Job) -> None:
+    """Writes the file of the negatives that the model of `spec.start` chooses, unless it is there."""
+    if spec.mined.is_file():
         return
-    found = _select(_loaded(wanted), wanted)
+    mined = _select(_loaded(spec), spec)
     if distributed.processes().is_main_process:
-        hard_negatives.write(found, wanted.mined)
+        hard_negatives.write(mined, spec.mined)
     distributed.processes().wait_for_everyone()
 
 
-def _mined_by(model: encoder.Encoder, wanted: Job) -> list[hard_negatives.Ranked]:
+def _mined_by(model: encoder.Encoder, spec: Job) -> list[hard_negatives.Ranked]:
     """The queries of stage 3 with the negatives that the model of this moment chooses."""
-    return hard_negatives.assemble(_select(model, wanted), wanted.root, wanted.seed)
+    return hard_negatives.assemble(_select(model, spec), spec.root, spec.seed)
 
 
-def _select(model: encoder.Encoder, wanted: Job) -> hard_negatives.Mined:
-    settings = wanted.settings
-    size, excluded = settings.evaluation.batch, settings.data.exclude_units
-    return hard_negatives.select(
-        model, wanted.root, settings.stage3, batch=size, seed=wanted.seed, excluded=excluded
-    )
+def _select(model: encoder.Encoder, spec: Job) -> hard_negatives.Mined:
+    rules, batch = spec.settings.stage3, spec.settings.evaluation.batch
+    excluded = spec.settings.data.exclude_units
+    return hard_negatives.select(model, spec.root, rules, batch=batch, seed=spec.seed, excluded=excluded)
 
 
-def _loaded(wanted: Job) -> encoder.Encoder:
-    settings = wanted.settings
-    return encoder.load(wanted.start, settings.encoder, dtype=settings.dtype, device=settings.device)
+def _loaded(spec: Job) -> encoder.Encoder:
+    settings = spec.settings
+    return encoder.load(spec.start, settings.encoder, dtype=settings.dtype, device=settings.device)

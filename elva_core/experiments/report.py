@@ -17,8 +17,7 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import captions, statistics
 from elva_core.experiments import claims
-from elva_core.experiments.chain import STAGES
-from elva_core.experiments.stages import Stage, manifest
+from elva_core.experiments.stages import STAGES, Stage, manifest
 
 REPORT = "90_report"
 PLAIN = (

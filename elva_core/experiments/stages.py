@@ -1,4 +1,6 @@
-"""Stage folders under outputs/: written in a hidden folder, manifest last, then renamed. No manifest = not done.
+"""The notebooks as stages, with a folder each under outputs/.
+
+A stage is written in a hidden folder, its manifest last, which is then renamed. No manifest = not done.
 
 run = open_stage("20_build_mrbench", "smoke", 17)
 root = run.require("10_prepare_data") / "root"
@@ -22,11 +24,32 @@ from elva_core import config as profiles
 from elva_core import files
 from elva_core.files import REPOSITORY, file_hash
 
+# notebook -> the numbers of those it reads, in the order in which they run
+READS = {
+    "00_check_environment": "",
+    "10_prepare_data": "00",
+    "20_build_mrbench": "10",
+    "30_pretrain_contrastive": "10",
+    "40_finetune_rlvr": "10 30",
+    "50_evaluate": "10 20 30 40",
+    "60_ablate": "10 20 30",
+    "70_analyse_grains": "10 20 30 40",
+    "80_generalise": "10 20 30 40",
+    "82_transfer": "10 30 40 50 60",
+    "85_trade_cost": "10 20 30 40",
+    "90_report": "00 10 20 30 40 50 60 70 80 82 85",
+}
+STAGES = {stage: tuple(s for s in READS if s[:2] in numbers.split()) for stage, numbers in READS.items()}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
 
 class MissingStageError(RuntimeError):
     """A stage was asked for that has not been done; the message has the command that makes it."""
+
+
+def numbered(number: str) -> str:
+    """The name of the notebook with this number, "40" for instance."""
+    return next(stage for stage in STAGES if stage.startswith(number))
 
 
 def stage_folder(profile: str, stage: str) -> Path:
@@ -44,20 +67,24 @@ def manifest(profile: str, stage: str) -> dict | None:
 
 def fingerprint(settings: profiles.Settings, seed: int, inputs: dict[str, str], code: str) -> str:
     """What a stage depends on: resolved profile, seed, the manifests of its inputs, its code."""
-    return hashlib.sha256(
-        json.dumps([settings.digest(), seed, inputs, code], sort_keys=True).encode()
-    ).hexdigest()
+    values = json.dumps([settings.digest(), seed, inputs, code], sort_keys=True)
+    return hashlib.sha256(values.encode()).hexdigest()
 
 
 @dataclass
 class Stage:
-    """One run of one notebook. `folder` is where it writes; it becomes outputs/<profile>/<stage> in `close`."""
+    """One run of one notebook.
+
+    folder: where it writes; it becomes outputs/<profile>/<stage> in `close`.
+    inputs: hash of the manifest of each stage that it has read. record: further entries of its own manifest.
+    """
 
     name: str
     settings: profiles.Settings
     seed: int
     folder: Path
     inputs: dict[str, str] = field(default_factory=dict)
+    record: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
     def require(self, stage: str) -> Path:
@@ -67,18 +94,19 @@ class Stage:
             MissingStageError: no manifest, another seed, or a file that changed since it was written.
         """
         profile = self.settings.profile
-        found, folder = manifest(profile, stage), stage_folder(profile, stage)
+        done, folder = manifest(profile, stage), stage_folder(profile, stage)
         command = f"python -m elva_core run {profile} --seed {self.seed} --only {stage[:2]}"
-        if found is None:
+        if done is None:
             raise MissingStageError(f"{folder / 'manifest.json'} is missing; run: {command}")
-        if found["seed"] != self.seed:
+        if done["seed"] != self.seed:
             raise MissingStageError(
-                f"{folder} was made with seed {found['seed']}, not {self.seed}; run: {command}"
+                f"{folder} was made with seed {done['seed']}, not {self.seed}; run: {command}"
             )
-        for name, size in found["files"].items():
-            if not (folder / name).is_file() or (folder / name).stat().st_size != size["bytes"]:
+        for name, size in done["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size["bytes"]:
                 raise MissingStageError(
-                    f"{folder / name} is missing or changed since its manifest; run: {command} --force"
+                    f"{path} is missing or changed since its manifest; run: {command} --force"
                 )
         self.inputs[stage] = file_hash(folder / "manifest.json")
         return folder
@@ -90,7 +118,7 @@ class Stage:
         partial.replace(self.folder / f"{name}.csv")
 
     def save_figure(self, name: str, figure, plotted):
-        """figures/<name>.png and, beside it, the plotted rows as CSV. Returns the picture, for the notebook to show."""
+        """figures/<name>.png and the plotted rows as CSV beside it; returns the picture, for the notebook."""
         from IPython.display import Image
 
         folder = self.folder / "figures"
@@ -102,16 +130,14 @@ class Stage:
     def close(self, metrics: dict | None = None) -> dict:
         """Writes the manifest and moves the folder into place. Nothing may be written after it."""
         shutil.rmtree(self.folder / "work", ignore_errors=True)
-        files = {
-            p.relative_to(self.folder).as_posix(): {"bytes": p.stat().st_size}
-            for p in sorted(self.folder.rglob("*"))
-            if p.is_file()
-        }
         (self.folder / "fingerprint").unlink(missing_ok=True)
-        files.pop("fingerprint", None)
-        for name in files:
+        paths = {
+            p.relative_to(self.folder).as_posix(): p for p in sorted(self.folder.rglob("*")) if p.is_file()
+        }
+        sizes: dict[str, dict] = {name: {"bytes": path.stat().st_size} for name, path in paths.items()}
+        for name, path in paths.items():
             if name.count("/") <= 1:  # top-level results carry a hash; the many images of a root do not
-                files[name]["sha256"] = file_hash(self.folder / name)
+                sizes[name]["sha256"] = file_hash(path)
         record = {
             "stage": self.name,
             "profile": self.settings.profile,
@@ -119,7 +145,7 @@ class Stage:
             "seed": self.seed,
             "inputs": dict(sorted(self.inputs.items())),
             "fingerprint": os.environ.get("ELVA_FINGERPRINT", ""),
-            "files": files,
+            "files": sizes,
             "metrics": metrics or {},
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.time() - self.started, 1),
@@ -127,6 +153,7 @@ class Stage:
             "commit": _commit(),
             "packages": {name: version(name) for name in PACKAGES},
             "device": self.settings.device,
+            **self.record,
         }
         (self.folder / "manifest.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         final = stage_folder(self.settings.profile, self.name)
@@ -136,7 +163,7 @@ class Stage:
             final.rename(retired)
         self.folder.rename(final)
         shutil.rmtree(retired, ignore_errors=True)
-        return {"stage": self.name, "profile": self.settings.profile, "seed": self.seed, "files": len(files)}
+        return {"stage": self.name, "profile": self.settings.profile, "seed": self.seed, "files": len(sizes)}
 
 
 def open_stage(name: str, profile: str, seed: int) -> Stage:
@@ -164,20 +191,12 @@ def _peak_memory_gb() -> float:
 def _commit() -> str:
     """Commit of the working tree, with "+dirty" when tracked code differs from it."""
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        return head + ("+dirty" if changed.strip() else "")
+        head = _git("rev-parse", "--short", "HEAD").strip()
+        return head + ("+dirty" if _git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout

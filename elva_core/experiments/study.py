@@ -1,7 +1,7 @@
-"""The study: arms (changes of a profile) trained and measured side by side over seeds; one arm at a time, resumable.
+"""Multi-seed ablation study: arms (changes of a profile) trained and measured one at a time, resumable.
 
-Data and backbone are those of the chain and the same for every seed, as a downloaded copy would be; stages 1 to 3 are
-trained anew per seed. An arm that is measured under the same values is never run again.
+Data and backbone are those of the chain and the same for every seed, as a downloaded copy would be; stages 1
+to 3 are trained anew per seed. An arm that is measured under the same values is never run again.
 
     study.run(settings, root, triplets, bench, backbone, folder, work)
     table = study.read(folder)
@@ -27,14 +27,16 @@ from elva_core.config import PARAMS, ProfileError, Section, Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import benchmark, grains
 from elva_core.experiments import jobs
+from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
 from elva_core.training import teach
 
 log = logging.getLogger("elva")
+NOT_RECORDED = "not recorded"  # the hash of a backbone, in results that are older than its record
 
 
 class Arm(Section):
-    """One row of params/arms.yaml: what is trained after stage 2, and which values of the profile it changes."""
+    """One row of params/arms.yaml: what is trained after stage 2, and which values of the profile change."""
 
     group: str  # the table it belongs to
     trains: Literal["nothing", "stage3", "control"]
@@ -49,19 +51,21 @@ class Arm(Section):
     why: str
 
     def applied(self, settings: Settings) -> Settings:
-        """The profile with this arm's changes; `all` negatives are as many as the profile has of both kinds."""
+        """The profile with this arm's changes; `all` negatives are as many as it has of both kinds."""
         both = settings.stage3.negatives.hard + settings.stage3.negatives.random
-        changes, own = dict(self.changes), self.changes.get("stage3", {}).get("negatives")
-        if own:
-            counted = {name: both if value == "all" else value for name, value in own.items()}
-            changes["stage3"] = changes["stage3"] | {"negatives": counted}
+        changes, negatives = dict(self.changes), self.changes.get("stage3", {}).get("negatives", {})
+        if negatives:
+            counts = {kind: both if value == "all" else value for kind, value in negatives.items()}
+            changes["stage3"] = changes["stage3"] | {"negatives": counts}
         return settings.changed(changes)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured, long: one row per arm and seed (runs), and per query of MRBench (hits) and of the units that an arm names
-    (units), per grain of a query (distances), per kind of grain (errors).
+    """Everything that was measured, as long tables.
+
+    A row is an arm and seed (runs), with each query of MRBench (hits) and of the units that an arm names
+    (units), each grain of a query (distances), each kind of grain (errors).
     """
 
     runs: pd.DataFrame
@@ -77,18 +81,13 @@ def arms(settings: Settings) -> dict[str, Arm]:
     Raises:
         ProfileError: an unknown name, or a change that is no value of a profile.
     """
-    path = PARAMS / "arms.yaml"
-    known = {
-        name: Arm.model_validate(values)
-        for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items()
-    }
-    if unknown := sorted(set(settings.study.arms) - set(known)):
-        raise ProfileError(
-            f"params/{settings.profile}.yaml: study.arms names {unknown}; {path} has {sorted(known)}"
-        )
-    return {
-        name: arm for name, arm in known.items() if name in settings.study.arms or not settings.study.arms
-    }
+    path, names = PARAMS / "arms.yaml", settings.study.arms
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {name: Arm.model_validate(values) for name, values in rows.items()}
+    if unknown := sorted(set(names) - set(known)):
+        lacking = f"study.arms names {unknown}; {path} has {sorted(known)}"
+        raise ProfileError(f"params/{settings.profile}.yaml: {lacking}")
+    return {name: arm for name, arm in known.items() if name in names or not names}
 
 
 def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
@@ -105,17 +104,17 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     used |= {arm.trains} if arm.trains != "nothing" else set()
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
     used |= {"backbone"} if "backbone" in arm.changes else set()
-    bench = settings.mrbench
-    unused = {
-        "precision",
-        "licence",
-    }  # what is said about the benchmark; and what draws it only where it is given
-    unused |= (set() if bench.units else {"units"}) | (
-        {"annotator"} if bench.annotator.kind == "exact" else set()
-    )
-    values = settings.model_dump(mode="json", include=used, exclude={"mrbench": unused})
+    # what is said about the benchmark, and an annotator that adds nothing, do not change what is measured
+    unused = {"precision", "licence"}
+    unused |= {"annotator"} if settings.mrbench.annotator.kind == "exact" else set()
+    values = _dumped(settings, used, exclude={"mrbench": unused})
     units = [*settings.study.units, *arm.units]
     return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
+
+
+def _dumped(settings: Settings, sections: set[str], exclude: dict | None = None) -> dict:
+    """Values of some sections; those that are the default are left out, so that a new one changes no hash."""
+    return settings.model_dump(mode="json", include=sections, exclude=exclude, exclude_defaults=True)
 
 
 def _hash(*values: object) -> str:
@@ -128,16 +127,41 @@ def result_folder(folder: Path, name: str, seed: int) -> Path:
 
 def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, Arm, int]]:
     """The planned arms without a result of these values."""
-    return [
-        (n, a, seed)
-        for n, a, seed in planned(settings)
-        if _measured(folder, n, seed) != fingerprint(a.applied(settings), a, seed, backbone)
-    ]
+    marks = {place: record["fingerprint"] for place, record in _manifests(folder, settings).items()}
+
+    def measured(name: str, arm: Arm, seed: int) -> bool:
+        return marks.get((name, seed)) == fingerprint(arm.applied(settings), arm, seed, backbone)
+
+    return [row for row in planned(settings) if not measured(*row)]
 
 
-def _measured(folder: Path, name: str, seed: int) -> str | None:
-    manifest = result_folder(folder, name, seed) / "manifest.json"
-    return json.loads(manifest.read_text())["fingerprint"] if manifest.is_file() else None
+def _manifests(folder: Path, settings: Settings) -> dict[tuple[str, int], dict]:
+    """The manifests of the planned arms that have a result, by (name, seed), in the order of the plan."""
+    places = [(name, seed) for name, _, seed in planned(settings)]
+    paths = {place: result_folder(folder, *place) / "manifest.json" for place in places}
+    return {place: json.loads(path.read_text()) for place, path in paths.items() if path.is_file()}
+
+
+def recorded_backbone(folder: Path, settings: Settings) -> str:
+    """sha256 of the weights that the results in `folder` started from; several are joined by commas.
+
+    Returns:
+        NOT_RECORDED for results of before it was written down, and where there is no result.
+    """
+    records = _manifests(folder, settings).values()
+    hashes = {record.get("backbone_sha256", NOT_RECORDED) for record in records}
+    return ", ".join(sorted(hashes)) or NOT_RECORDED
+
+
+def chain_backbone(trained: Path) -> str:
+    """sha256 of the weights that the chain's contrastive stage, in folder `trained`, started from.
+
+    Returns:
+        NOT_RECORDED for a stage of before it was written down, and where there is none.
+    """
+    path = trained / "manifest.json"
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return record.get("backbone_sha256", NOT_RECORDED)
 
 
 def run(
@@ -149,36 +173,47 @@ def run(
     folder: Path,
     work: Path,
 ) -> None:
-    """Trains and measures what is missing; each arm's folder appears whole, so a killed study goes on where it was.
+    """Trains and measures what is missing; each arm's folder appears whole, so a killed study goes on.
 
     Args:
         backbone: folder that every seed starts from. folder: results, one folder per arm and seed.
         work: checkpoints and stage-2 models, which results do not need.
+
+    Raises:
+        ValueError: `folder` holds results of another backbone, with which nothing may be compared.
     """
+    weights, before = backbone_hash(backbone), recorded_backbone(folder, settings)
+    if _manifests(folder, settings) and before != weights:
+        raise ValueError(
+            f"{folder} holds results of a backbone with sha256 {before}; {backbone} has {weights}. "
+            "Move that folder away, or give the old backbone"
+        )
     todo = missing(settings, backbone, folder)
     for place, (name, arm, seed) in enumerate(todo, start=1):
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), arm.applied(settings)
         mark = fingerprint(changed, arm, seed, backbone)
-        earlier = settings.changed(
-            {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
-        )
-        own = backbone_for(changed, backbone, root, work)
-        start = own if arm.start == "backbone" else retriever(earlier, root, triplets, own, seed, work)
+        scratch = work / _hash(mark, weights)  # checkpoints of other weights are not gone on with
+
+        # where the arm starts
+        earlier = {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
+        start = backbone_for(changed, backbone, root, work)
+        if arm.start == "stage2":
+            start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
+
+        # what it trains
         rows, trained = [], start
         if arm.trains != "nothing":
             # arms of one start differ in their training only; what they share is mined once
-            shared = _hash(
-                str(start),
-                changed.encoder.model_dump(),
-                changed.stage3.queries,
-                changed.stage3.negatives.model_dump(),
-                seed,
-            )
+            stage3 = changed.stage3
+            drawn = (stage3.queries, stage3.negatives.model_dump())
+            shared = _hash(backbone_hash(start), changed.encoder.model_dump(), *drawn, seed)
             mined = work / f"negatives-{shared}.safetensors"
-            job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), work / mark, mined)
+            job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), scratch, mined)
             jobs.launch(jobs.run, job)
             rows, trained = jobs.history(job), job.model
+
+        # what it is worth, in a folder that appears whole
         model = encoder.load(trained, changed.encoder, dtype=changed.dtype, device=changed.device)
         target = result_folder(folder, name, seed)
         partial = target.with_name(target.name + ".partial")
@@ -188,18 +223,17 @@ def run(
             pd.DataFrame(rows).to_csv(partial / "history.csv", index=False, float_format="%.4g")
         record = measure(model, arm, changed, root, bench, partial)
         record |= {"arm": name, "group": arm.group, "seed": seed, "fingerprint": mark, "steps": len(rows)}
-        record |= {
-            "train_s": round(sum(r["step_time"] for r in rows), 1),
-            "wall_s": round(time.perf_counter() - began, 1),
-        }
+        record["backbone_sha256"] = weights
+        record["train_s"] = round(sum(row["step_time"] for row in rows), 1)
+        record["wall_s"] = round(time.perf_counter() - began, 1)
         files.write_whole(partial / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        shutil.rmtree(work / mark, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
-    """The model that an arm starts from: the chain's, unless the arm names another or another architecture."""
+    """The model that an arm starts from: the chain's, or the path or architecture that the arm names."""
     if changed.backbone.path:
         return changed.backbone.path
     if changed.backbone.tiny.architecture == "qwen2_vl":
@@ -210,11 +244,9 @@ def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path)
 def retriever(
     settings: Settings, root: mbeir.Root, triplets: Path, backbone: str, seed: int, work: Path
 ) -> Path:
-    """Folder of the stage-2 model of a seed, trained once per values that matter to it."""
-    values = settings.model_dump(
-        mode="json", include={"data", "encoder", "stage1", "stage2", "dtype", "device"}
-    )
-    folder = work / f"stage2-{_hash(values, seed, Path(backbone).name)}"
+    """Folder of the stage-2 model of a seed, trained once per backbone and values that matter."""
+    values = _dumped(settings, {"data", "encoder", "stage1", "stage2", "dtype", "device"})
+    folder = work / f"stage2-{_hash(values, seed, backbone_hash(backbone))}"
     if (folder / "elva.json").is_file():
         return folder
     partial, start = folder.with_name(folder.name + ".partial"), backbone
@@ -230,23 +262,24 @@ def retriever(
 def measure(
     model: encoder.Encoder, arm: Arm, settings: Settings, root: mbeir.Root, bench: mbeir.Root, folder: Path
 ) -> dict[str, float]:
-    """Writes hits.csv and units.csv (rank of the first positive per query), distances.csv and errors.csv; returns the averages."""
+    """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
+
+    Returns:
+        {"hit@5"}: the average over MRBench's tasks.
+    """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
     )
     measured.hits[["unit", "qid", "unseen", "rank"]].to_csv(folder / "hits.csv", index=False)
-    others = [
-        measured.searcher.evaluate(name)
-        for name in root.matching([*settings.study.units, *arm.units], "test")
-    ]
+    names = root.matching([*settings.study.units, *arm.units], "test")
+    others = [measured.searcher.evaluate(name) for name in names]
     rows = [(r.unit, q.qid, ranks[0]) for r in others for q, ranks in zip(r.queries, r.ranks, strict=True)]
     if rows:
         pd.DataFrame(rows, columns=["unit", "qid", "rank"]).to_csv(folder / "units.csv", index=False)
     unit = bench.units("test")[0]
     queries = grains.ablatable(bench.queries(unit, "test"))[: settings.evaluation.grain_queries]
-    grains.distances(measured.searcher, queries, unit).to_csv(
-        folder / "distances.csv", index=False, float_format="%.5f"
-    )
+    distances = grains.distances(measured.searcher, queries, unit)
+    distances.to_csv(folder / "distances.csv", index=False, float_format="%.5f")
     errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
@@ -255,7 +288,7 @@ def measure(
 
 
 def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:
-    """The results of the profile's arms; those that are missing are run first if the profile says so, else they are counted.
+    """The results of the profile's arms; missing ones are run first if the profile says so, else counted.
 
     Args:
         trained: the chain's 30_pretrain_contrastive, which names the backbone.
@@ -285,23 +318,18 @@ def read(folder: Path, settings: Settings) -> Study:
     Raises:
         ProfileError: nothing has been measured yet; the message has the command.
     """
-    tables: dict[str, list[pd.DataFrame]] = {"hits": [], "units": [], "distances": [], "errors": []}
-    runs = []
-    for name, arm, seed in planned(settings):
-        place = result_folder(folder, name, seed)
-        if not (place / "manifest.json").is_file():
-            continue
-        runs.append(json.loads((place / "manifest.json").read_text()))
-        for kind, rows in tables.items():
-            if (place / f"{kind}.csv").is_file():
-                rows.append(
-                    pd.read_csv(place / f"{kind}.csv", dtype={"qid": str}).assign(
-                        arm=name, group=arm.group, seed=seed
-                    )
-                )
-    if not runs:
+    manifests, known = _manifests(folder, settings), arms(settings)
+    if not manifests:
         raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
-    return Study(
-        pd.DataFrame(runs),
-        *(pd.concat(rows, ignore_index=True) if rows else pd.DataFrame() for rows in tables.values()),
-    )
+
+    def table(kind: str) -> pd.DataFrame:
+        """The files of one kind, of every arm and seed that has one, with arm, group and seed."""
+        parts = []
+        for name, seed in manifests:
+            path = result_folder(folder, name, seed) / f"{kind}.csv"
+            if path.is_file():
+                rows = pd.read_csv(path, dtype={"qid": str})
+                parts.append(rows.assign(arm=name, group=known[name].group, seed=seed))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+    return Study(pd.DataFrame(manifests.values()), *map(table, ("hits", "units", "distances", "errors")))

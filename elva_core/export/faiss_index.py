@@ -83,6 +83,29 @@ def place_of(folder: Path, place: str) -> Path | None:
     return path if place and path.is_dir() else None
 
 
+def made_from(
+    index: Path, model: Path | None, root: Path | None, unit: str | None
+) -> tuple[Path, Path | None]:
+    """Model and root of a built index; what is given goes before what its manifest says.
+
+    Raises:
+        ValueError: it is an index of another unit, or its model is not there.
+    """
+    written = manifest(index)
+    if unit not in (None, written["unit"]):
+        raise ValueError(
+            f"{index} is an index of {written['unit']}, not of {unit}; "
+            "leave --unit out, or export that unit's index"
+        )
+    places = written["made_from"]
+    model = model or place_of(index, places["model"])
+    if model is None:
+        raise ValueError(
+            f"{index} was made by {places['model']}, which is not there; say where it is with --model DIR"
+        )
+    return model, root or place_of(index, places["root"])
+
+
 def _blocks(pool: Pool) -> Iterator[tuple[list[mbeir.Candidate], np.ndarray]]:
     for start in range(0, len(pool.candidates), ROWS):
         vectors = np.asarray(pool.vectors[start : start + ROWS])

@@ -16,6 +16,7 @@ from elva_core.data import sources
 from elva_core.experiments import jobs as training
 from elva_core.experiments import stages
 from elva_core.models import encoder
+from elva_core.retrieval import cache
 from elva_core.training import contrastive, hard_negatives
 
 # what the test's processes start with: outputs in a folder of the test
@@ -56,6 +57,14 @@ def outputs(tmp_path_factory) -> Path:
     return folder
 
 
+def trained_here(outputs: Path, *names: str) -> None:
+    """Stages of training, through the command line in this process: the one that several are compared with."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "OUTPUTS", outputs)
+        patched.setenv("ELVA_FINGERPRINT", "")  # the command sets it; it must not outlive the stage
+        assert [cli.main(["train", name, "smoke", "--seed", "1"]) for name in names] == [0] * len(names)
+
+
 def saved(folder: Path, stage: str) -> Path:
     return folder / f"smoke/.30_pretrain_contrastive.partial/work/{stage}/model"
 
@@ -68,12 +77,14 @@ def weights(model: Path) -> torch.Tensor:
 def alone(outputs, tmp_path_factory) -> Path:
     """Stages 1 and 2, trained by one process."""
     folder = shutil.copytree(outputs, tmp_path_factory.mktemp("alone") / "outputs")
-    assert "one of 1" in started(COMMAND_LINE, folder, folder.parent, "stage1", "stage2")
+    trained_here(folder, "stage1", "stage2")
     before = weights(next((outputs / "cache").glob("backbone-*")))
     assert (weights(saved(folder, "stage2")) - before).abs().max() > 1e-3  # it has learnt something
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("launch_file", ["cpu.yaml", "fsdp2.yaml", "zero2.yaml"])
 def test_two_processes_train_the_model_of_one(outputs, alone, tmp_path, launch_file):
     """Stages 1 and 2 through the command line; batches, negatives and summaries are those of the whole step."""
@@ -94,6 +105,8 @@ def test_every_launch_file_is_one_that_accelerate_reads():
         assert read.num_processes % read.num_machines == 0 and str(read.mixed_precision) == "no"
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, alone, tmp_path):
     two = shutil.copytree(outputs, tmp_path / "two")
     out = started(NOTEBOOK, two, tmp_path)
@@ -101,6 +114,8 @@ def test_a_notebook_on_two_devices_trains_in_two_processes(outputs, alone, tmp_p
     torch.testing.assert_close(weights(saved(alone, "stage1")), weights(saved(two, "stage1")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_teach_the_student_and_the_reranker_of_one(alone, tmp_path, monkeypatch):
     """Both begin with stage 3, for which stage 2 stands in."""
     ready = shutil.copytree(alone, tmp_path / "ready")
@@ -108,19 +123,18 @@ def test_two_processes_teach_the_student_and_the_reranker_of_one(alone, tmp_path
     stage = stages.open_stage("40_finetune_rlvr", "smoke", 1)
     shutil.copytree(saved(ready, "stage2"), stage.folder / "model")
     stage.close()
-    start, ends = weights(saved(ready, "stage2")), []
-    for launch_file in ("", "cpu.yaml"):
-        folder = shutil.copytree(ready, tmp_path / f"outputs-{launch_file}")
-        out = started(COMMAND_LINE, folder, tmp_path, "distil", "rerank", launched_by=launch_file)
-        assert f"one of {2 if launch_file else 1}" in out
-        ends.append([weights(folder / f"smoke/.85_trade_cost.partial/work/{name}/model") for name in ("distil", "rerank")])
-    for one, two in zip(*ends, strict=True):
-        assert (one - start).abs().max() > 1e-3
+    of_one, of_two = (shutil.copytree(ready, tmp_path / name) for name in ("of-one", "of-two"))
+    trained_here(of_one, "distil", "rerank")
+    assert "one of 2" in started(COMMAND_LINE, of_two, tmp_path, "distil", "rerank", launched_by="cpu.yaml")
+    for name in ("distil", "rerank"):
+        one, two = (weights(folder / f"smoke/.85_trade_cost.partial/work/{name}/model") for folder in (of_one, of_two))
+        assert (one - weights(saved(ready, "stage2"))).abs().max() > 1e-3
         torch.testing.assert_close(two, one, atol=1e-5, rtol=0)
 
 
 def test_a_stage_whose_start_is_missing_names_the_command(outputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "OUTPUTS", shutil.copytree(outputs, tmp_path / "fresh"))
+    monkeypatch.setenv("ELVA_FINGERPRINT", "")
     assert cli.main(["train", "stage2", "smoke", "--seed", "1"]) == 1
     assert "train stage1 smoke --seed 1" in capsys.readouterr().err
     assert cli.main(["train", "stage3", "smoke", "--seed", "1"]) == 1
@@ -165,13 +179,13 @@ def test_checkpointing_changes_memory_not_weights(model_folder, root, smoke, tmp
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
 
 
-def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path):
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
     tiny.save(tmp_path / "model", stage="test", parent="none")
-    tables = []
-    for launch_file in ("", "cpu.yaml"):
-        out = tmp_path / f"outputs-{launch_file}"
-        asked = ["--unit", "emoji_task3", "--root", str(root.folder), "--model", str(tmp_path / "model"), "--spread"]
-        printed = started(COMMAND, out, tmp_path, "evaluate", *asked, launched_by=launch_file)
-        assert f"one of {2 if launch_file else 1}" in printed
-        tables.append((out / "results.csv").read_text())
-    assert tables[0] == tables[1] and "hit@5 lowest of 4 instructions" in tables[0]
+    arguments = ["evaluate", "--unit", "emoji_task3", "--root", str(root.folder), "--model", str(tmp_path / "model")]
+    assert cli.main([*arguments, "--out", str(tmp_path / "one"), "--profile", "smoke"]) == 0
+    assert "one of 2" in started(COMMAND, tmp_path / "two", tmp_path, *arguments, launched_by="cpu.yaml")
+    one, two = ((tmp_path / name / "results.csv").read_text() for name in ("one", "two"))
+    assert one == two and "hit@5" in one

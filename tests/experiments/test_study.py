@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from elva_core import config
+from elva_core import config, files
 from elva_core.evaluation import statistics
-from elva_core.experiments import jobs, study
+from elva_core.experiments import jobs, stages, study
 from elva_core.experiments.study import Arm
 from elva_core.mrbench import annotate, build
 
@@ -42,10 +44,10 @@ def run(profile, root, triplets, bench, model_folder, tmp_path, monkeypatch):
         measured.append(arm.trains)
         return original(model, arm, *rest)
 
-    def run(changed=profile):
+    def run(changed=profile, backbone=model_folder):
         measured.clear()
         monkeypatch.setattr(study, "measure", counted)
-        study.run(changed, root, triplets, bench, str(model_folder), tmp_path / "study", tmp_path / "work")
+        study.run(changed, root, triplets, bench, str(backbone), tmp_path / "study", tmp_path / "work")
         return list(measured)
 
     return run
@@ -76,13 +78,18 @@ def test_all_negatives_are_as_many_as_the_profile_has_of_both_kinds():
         assert (chosen["without random negatives"].hard, chosen["without random negatives"].random) == (both, 0)
 
 
-def test_what_is_said_about_a_benchmark_asks_for_no_arm_again_but_who_draws_it_does(profile):
-    def mark(**changes):
-        return study.fingerprint(profile.changed({"mrbench": changes}), Arm(group="", trains="nothing", why=""), 1, "b")
+def test_a_result_is_named_by_the_values_it_uses_and_by_no_others(profile):
+    def mark(template="summary", start="stage2", trains="nothing", seed=1, **changes):
+        arm = Arm(group="", trains=trains, template=template, start=start, why="")
+        return study.fingerprint(profile.changed(changes), arm, seed, "b")
 
-    assert mark() == mark(precision=0.5, licence="x")
-    model = {"kind": "transformers", "model": "m"}
-    assert len({mark(), mark(annotator=model), mark(units=["u"]), mark(queries=8)}) == 4
+    drawn_by = {"annotator": {"kind": "transformers", "model": "m"}}
+    used = [{}, {"template": "eol"}, {"start": "backbone"}, {"seed": 2}, {"mrbench": drawn_by}, {"mrbench": {"units": ["u"]}}]
+    used += [{"mrbench": {"queries": 8}}, {"stage1": {"steps": 9}}, {"trains": "stage3"}, {"trains": "stage3", "stage3": {"beta": 0.5}}]
+    assert len({mark(**change) for change in used}) == len(used)
+    said = {"mrbench": {"precision": 0.5, "licence": "x"}}  # about the benchmark; and what is not trained, or not from stage 2
+    assert mark(**said) == mark() == mark(stage3={"beta": 0.5}) == mark(threads=7)
+    assert mark(start="backbone", stage1={"steps": 9}) == mark(start="backbone")
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
@@ -100,6 +107,7 @@ def test_arms_of_every_seed_run_first_and_the_others_once(profile):
     assert everywhere == sorted(everywhere, reverse=True)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run, tmp_path, interrupted):
     names = len(study.planned(profile))
     with interrupted(jobs, "run", 4):
@@ -115,15 +123,51 @@ def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run
     assert set(held_out["unit"]) == {"emoji_task4", "emoji_task6", "emoji_task8"}
 
 
+@pytest.mark.parametrize("recorded", [None, "0" * 64])
+def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, model_folder, tmp_path, recorded):
+    folder, weights = tmp_path / "study", study.backbone_hash(model_folder)
+    assert study.recorded_backbone(folder, profile) == "not recorded"  # nothing has been measured
+    only = profile.changed({"study": {"arms": ["zero-shot"]}})
+    assert run(only) == ["nothing"] and study.recorded_backbone(folder, only) == weights
+    assert run(only) == []
+    (path,) = folder.glob("*/*/manifest.json")
+    record = json.loads(path.read_text())
+    assert record.pop("backbone_sha256") == weights
+    path.write_text(json.dumps(record | ({"backbone_sha256": recorded} if recorded else {})))
+    before = recorded or "not recorded"
+    assert study.recorded_backbone(folder, only) == before
+    with pytest.raises(
+        ValueError, match=f"{folder}.* sha256 {before}; {model_folder} has {weights}.*[Mm]ove that folder away, or give the old"
+    ):
+        run(only)
+
+
+def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, triplets, tmp_path, monkeypatch):
+    def train(_, job):
+        job.model.mkdir(parents=True)
+        (job.model / "elva.json").write_text("{}")
+
+    monkeypatch.setattr(jobs, "launch", train)
+    places = []
+    for weights in ("old", "new", "old"):  # in folders of one name
+        (backbone := tmp_path / weights / "backbone").mkdir(parents=True, exist_ok=True)
+        (backbone / "model.safetensors").write_text(weights)
+        places.append(study.retriever(profile, root, triplets, str(backbone), 1, tmp_path / "work"))
+    assert places[0] == places[2] != places[1]
+
+
+def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "OUTPUTS", tmp_path)
+    trained = stages.stage_folder("smoke", "30_pretrain_contrastive")
+    assert study.chain_backbone(trained) == "not recorded"
+    stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
+    jobs.record_backbone(stage, model_folder)
+    stage.close()
+    assert study.backbone_of(trained) == str(model_folder) and study.chain_backbone(trained) == study.backbone_hash(model_folder)
+    with pytest.raises(ValueError, match="me/nowhere has no weights on this machine"):
+        study.backbone_hash("me/nowhere")
+
+
 def test_an_empty_study_names_the_command(profile, tmp_path):
     with pytest.raises(config.ProfileError, match="run: python -m elva_core study smoke"):
         study.read(tmp_path, profile)
-
-
-def test_a_template_and_a_start_belong_to_what_is_measured(profile):
-    plain = Arm(group="main", trains="nothing", why="x")
-    marks = {
-        study.fingerprint(profile, a, 1, "b")
-        for a in (plain, plain.model_copy(update={"template": "eol"}), plain.model_copy(update={"start": "backbone"}))
-    }
-    assert len(marks) == 3

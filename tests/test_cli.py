@@ -1,0 +1,69 @@
+"""The command line: its help, its exit status, and evaluation and search of a saved model from end to end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from elva_core import cli, files
+from elva_core.retrieval import cache
+
+COMMANDS = ["run", "status", "study", "readme", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_an_example_with_flags_that_it_has(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    printed = capsys.readouterr().out
+    example = printed.split("Example: ")[1].split("╭")[0]
+    assert command in example.split()
+    assert all(flag in printed.split("╭", 1)[1] for flag in example.split(f" {command} ")[1].split() if flag.startswith("--"))
+
+
+def test_the_help_lists_every_command_in_groups_and_imports_nothing_heavy():
+    script = "import sys; from elva_core import cli; cli.main(['--help']); print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=files.REPOSITORY).stdout
+    assert printed.strip().endswith("set()")
+    assert all(f"│ {command} " in printed for command in COMMANDS) and printed.count("╭") == 1 + 4
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["lint"], ["plan", "smoke", "--devices", "two"], ["evaluate", "--root", "x"]])
+def test_a_wrong_command_has_status_2(arguments, capsys):
+    assert cli.main(arguments) == 2
+    assert "Usage" in capsys.readouterr().err
+
+
+def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
+    assert cli.main(["run", "nowhere"]) == 1
+    printed = capsys.readouterr().err
+    assert "nowhere.yaml is missing" in printed and printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
+    assert cli.main(["lint", str(own_root.folder)]) == 0
+    own_root.image_path(own_root.pool("emoji_task0", "test")[0].image).unlink()
+    assert cli.main(["lint", str(own_root.folder)]) == 1
+    assert "is missing; restore the file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("units", [["--unit", "x", "y"], ["--unit", "x", "--unit", "y"], ["--unit=x", "--unit", "y", "--pool", "both"]])
+def test_an_option_takes_several_values_after_one_flag(units, tiny, root, tmp_path, capsys):
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--out", str(tmp_path / "out"), "--profile", "smoke"]
+    assert cli.main(["evaluate", *units, *common]) == 1
+    assert "no test units ['x', 'y']; it has ['emoji_task0'" in capsys.readouterr().err
+
+
+def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
+    assert cli.main(["evaluate", *common, "--out", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out/results.csv")
+    assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
+    assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
+    assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
