@@ -19,6 +19,7 @@ from elva_core import distributed, files
 from elva_core.config import EvaluationSettings
 from elva_core.data import mbeir, sources
 from elva_core.data.items import Item
+from elva_core.evaluation import statistics
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import cache, metrics, retriever
 from elva_core.retrieval.cache import Store
@@ -107,7 +108,6 @@ def score(
     out: Path,
     *,
     model: str,
-    spread: bool = False,
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
@@ -117,61 +117,48 @@ def score(
     out/table.md (`official_table`).
 
     Args:
-        model: name in the tables. spread: also the hit rate under each of the four instructions.
+        model: name in the tables.
 
     Returns:
         the long table; None in a process that is not the main one.
     """
     if distributed.processes().num_processes > 1:
-        for unit, pool, index in itertools.product(units, pools, (None, *range(4)) if spread else (None,)):
-            searcher.embedded(unit, pool=pool, prompt_index=index)
+        for unit, pool in itertools.product(units, pools):
+            searcher.embedded(unit, pool=pool)
     if not distributed.processes().is_main_process:
         return None
-    settings, split, parts = searcher.settings, searcher.split, []
-    for pool in pools:
-        for unit in units:
-            asked = searcher.embedded(unit, pool=pool)
-            path = out / "units" / f"{unit}_{pool}_{_key(asked, settings, spread)}.csv"
-            if not path.is_file():
-                result = searcher.rank(asked)
-                rows = result.table(settings.cutoffs, settings.bootstrap, 0)
-                if spread:
-                    rows += _spread_rows(searcher, unit, pool, len(result.queries))
-                retriever.write_run(result, out / "runs", model, split)
-                retriever.write_qrels(searcher.root, unit, split, out / "runs")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.write_whole(
-                    path, retriever.tabulate([row | {"model": model} for row in rows]).to_csv(index=False)
-                )
-            parts.append(pd.read_csv(path))
+    settings, parts = searcher.settings, []
+    for pool, unit in itertools.product(pools, units):
+        embedded = searcher.embedded(unit, pool=pool)
+        path = out / "units" / f"{unit}_{pool}_{_key(embedded, settings)}.csv"
+        if not path.is_file():
+            result = searcher.rank(embedded)
+            rows = [row | {"model": model} for row in result.table(settings.cutoffs, settings.bootstrap, 0)]
+            retriever.write_run(result, out / "runs", model, searcher.split)
+            retriever.write_qrels(searcher.root, unit, searcher.split, out / "runs")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(path, retriever.tabulate(rows).to_csv(index=False))
+        parts.append(pd.read_csv(path))
     results = pd.concat(parts, ignore_index=True)
-    files.write_whole(out / "results.csv", results.to_csv(index=False))
     table = official_table(results)
+    files.write_whole(out / "results.csv", results.to_csv(index=False))
     files.write_whole(out / "table.csv", table.to_csv(index=False))
-    files.write_whole(out / "table.md", markdown(table))
+    files.write_whole(out / "table.md", statistics.markdown_table(table))
     return results
 
 
-def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
-    """What the scores of a unit depend on."""
-    values = [
-        asked.query_vectors.content,
-        asked.pool_vectors.content,
-        asked.relevant,
-        settings.model_dump_json(),
-        spread,
-    ]
+def _key(embedded: Embedded, settings: EvaluationSettings) -> str:
+    """What the scores of a unit depend on: vectors, judgements and settings, as a hash."""
+    contents = [_content(vectors) for vectors in (embedded.query_vectors, embedded.pool_vectors)]
+    values = [*contents, embedded.relevant, settings.model_dump_json()]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
-def _spread_rows(searcher: Searcher, unit: str, pool: str, n: int) -> list[dict]:
-    k = mbeir.OFFICIAL_UNITS.get(unit, 5)
-    (found,) = prompt_spread(searcher, [unit], k, pool).to_dict("records")
-    row = {"unit": unit, "pool": pool, "ci_low": np.nan, "ci_high": np.nan, "n": n}
-    return [
-        row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]}
-        for name in ("mean", "lowest", "highest")
-    ]
+def _content(vectors: Sequence) -> str:
+    """Hash of (N, D) embeddings: the one that the cache on disk gives them, or that of their bytes in memory."""
+    if isinstance(vectors, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()
+    return vectors.content
 
 
 def official_table(results: pd.DataFrame) -> pd.DataFrame:
@@ -199,57 +186,30 @@ def official_table(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """One decimal, as papers print; nothing where nothing was measured."""
-    cells = [
-        ["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row]
-        for row in table.itertuples(index=False)
-    ]
-    return (
-        "\n".join(
-            f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]
-        )
-        + "\n"
-    )
-
-
 def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
-    """Hit rates per model and MRBench unit, and their unweighted mean ("average"), with 95 % intervals."""
-    rows = []
-    for model, own in hits.groupby("model", sort=False):
-        for k in cutoffs:
-            groups = {unit: part[f"hit@{k}"].to_numpy() for unit, part in own.groupby("unit")}
-            for unit, values in groups.items():
-                low, high = metrics.bootstrap_interval(
-                    values, samples, distributed.rng_for(seed, "mrbench", unit, k)
-                )
-                rows.append(
-                    {
-                        "model": model,
-                        "unit": unit,
-                        "metric": f"hit@{k}",
-                        "value": values.mean(),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "n": len(values),
-                    }
-                )
-            low, high = metrics.stratified_interval(
-                list(groups.values()), samples, distributed.rng_for(seed, "mrbench average", k)
-            )
-            mean = float(np.mean([v.mean() for v in groups.values()]))
-            rows.append(
-                {
-                    "model": model,
-                    "unit": "average",
-                    "metric": f"hit@{k}",
-                    "value": mean,
-                    "ci_low": low,
-                    "ci_high": high,
-                    "n": len(own),
-                }
-            )
-    return pd.DataFrame(rows)
+    """Hit rates per model and MRBench unit, and their unweighted mean ("average"), with 95 % intervals.
+
+    Args:
+        hits: one row per query and model: model, unit and a column hit@k for every cut-off k.
+
+    Returns:
+        columns model, unit, metric, value, ci_low, ci_high, n.
+    """
+
+    def of_unit(model: str, unit: str, metric: str) -> tuple:
+        return seed, "mrbench", unit, metric.removeprefix("hit@")
+
+    def of_average(model: str, unit: str, metric: str) -> tuple:
+        return seed, "mrbench average", metric.removeprefix("hit@")
+
+    by, parts = ["model", "unit", "metric"], []
+    for _, rows in hits.groupby("model", sort=False):
+        for metric in (f"hit@{k}" for k in cutoffs):
+            values = rows.sort_values("unit", kind="stable").assign(metric=metric, value=rows[metric])
+            parts.append(statistics.scores(values, by, samples, of_unit))
+            values = values.assign(task=values["unit"], unit="average")
+            parts.append(statistics.scores(values, by, samples, of_average, "task"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:

@@ -21,10 +21,10 @@ from elva_core.data import caption_sets
 from elva_core.data import sources as prepare
 from elva_core.data.caption_sets import SETS, Task
 from elva_core.data.items import Item
-from elva_core.evaluation import benchmark
+from elva_core.evaluation import statistics
 from elva_core.evaluation.benchmark import Vectors
 from elva_core.files import ElvaDataError
-from elva_core.retrieval import metrics, search
+from elva_core.retrieval import search
 
 SUBMITTED = 50  # images per query of CIRCO's server
 ALIKE = (
@@ -253,30 +253,22 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
 
     Args:
         hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
+
+    Returns:
+        what names a task and metric (of model, question, kind, set, task, metric, reported), group, value, ci_low,
+        ci_high, n, chance. A task of one group has no row for it.
     """
-    keys, rows = (
-        [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits],
-        [],
+    keys = [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits]
+    by, scope = [*keys, "group"], (seed, "unseen")
+    means = statistics.scores(
+        hits.assign(part=hits["group"], group=""), by, samples, scope, "part", ["chance"]
     )
-    for names, own in hits.groupby(keys, sort=False):
-        parts = dict(list(own.groupby("group", sort=False)))
-        for group in ["", *(parts if len(parts) > 1 else ())]:
-            groups = list(parts.values()) if group == "" else [parts[group]]
-            rng = distributed.rng_for(seed, "unseen", *names, group)
-            low, high = metrics.stratified_interval([g["value"].to_numpy() for g in groups], samples, rng)
-            value, expected = (
-                float(np.mean([g[column].mean() for g in groups])) for column in ("value", "chance")
-            )
-            row = {
-                "value": value,
-                "ci_low": low,
-                "ci_high": high,
-                "n": sum(map(len, groups)),
-                "chance": expected,
-            }
-            rows.append(dict(zip(keys, names, strict=True)) | {"group": group} | row)
-    out = pd.DataFrame(rows, columns=[*keys, "group", "value", "ci_low", "ci_high", "n", "chance"])
-    return out.astype({"reported": bool} if "reported" in keys else {})
+    several = hits[hits.groupby(keys)["group"].transform("nunique") > 1]
+    rows = pd.concat([means, statistics.scores(several, by, samples, scope, means=["chance"])])
+    rows = rows.iloc[np.argsort(rows.groupby(keys, sort=False).ngroup(), kind="stable")].reset_index(
+        drop=True
+    )
+    return rows.astype({"reported": bool} if "reported" in keys else {})
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
@@ -305,10 +297,9 @@ def differences(
     Args:
         reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set asks the same.
     """
-    keys = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
-    wide = hits.pivot(index=keys, columns="model", values="value").reindex(columns=[new, old])
-    paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
-    out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)
+    query = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
+    values = statistics.paired(hits, query, new, old).assign(chance=np.nan)
+    out = table(values, samples, seed).drop(columns="chance").assign(new=new, old=old)
     baseline, model = reported["table2"]["rows"].values()
     gains = dict(
         zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True)
@@ -396,5 +387,5 @@ def run(
     official = table2(results)
     files.write_whole(out / "results.csv", results.to_csv(index=False))
     files.write_whole(out / "table2.csv", official.to_csv(index=False))
-    files.write_whole(out / "table2.md", benchmark.markdown(official))
+    files.write_whole(out / "table2.md", statistics.markdown_table(official))
     return results

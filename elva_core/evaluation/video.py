@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from elva_core import distributed
 from elva_core.config import VideoSettings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import Task
 from elva_core.data.items import Item
 from elva_core.data.video_sets import SETS, msrvtt
-from elva_core.evaluation import captions
+from elva_core.evaluation import captions, statistics
 from elva_core.evaluation.benchmark import Vectors
 from elva_core.files import ElvaDataError
-from elva_core.retrieval import metrics
 
 STILL = "still"  # the folder of clips in which nothing moves
 SOURCES = {"clips": "Table 7, own clips"}  # heading of the claims of a set, if not Table 7
@@ -32,17 +29,8 @@ COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     """Means with 95 % intervals over queries; one row for each set of values in the columns beside query and value."""
-    keys = [c for c in hits if c not in ("query", "value")]
-    rows = []
-    for names, own in hits.groupby(keys, sort=False):
-        low, high = metrics.bootstrap_interval(
-            own["value"].to_numpy(), samples, distributed.rng_for(seed, "video", *names)
-        )
-        rows.append(
-            dict(zip(keys, names, strict=True))
-            | {"value": own["value"].mean(), "ci_low": low, "ci_high": high, "n": len(own)}
-        )
-    return pd.DataFrame(rows, columns=[*keys, "value", "ci_low", "ci_high", "n"])
+    by = [column for column in hits if column not in ("query", "value")]
+    return statistics.scores(hits, by, samples, (seed, "video"))
 
 
 def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> pd.DataFrame:
@@ -138,33 +126,26 @@ def shown(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
-    """Points of hit@5 that one model is better on what moves, paired over queries, as `claims.in_points` takes them; no row of no hits.
+    """Points of hit@5 that one model is better on what moves, paired over queries, as `claims.in_points` takes them.
 
     Args:
         hits: `measure` of several models, with a column model; the mean of the sets' means is compared.
         tables: the paper's; its gain is that of R@5 on MSR-VTT over LamRA.
+
+    Returns:
+        one row of arm, old, value, ci_low, ci_high, paper, source, n, seeds; none of no hits.
     """
     most = hits[hits["frames"] == hits["frames"].max()]
-    own = most[(most["metric"] == "hit@5") & (most["words"] == "name") & (most["motion"] != STILL)]
-    wide = 100 * own.groupby(["set", "query", "model"])["value"].mean().unstack("model")
-    groups = [(part[new] - part[old]).to_numpy() for _, part in wide.groupby(level="set")]
-    if not groups:
-        return pd.DataFrame(
-            columns=["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]
-        )
-    low, high = metrics.stratified_interval(groups, samples, distributed.rng_for(seed, "video", new, old))
-    column, rows = tables["table7"]["columns"].index("MSR-VTT R@5"), tables["table7"]["rows"]
-    paper, value = (
-        round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1),
-        float(np.mean([g.mean() for g in groups])),
-    )
-    row = {
-        "arm": f"{new} over {old}, what moves",
-        "old": old,
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "paper": paper,
-    }
-    source = SOURCES.get(own["set"].iloc[0], "Table 7")
-    return pd.DataFrame([row | {"source": source, "n": len(wide), "seeds": (seed,)}])
+    moving = most[(most["metric"] == "hit@5") & (most["words"] == "name") & (most["motion"] != STILL)]
+    points = moving.assign(value=100 * moving["value"])
+    points = points.groupby(["set", "query", "model"], as_index=False)["value"].mean()
+    columns, rows = tables["table7"]["columns"], tables["table7"]["rows"]
+    column = columns.index("MSR-VTT R@5")
+    paper = round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1)
+    differences = statistics.paired(points, ["set", "query"], new, old)
+    differences = differences.assign(arm=f"{new} over {old}, what moves", old=old, paper=paper)
+    by, scope = ["arm", "old", "paper"], (seed, "video", new, old)
+    out = statistics.scores(differences, by, samples, lambda *_: scope, "set")
+    source = [SOURCES.get(name, "Table 7") for name in differences["set"].head(len(out))]
+    out = out.assign(source=source, seeds=[(seed,)] * len(out))
+    return out[["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]]
