@@ -47,7 +47,6 @@ def evaluate(
     out: Path,
     profile_name: str,
     template: str | None,
-    spread: bool,
     pool_model: Path | None,
 ) -> None:
     """Scores a trained model on units of any M-BEIR root; embeddings are kept, and what is done is not done again.
@@ -69,7 +68,7 @@ def evaluate(
     known = searcher.root.units("test")
     if lost := sorted(set(units) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    results = evaluation.score(searcher, units or known, pools, out, model=model.name, spread=spread)
+    results = evaluation.score(searcher, units or known, pools, out, model=model.name)
     if results is None:
         return
     print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
@@ -371,7 +370,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pool", choices=("local", "global", "both"), default="local")
     _template(p)
     _pool_model(p)
-    p.add_argument("--spread", action="store_true", help="also under each of the four instructions")
     p.add_argument("--out", type=Path, required=True)
     _profile(p, "where device, batch and cut-offs come from")
 

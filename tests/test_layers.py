@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "elva_core"
 # the wings, bottom to top; "" is config, files and what processes share
-WINGS = ("", "data", "models", "retrieval", "training", "mrbench", "evaluation", "experiments", "export", "apps", "cli")
+WINGS = ("", "data", "models", "retrieval", "training", "evaluation", "mrbench", "experiments", "export", "apps", "cli")
 ABOVE_ALL = ("cli", "__main__", "__init__", "encoder", "sentence_module", "mteb_encoder", "answers")  # entries and former places
 
 

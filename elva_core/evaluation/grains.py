@@ -14,6 +14,7 @@ import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item
+from elva_core.evaluation import statistics
 from elva_core.retrieval.retriever import Searcher, UnitResult
 
 
@@ -83,6 +84,20 @@ def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> 
             "distance": 1 - (full * less).sum(1),
         }
     )
+
+
+def mean_distance(distances: pd.DataFrame, samples: int) -> pd.DataFrame:
+    """Grain blindness of each model (Figure 4): the mean over queries of the mean distance over a query's grains.
+
+    Args:
+        distances: `distances` of several models, with a column model. samples: of the bootstrap over queries.
+
+    Returns:
+        columns model, value, ci_low, ci_high (95 % interval), n queries.
+    """
+    queries = distances.groupby(["qid", "model"], as_index=False)["distance"].mean()
+    queries = queries.rename(columns={"distance": "value"})
+    return statistics.scores(queries, ["model"], samples, (0, "grain distance"))
 
 
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:

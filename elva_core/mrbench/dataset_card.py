@@ -6,7 +6,7 @@ load_dataset(str(folder), "queries")
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,7 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.data import mbeir
+from elva_core.evaluation import statistics
 from elva_core.mrbench import annotate
 
 CARD = """---
@@ -74,7 +75,7 @@ def write(
     four units: 66,000), and `bench`, the M-BEIR folder, has them.
 
     Args:
-        counts: of `mrbench.build`. agreement: of `verification.agreement`.
+        counts: of `mrbench.build`. agreement: of `verify.agreement`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("queries", queries(bench, split)), ("corpus", corpus(bench, split))):
@@ -130,27 +131,23 @@ def card(
     split: str = "test",
 ) -> str:
     """The data card: how the benchmark was made, by whom it was checked, and under which licence its images are."""
-    own, sizes = (
-        settings.mrbench,
-        [p.stat().st_size for p in (bench.folder / "mbeir_images").rglob("*") if p.is_file()],
-    )
+    own, images = settings.mrbench, bench.folder / "mbeir_images"
+    sizes = [path.stat().st_size for path in images.rglob("*") if path.is_file()]
     if own.annotator.kind == "exact":
         annotator = "The grains come with the data; no model guessed them."
     else:
         annotator = (
-            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most {own.annotator.max_tokens} tokens); sha256 of "
-            f"prompt and answer form: {annotate.prompt_hash()}. Queries whose answer could not be read are not drawn."
+            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most "
+            f"{own.annotator.max_tokens} tokens); sha256 of prompt and answer form: {annotate.prompt_hash()}. "
+            "Queries whose answer could not be read are not drawn."
         )
     checked = "Not verified: nobody has looked at the annotations of these queries."
     if agreement["checked"]:
-        shares = {
-            name: f"{100 * agreement[name]:.1f} %"
-            for name in ("precision", "low", "high", "always low", "always high", "wanted")
-        }
+        shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "wanted")}
         checked = (
-            f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: {shares['precision']}, "
-            f"95 % Wilson interval {shares['low']} to {shares['high']}, interval that holds at every look {shares['always low']} to "
-            f"{shares['always high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
+            f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: "
+            f"{shares['precision']}, 95 % interval that holds at every look {shares['low']} to {shares['high']}. "
+            f"Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
         )
     return CARD.format(
         data=settings.data.name,
@@ -158,16 +155,10 @@ def card(
         profile=settings.profile,
         split=split,
         share=int(counts["drawn"].min()),
-        table="\n".join(
-            _markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])
-        ),
+        table=statistics.markdown_table(counts).strip(),
         annotator=annotator,
         verification=checked,
         images=len(sizes),
         megabytes=sum(sizes) / 1e6,
         licence=own.licence,
     )
-
-
-def _markdown(rows: Iterable[Iterable[object]]) -> Iterable[str]:
-    return (f"| {' | '.join(map(str, row))} |" for row in rows)

@@ -170,8 +170,8 @@ def test_two_processes_evaluate_as_one_does(tiny, root, tmp_path):
     tables = []
     for launch_file in ("", "cpu.yaml"):
         out = tmp_path / f"outputs-{launch_file}"
-        asked = ["--unit", "emoji_task3", "--root", str(root.folder), "--model", str(tmp_path / "model"), "--spread"]
+        asked = ["--unit", "emoji_task3", "--root", str(root.folder), "--model", str(tmp_path / "model")]
         printed = started(COMMAND, out, tmp_path, "evaluate", *asked, launched_by=launch_file)
         assert f"one of {2 if launch_file else 1}" in printed
         tables.append((out / "results.csv").read_text())
-    assert tables[0] == tables[1] and "hit@5 lowest of 4 instructions" in tables[0]
+    assert tables[0] == tables[1]
