@@ -30,7 +30,11 @@ Vectors = Callable[[Iterable[Item]], Sequence]  # items -> (N, D) embeddings
 
 @dataclass(frozen=True)
 class Measured:
-    """results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked MRBench units."""
+    """What `measure` found of one model.
+
+    Attributes:
+        results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked MRBench units.
+    """
 
     model: str
     results: pd.DataFrame
@@ -67,18 +71,9 @@ def measure(
     for unit, result in ranked.items():
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
         scores["rank"] = [ranks[0] for ranks in result.ranks]  # of the first positive
-        new = sources.unseen(root, result.queries)
-        hits.append(
-            pd.DataFrame(
-                {
-                    "model": model,
-                    "unit": unit,
-                    "qid": [q.qid for q in result.queries],
-                    "unseen": new,
-                    **scores,
-                }
-            )
-        )
+        columns = {"model": model, "unit": unit, "qid": [q.qid for q in result.queries]}
+        columns |= {"unseen": sources.unseen(root, result.queries)} | scores
+        hits.append(pd.DataFrame(columns))
     table = pd.DataFrame(rows)
     table.insert(0, "model", model)
     return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
@@ -93,28 +88,21 @@ def searcher_of(
     embed_pool: Vectors | None = None,
 ) -> Searcher:
     """A searcher that keeps its embeddings where the profile says."""
-    kept = (
-        Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
-        if settings.on_disk
-        else None
-    )
-    return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
+    store = None
+    if settings.on_disk:
+        store = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+    return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 
 def score(
-    searcher: Searcher,
-    units: Sequence[str],
-    pools: Sequence[str],
-    out: Path,
-    *,
-    model: str,
+    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
     Of several processes all embed, each its share; then the main one ranks and writes, and the others are done.
 
-    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them), out/table.csv and
-    out/table.md (`official_table`).
+    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them),
+    out/table.csv and out/table.md (`official_table`).
 
     Args:
         model: name in the tables.
@@ -164,24 +152,22 @@ def _content(vectors: Sequence) -> str:
 def official_table(results: pd.DataFrame) -> pd.DataFrame:
     """Hit rates in percent, a row per model and pool.
 
-    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them; then
-    others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
+    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them;
+    then others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
     """
     rows = []
-    for (model, pool), own in results.groupby(["model", "pool"], sort=False):
-        units = [u for u in mbeir.OFFICIAL_UNITS if u in set(own["unit"])]
-        others = [u for u in own["unit"].unique() if u not in mbeir.OFFICIAL_UNITS]
+    official = mbeir.OFFICIAL_UNITS
+    for (model, pool), group in results.groupby(["model", "pool"], sort=False):
+        values = group.set_index(["unit", "metric"])["value"]
+        units = [unit for unit in official if unit in set(group["unit"])]
+        others = [unit for unit in group["unit"].unique() if unit not in official]
         row: dict[str, object] = {"model": model, "pool": pool}
-        for unit in [*(mbeir.OFFICIAL_UNITS if units else ()), *others]:
-            k = mbeir.OFFICIAL_UNITS.get(unit, 5)
-            found = own[(own["unit"] == unit) & (own["metric"] == f"hit@{k}")]["value"]
-            row[f"{unit} @{k}"] = 100 * found.iloc[0] if len(found) else np.nan
-        complete = len(units) == len(mbeir.OFFICIAL_UNITS)
-        row["Avg"] = (
-            float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()]))
-            if complete
-            else "partial"
-        )
+        for unit in [*(official if units else ()), *others]:
+            k = official.get(unit, 5)
+            row[f"{unit} @{k}"] = 100 * values.get((unit, f"hit@{k}"), np.nan)
+        row["Avg"] = "partial"
+        if len(units) == len(official):
+            row["Avg"] = float(np.mean([row[f"{unit} @{k}"] for unit, k in official.items()]))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -214,21 +200,17 @@ def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed
 
 def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
     """MRBench hit rates for compositions of grains that were and were not in training rows."""
-    groups = hits.groupby(["model", "unseen"], sort=False)[f"hit@{k}"].agg(["mean", "count"]).reset_index()
-    groups["composition"] = groups["unseen"].map({True: "unseen", False: "seen"})
-    return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[
-        ["model", "composition", f"hit@{k}", "n"]
-    ]
+    hits = hits.assign(composition=hits["unseen"].map({True: "unseen", False: "seen"}))
+    groups = hits.groupby(["model", "composition"], sort=False)[f"hit@{k}"].agg(["mean", "count"])
+    return groups.reset_index().rename(columns={"mean": f"hit@{k}", "count": "n"})
 
 
 def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
     for unit in units:
-        values = [
-            metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean()
-            for i in range(4)
-        ]
+        results = [searcher.evaluate(unit, pool=pool, prompt_index=i) for i in range(4)]
+        values = [metrics.hit_rate_at_k(result.ranks, k).mean() for result in results]
         rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
     return pd.DataFrame(rows)
 
@@ -237,23 +219,15 @@ def side_by_side(
     measured: Sequence[Measured], unit: str, index: int, depth: int
 ) -> tuple[str, Path | None, list]:
     """One query with the top answers of several models, for figures.retrieved."""
-    first = measured[0].bench[unit]
-    query, root = first.queries[index], measured[0].searcher.root
+    query, root = measured[0].bench[unit].queries[index], measured[0].searcher.root
+
+    def image(row: mbeir.Query | mbeir.Candidate) -> Path | None:
+        return root.image_path(row.image) if row.image else None
+
     answers = []
-    for m in measured:
-        found = [m.bench[unit].candidates[row] for row in m.bench[unit].top[index][:depth]]
-        answers.append(
-            (
-                m.model,
-                [
-                    (
-                        mbeir.caption(c),
-                        root.image_path(c.image) if c.image else None,
-                        c.did in query.positives,
-                    )
-                    for c in found
-                ],
-            )
-        )
+    for one in measured:
+        result = one.bench[unit]
+        top = [result.candidates[row] for row in result.top[index][:depth]]
+        answers.append((one.model, [(mbeir.caption(c), image(c), c.did in query.positives) for c in top]))
     text = f"{query.text or ''} [{mbeir.caption(query)}]" if query.image else query.text or ""
-    return text, root.image_path(query.image) if query.image else None, answers
+    return text, image(query), answers

@@ -1,4 +1,4 @@
-"""Text to video by frames, scored: on the sets of Table 7, or on short clips in which the same things stand still or move.
+"""Hit rates of text to video by frames: on the sets of Table 7, or on short clips of things that stand still or move.
 
 hits = measure(settings.video, folder, vectors)     # one row per query and cut-off
 rows = table(hits, samples=1000, seed=17)
@@ -28,13 +28,13 @@ COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Means with 95 % intervals over queries; one row for each set of values in the columns beside query and value."""
+    """Means with 95 % intervals over queries, a row for each combination of the columns beside query and value."""
     by = [column for column in hits if column not in ("query", "value")]
     return statistics.scores(hits, by, samples, (seed, "video"))
 
 
 def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> pd.DataFrame:
-    """Hits of one model on what the profile has: the sets, or the clips in `folder` (`moving`, whose columns all have), or nothing.
+    """Hits of one model on what the profile has: the sets, or the clips in `folder`, or nothing; columns as `moving`.
 
     Raises:
         ElvaDataError: the sets are asked for and none is there.
@@ -43,17 +43,16 @@ def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> p
         return pd.DataFrame(columns=COLUMNS)
     if settings.drawings:
         return moving(folder, settings, vectors)
-    there = [name for name in SETS if (Path(settings.sets) / name).is_dir()]
-    if not there:
+    names = [name for name in SETS if (Path(settings.sets) / name).is_dir()]
+    if not names:
         raise ElvaDataError(
             f"{settings.sets}: none of {list(SETS)} is there; unpack one, or leave video out of the profile"
         )
     parts = []
-    for name, frames in itertools.product(there, settings.frames):
+    for name, frames in itertools.product(names, settings.frames):
         task = SETS[name](Path(settings.sets) / name, frames, settings.instruction)
-        parts.append(
-            captions.score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name")
-        )
+        hits = captions.score(task.name, [task], vectors)
+        parts.append(hits.assign(motion=task.name, frames=frames, words="name"))
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
@@ -73,56 +72,43 @@ def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFr
     for motion in names:
         for frames in settings.frames:
             task = seen[motion] = msrvtt(folder / motion, frames, settings.instruction)
-            parts.append(
-                captions.score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name")
-            )
+            hits = captions.score("clips", [task], vectors)
+            parts.append(hits.assign(motion=motion, frames=frames, words="name"))
     most, words = settings.frames[-1], [n for n in names if n != STILL]
     told = {m: [Item(mbeir.normalise(f"{q.text.rstrip('.')} {m}")) for q in seen[m].queries] for m in words}
     for motion in words:
-        task = replace(seen[motion], queries=told[motion])
-        parts.append(
-            captions.score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion")
-        )
-    parts.append(
-        _named_first(told, {m: seen[m].candidates for m in words}, vectors).assign(
-            motion="all", frames=most, words="name, motion"
-        )
-    )
+        hits = captions.score("clips", [replace(seen[motion], queries=told[motion])], vectors)
+        parts.append(hits.assign(motion=motion, frames=most, words="name, motion"))
+    first = _named_first(told, {m: seen[m].candidates for m in words}, vectors)
+    parts.append(first.assign(motion="all", frames=most, words="name, motion"))
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
 def _named_first(
     told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item]], vectors: Vectors
 ) -> pd.DataFrame:
-    """Each query of `told` ranks what is shown of its thing in all motions. Per thing: the share of motions that are found by name."""
+    """Share of the motions of a thing that are found by name: each query of `told` ranks its thing in all motions."""
     per_thing = len(told)
     queries, candidates = (
         [item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown)
     )
     rows = range(len(queries))
     galleries = [list(range(r - r % per_thing, r - r % per_thing + per_thing)) for r in rows]
-    chosen = captions.score(
-        "clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors
-    )
-    share = chosen["value"].to_numpy().reshape(-1, per_thing).mean(1)
-    return pd.DataFrame(
-        {"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share}
-    )
+    task = Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))
+    share = captions.score("clips", [task], vectors)["value"].to_numpy().reshape(-1, per_thing).mean(1)
+    columns = {"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share}
+    return pd.DataFrame(columns)
 
 
 def shown(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the most frames as people read them: percent and interval, a column for each metric and model."""
+    """`table` at the most frames as people read it: percent and interval, a column for each metric and model."""
     most = results[results["frames"] == results["frames"].max()]
-    cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in most.itertuples()]
-    wide = most.assign(cell=cells).pivot(
-        index=["words", "motion", "n"], columns=["metric", "model"], values="cell"
-    )
-    columns = [
-        pair for pair in itertools.product(most["metric"].unique(), most["model"].unique()) if pair in wide
-    ]
-    return wide.reindex(
-        columns=columns, index=most.set_index(["words", "motion", "n"]).index.unique()
-    ).fillna("")
+    rows = ["words", "motion", "n"]
+    cells = most.assign(cell=captions.percent_cells(most))
+    wide = cells.pivot(index=rows, columns=["metric", "model"], values="cell")
+    pairs = itertools.product(most["metric"].unique(), most["model"].unique())
+    order = most.set_index(rows).index.unique()
+    return wide.reindex(columns=[pair for pair in pairs if pair in wide], index=order).fillna("")
 
 
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
