@@ -33,7 +33,8 @@ class Measured:
     """What `measure` found of one model.
 
     Attributes:
-        results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked MRBench units.
+        results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked
+            MRBench units.
     """
 
     model: str
@@ -59,7 +60,8 @@ def measure(
     """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools.
 
     Args:
-        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
+        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its
+            searcher.
     """
     searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
     rows = []
@@ -99,7 +101,8 @@ def score(
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
-    Of several processes all embed, each its share; then the main one ranks and writes, and the others are done.
+    Of several processes all embed, each its share; then the main one ranks and writes, and the others are
+    done.
 
     Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them),
     out/table.csv and out/table.md (`official_table`).
@@ -143,7 +146,7 @@ def _key(embedded: Embedded, settings: EvaluationSettings) -> str:
 
 
 def _content(vectors: Sequence) -> str:
-    """Hash of (N, D) embeddings: the one that the cache on disk gives them, or that of their bytes in memory."""
+    """Hash of (N, D) embeddings: the one that the cache on disk gives them, or that of their bytes."""
     if isinstance(vectors, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()
     return vectors.content
@@ -152,8 +155,9 @@ def _content(vectors: Sequence) -> str:
 def official_table(results: pd.DataFrame) -> pd.DataFrame:
     """Hit rates in percent, a row per model and pool.
 
-    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them;
-    then others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
+    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none
+    of them; then others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is
+    missing.
     """
     rows = []
     official = mbeir.OFFICIAL_UNITS

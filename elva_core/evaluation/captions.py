@@ -1,4 +1,4 @@
-"""Hit rates on the caption and composition sets of Table 2, which no model was trained on; ties count against the target.
+"""Hit rates on the unseen caption and composition sets of Table 2; every tie counts against the target.
 
 hits = score("sugarcrepe", unseen_sets.load("sugarcrepe", folder), vectors)       # one row per query
 rows = table(hits, samples=1000, seed=17)
@@ -54,8 +54,8 @@ class CaptionSet:
 def sources(settings: Settings, folder: Path) -> list[CaptionSet]:
     """The unseen sets of a profile: those that its data collection has of its own, else the nine of Table 2.
 
-    The former are written into `folder`. There are none of the latter, with a warning, where their folder is missing,
-    so that the chain goes on without them.
+    The former are written into `folder`. There are none of the latter, with a warning, where their folder is
+    missing, so that the chain goes on without them.
 
     Raises:
         ElvaDataError: the profile names neither.
@@ -114,9 +114,10 @@ def behind_ties(pessimistic: Sequence[int]) -> list[int]:
 
 
 def gallery_rank(query: np.ndarray, gallery: np.ndarray, target: int) -> int:
-    """Rank of one row of a gallery, behind everything else that scores the same. query: (D,). gallery: (n, D).
+    """Rank of one row of a gallery (n, D) for a query (D,), behind everything else that scores the same.
 
-    A score is the cosine in float64, rounded to float32, as `search.exact` has it: a copy of a vector ties with it.
+    A score is the cosine in float64, rounded to float32, as `search.exact` has it: a copy of a vector ties
+    with it.
     """
     wide = gallery.astype(np.float64)
     scores = np.einsum("nd,nd->n", wide, np.broadcast_to(query.astype(np.float64), wide.shape))
@@ -146,8 +147,8 @@ def score(
 ) -> pd.DataFrame:
     """One row per query, task and metric: set, task, group, query, metric, reported, value, chance.
 
-    reported: at the first cut-off. Two captions are reported as accuracy, which is hit@1 of a gallery of two. Tasks
-    without labels have no rows.
+    reported: at the first cut-off. Two captions are reported as accuracy, which is hit@1 of a gallery of two.
+    Tasks without labels have no rows.
     """
     rows = []
     for task in tasks:
@@ -211,14 +212,15 @@ def false_captions(loaded: Sequence[tuple[CaptionSet, Sequence[Task]]]) -> pd.Da
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Scores with 95 % intervals over queries: a row for each group, and for "" the mean of the groups' means.
+    """Scores with 95 % intervals over queries: a row per group, and for "" the mean of the groups' means.
 
     Args:
-        hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
+        hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the
+            groups.
 
     Returns:
-        what names a task and metric (of model, question, kind, set, task, metric, reported), group, value, ci_low,
-        ci_high, n, chance. A task of one group has no row for it.
+        what names a task and metric (of model, question, kind, set, task, metric, reported), group, value,
+        ci_low, ci_high, n, chance. A task of one group has no row for it.
     """
     keys = [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits]
     by, scope = [*keys, "group"], (seed, "unseen")
@@ -261,8 +263,8 @@ def differences(
     """`table` of the paired differences of two models; columns new and old name them.
 
     Args:
-        reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set
-            asks the same.
+        reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where
+            a set asks the same.
     """
     query = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
     values = statistics.paired(hits, query, new, old).assign(chance=np.nan)

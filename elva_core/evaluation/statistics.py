@@ -61,8 +61,8 @@ def scores(
         samples: of the bootstrap.
         scope: of the random stream (`distributed.rng_for`), the seed first: a tuple that the values of `by`
             are appended to, or a function of them.
-        stratum: column inside a group, for instance the task of a query; then the value is the unweighted mean of
-            the strata's means, and queries are resampled inside each of them.
+        stratum: column inside a group, for instance the task of a query; then the value is the unweighted
+            mean of the strata's means, and queries are resampled inside each of them.
         means: further columns to average in the same way, without interval.
 
     Returns:
@@ -97,7 +97,8 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
         hits: one row per query and model with model, unit, qid and hit@k columns.
 
     Returns:
-        new and old average, difference with 95 % interval (queries resampled inside each task), relative gain in %.
+        new and old average, difference with 95 % interval (queries resampled inside each task), relative gain
+        in %.
     """
     metric = f"hit@{k}"
     values = hits[["unit", "qid", "model", metric]].rename(columns={metric: "value"})
@@ -120,7 +121,7 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table in Markdown: fractions with one decimal, as papers print; nothing where nothing was measured."""
+    """A Markdown table: fractions with one decimal, as papers print; nothing where nothing was measured."""
     cells = [
         ["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row]
         for row in table.itertuples(index=False)

@@ -1,4 +1,4 @@
-"""Hit rates of text to video by frames: on the sets of Table 7, or on short clips of things that stand still or move.
+"""Hit rates of text to video by frames, on the sets of Table 7 or on clips of things that stand or move.
 
 hits = measure(settings.video, folder, vectors)     # one row per query and cut-off
 rows = table(hits, samples=1000, seed=17)
@@ -28,13 +28,13 @@ COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Means with 95 % intervals over queries, a row for each combination of the columns beside query and value."""
+    """Means with 95 % intervals over queries, a row per combination of the columns beside query and value."""
     by = [column for column in hits if column not in ("query", "value")]
     return statistics.scores(hits, by, samples, (seed, "video"))
 
 
 def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> pd.DataFrame:
-    """Hits of one model on what the profile has: the sets, or the clips in `folder`, or nothing; columns as `moving`.
+    """Hits of one model on the profile's sets, or on the clips in `folder`, or none; columns as `moving`.
 
     Raises:
         ElvaDataError: the sets are asked for and none is there.
@@ -57,15 +57,16 @@ def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> p
 
 
 def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFrame:
-    """Hits of the same queries on clips in which what they ask for stands still, or moves in one way or another.
+    """Hits of the same queries on clips in which what they ask for stands still or moves in various ways.
 
     Args:
-        folder: one folder in MSR-VTT's layout for each motion, named by the word for it; the rows of all show the same things.
+        folder: one folder in MSR-VTT's layout for each motion, named by the word for it; the rows of all show
+            the same things.
 
     Returns:
-        one row per query and metric. words: "name", or "name, motion" where the word for the motion stands in the query, too.
-        metric "named motion first": of the clips of one thing in all its motions (not still), how often the one that the query
-        names is first, per thing; 1 in their number by chance.
+        one row per query and metric. words: "name", or "name, motion" where the word for the motion stands in
+        the query, too. metric "named motion first": of the clips of one thing in all its motions (not still),
+        how often the one that the query names is first, per thing; 1 in their number by chance.
     """
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name != STILL, name))
     parts, seen = [], {}
@@ -87,7 +88,7 @@ def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFr
 def _named_first(
     told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item]], vectors: Vectors
 ) -> pd.DataFrame:
-    """Share of the motions of a thing that are found by name: each query of `told` ranks its thing in all motions."""
+    """Share of a thing's motions that are found by name: each query ranks its thing in all motions."""
     per_thing = len(told)
     queries, candidates = (
         [item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown)
@@ -101,7 +102,7 @@ def _named_first(
 
 
 def shown(results: pd.DataFrame) -> pd.DataFrame:
-    """`table` at the most frames as people read it: percent and interval, a column for each metric and model."""
+    """`table` at the most frames as people read it: percent and interval, a column per metric and model."""
     most = results[results["frames"] == results["frames"].max()]
     rows = ["words", "motion", "n"]
     cells = most.assign(cell=captions.percent_cells(most))
@@ -112,7 +113,7 @@ def shown(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
-    """Points of hit@5 that one model is better on what moves, paired over queries, as `claims.in_points` takes them.
+    """Points of hit@5 that a model is better on what moves, paired over queries; for `claims.in_points`.
 
     Args:
         hits: `measure` of several models, with a column model; the mean of the sets' means is compared.

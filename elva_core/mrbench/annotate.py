@@ -1,10 +1,11 @@
 """Annotators of grains: the data itself, a vision-language model loaded here, or one behind a server.
 
-Answers of models are kept by the hash of what was asked, each written whole, so that a run that was killed goes on
-and nothing is asked twice.
+Answers of models are kept by the hash of what was asked, each written whole, so that a run that was killed
+goes on and nothing is asked twice.
 
     annotate = annotator(settings, root, cache)
-    grains = annotate(queries)  # per query [("entity", "dog"), ...], or None where the answer could not be read
+    grains = annotate(queries)  # per query [("entity", "dog"), ...], or None where the answer could not be
+    read
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ def parse(text: str, query: mbeir.Query) -> Grains:
     """Grains of an answer, each text once; words around the JSON are skipped.
 
     Raises:
-        ValueError: no JSON of this form, a grain without text, or one that a text query does not contain; in words a
-            model can act on.
+        ValueError: no JSON of this form, a grain without text, or one that a text query does not contain; in
+            words a model can act on.
     """
     try:
         answer = Answer.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
@@ -182,7 +183,7 @@ def served(settings: AnnotatorSettings) -> Ask:
 
 
 def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
-    """Asks a model of transformers, greedily, `settings.batch` queries per forward. It is loaded when first asked."""
+    """Asks a model of transformers, greedily, `settings.batch` queries at once; loaded when first asked."""
 
     @functools.cache
     def parts():
@@ -230,8 +231,9 @@ def _data_url(path: Path) -> dict:
 def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
     """The text of one answer; None if this query got none in `retries` + 1 requests.
 
-    Not by huggingface_hub's InferenceClient: it turns the JSON schema into a format that OpenAI's servers do not know,
-    gives any server the token that `hf auth login` saved, and refuses a server of one's own under HF_HUB_OFFLINE=1.
+    Not by huggingface_hub's InferenceClient: it turns the JSON schema into a format that OpenAI's servers do
+    not know, gives any server the token that `hf auth login` saved, and refuses a server of one's own under
+    HF_HUB_OFFLINE=1.
     """
     schema = {"name": "grains", "strict": True, "schema": Answer.model_json_schema()}
     body = {"model": settings.model, "messages": _messages(talk, _data_url), "temperature": 0}

@@ -30,17 +30,20 @@ def build(
 ) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
     """Draws the benchmark and writes it as an M-BEIR root that stands alone.
 
-    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its unit.
+    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its
+    unit.
 
     Args:
-        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for M-BEIR.
+        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for
+            M-BEIR.
 
     Returns:
-        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human verification).
+        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human
+        verification).
 
     Raises:
-        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer that can
-            be read.
+        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer
+            that can be read.
     """
     known, tasks = root.units(split), set(map(str, settings.tasks))
     if lost := sorted(set(settings.units) - set(known)):
@@ -66,9 +69,8 @@ def build(
             annotated += len(part)
             unreadable += sum(grains is None for grains in answers)
             if unreadable == annotated:
-                raise files.ElvaDataError(
-                    f"{unit}: none of {annotated} answers can be read; the log has the reasons, see mrbench.annotator"
-                )
+                reasons = "the log has the reasons, see mrbench.annotator"
+                raise files.ElvaDataError(f"{unit}: none of {annotated} answers can be read; {reasons}")
             readable = [(q, grains) for q, grains in zip(part, answers, strict=True) if grains]
             multi += [(q, grains) for q, grains in readable if len(grains) >= settings.min_grains]
         if len(multi) < share:
@@ -102,8 +104,8 @@ def _sheet_row(unit: str, query: mbeir.Query) -> dict:
 def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
     """Writes what the benchmark needs to stand alone: the instructions, a global pool, every image.
 
-    The global pool is the union of its local pools. Images are hard links where the file system allows, so that they
-    take no room here; a copy of the folder has them whole.
+    The global pool is the union of its local pools. Images are hard links where the file system allows, so
+    that they take no room here; a copy of the folder has them whole.
     """
     (bench.folder / "instructions").mkdir(exist_ok=True)
     instructions = "instructions/query_instructions.tsv"

@@ -32,8 +32,10 @@ configs:
 
 # MRBench of {data}
 
-Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. Built after ELVA
-(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated in a random order until
+Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. \
+Built after ELVA
+(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated \
+in a random order until
 {share} of them had enough grains; all of a unit's candidates are its pool.
 
 {table}
@@ -49,10 +51,12 @@ Retrieval queries that have at least {min_grains} grains: atomic units of meanin
 ## Files
 
 * `queries.parquet`: unit, qid, text, image, grains (kind and text), positives (dids).
-* `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, which holds {images:,} images
+* `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, \
+which holds {images:,} images
   ({megabytes:,.1f} MB).
 
-A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with a positive among the first five.
+A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with \
+a positive among the first five.
 
 ## Licence
 
@@ -71,8 +75,8 @@ def write(
 ) -> None:
     """queries.parquet, corpus.parquet and README.md, the data card.
 
-    The few images of the queries are inside queries.parquet. Those of the pools are named, not held: they are the bulk (M-BEIR's
-    four units: 66,000), and `bench`, the M-BEIR folder, has them.
+    The few images of the queries are inside queries.parquet. Those of the pools are named, not held: they are
+    the bulk (M-BEIR's four units: 66,000), and `bench`, the M-BEIR folder, has them.
 
     Args:
         counts: of `mrbench.build`. agreement: of `verify.agreement`.
@@ -84,7 +88,7 @@ def write(
 
 
 def queries(bench: mbeir.Root, split: str = "test"):
-    """One row per query: unit, qid, text, image (decoded on access), grains (kind, text) and the dids of its positives."""
+    """A row per query: unit, qid, text, image (decoded on access), grains (kind, text), positives (dids)."""
     from datasets import Dataset, Features, Image, List, Value
 
     grain = {"kind": Value("string"), "text": Value("string")}
@@ -101,16 +105,12 @@ def queries(bench: mbeir.Root, split: str = "test"):
         for unit in bench.units(split)
         for q in bench.queries(unit, split)
     ]
-    return Dataset.from_list(
-        rows,
-        features=Features(
-            text | {"image": Image(), "grains": List(grain), "positives": List(Value("string"))}
-        ),
-    )
+    lists = {"grains": List(grain), "positives": List(Value("string"))}
+    return Dataset.from_list(rows, features=Features(text | {"image": Image()} | lists))
 
 
 def corpus(bench: mbeir.Root, split: str = "test"):
-    """One row per candidate of each local pool: unit, did, modality, text, and the path of its image inside `bench`."""
+    """A row per candidate of each local pool: unit, did, modality, text, path of its image in `bench`."""
     from datasets import Dataset, Features, Value
 
     columns = ("did", "modality", "text", "image")
@@ -130,7 +130,7 @@ def card(
     *,
     split: str = "test",
 ) -> str:
-    """The data card: how the benchmark was made, by whom it was checked, and under which licence its images are."""
+    """The data card: how the benchmark was made, who checked it, and under which licence its images are."""
     own, images = settings.mrbench, bench.folder / "mbeir_images"
     sizes = [path.stat().st_size for path in images.rglob("*") if path.is_file()]
     if own.annotator.kind == "exact":
@@ -138,16 +138,17 @@ def card(
     else:
         annotator = (
             f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most "
-            f"{own.annotator.max_tokens} tokens); sha256 of prompt and answer form: {annotate.prompt_hash()}. "
-            "Queries whose answer could not be read are not drawn."
+            f"{own.annotator.max_tokens} tokens); "
+            f"sha256 of prompt and answer form: {annotate.prompt_hash()}. Queries "
+            "whose answer could not be read are not drawn."
         )
     checked = "Not verified: nobody has looked at the annotations of these queries."
     if agreement["checked"]:
         shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "wanted")}
         checked = (
             f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: "
-            f"{shares['precision']}, 95 % interval that holds at every look {shares['low']} to {shares['high']}. "
-            f"Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
+            f"{shares['precision']}, 95 % interval that holds at every look {shares['low']} to "
+            f"{shares['high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
         )
     return CARD.format(
         data=settings.data.name,

@@ -1,4 +1,4 @@
-"""A person looks at sampled queries: a sheet of buttons, the share that was accepted, and when to stop looking.
+"""Human verification of sampled queries: a sheet of buttons, the share that was accepted, and the stop rule.
 
 sheet(rows, root, path, wanted=0.9)  # in JupyterLab; every answer goes to `path` at once
 agreement(answers(rows, path), wanted=0.9)
@@ -22,7 +22,7 @@ KEY = ["unit", "qid", "grains"]  # what an answer is about; other grains of the 
 
 
 def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The sheet with the answers that `path` holds; those to queries or grains that are not in it are left out.
+    """The sheet with the answers that `path` holds; those to other queries or other grains are left out.
 
     Raises:
         ElvaDataError: a file that is no such sheet.
@@ -47,8 +47,8 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
         wanted: the share that verification is to show.
 
     Returns:
-        checked, accepted, precision; low and high, a 95 % interval that holds at every look (`lasting_interval`);
-        wanted; verdict (`verdict`). Shares are NaN while nothing is filled in.
+        checked, accepted, precision; low and high, a 95 % interval that holds at every look
+        (`lasting_interval`); wanted; verdict (`verdict`). Shares are NaN while nothing is filled in.
 
     Raises:
         ElvaDataError: another word in `accept`.
@@ -70,14 +70,14 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
 
 
 def evidence(accepted: int, checked: int, precision: float) -> float:
-    """Log-likelihood ratio of the answers, a Jeffreys mixture over every precision against one true `precision`.
+    """Log-likelihood ratio of the answers: a Jeffreys mixture of every precision against one `precision`.
 
-    Above stands the likelihood averaged over a Jeffreys prior, Beta(1/2, 1/2), below that of `precision`. Where
-    `precision` is true the ratio is a martingale that starts at 1, so the chance that it ever reaches 1 / 0.05 is at
-    most 0.05 (Ville's inequality; Robbins 1970), however often one looks and whenever one stops. A Wilson or exact
-    interval gives no such promise: looked at after each of 100 answers it misses far more often than in 5 % of the
-    runs (tests/mrbench/test_verify.py). Wald's test of two precisions would need a second one that nobody has a value
-    for, and gives no interval.
+    Above stands the likelihood averaged over a Jeffreys prior, Beta(1/2, 1/2), below that of `precision`.
+    Where `precision` is true the ratio is a martingale that starts at 1, so the chance that it ever reaches 1
+    / 0.05 is at most 0.05 (Ville's inequality; Robbins 1970), however often one looks and whenever one stops.
+    A Wilson or exact interval gives no such promise: looked at after each of 100 answers it misses far more
+    often than in 5 % of the runs (tests/mrbench/test_verify.py). Wald's test of two precisions would need a
+    second one that nobody has a value for, and gives no interval.
     """
     refused = checked - accepted
     beta = math.lgamma(accepted + 0.5) + math.lgamma(refused + 0.5) - math.lgamma(checked + 1)
@@ -108,7 +108,9 @@ def lasting_interval(accepted: int, checked: int) -> tuple[float, float]:
 def verdict(accepted: int, checked: int, sampled: int, wanted: float) -> str:
     """The stop rule: "above" or "below" the wanted precision, as soon as `evidence` rules it out.
 
-    Else "not verified" before the first answer, "go on" after it, "undecided" at the end of the sheet. It errs in at most 5 % of all verifications, and less still where the sample is a large part of the benchmark.
+    Else "not verified" before the first answer, "go on" after it, "undecided" at the end of the sheet.
+    It errs in at most 5 % of all verifications, and less still where the sample is a large part of the
+    benchmark.
     """
     if checked and evidence(accepted, checked, wanted) >= -math.log(ERROR_RATE):
         return "above" if accepted > wanted * checked else "below"
@@ -116,14 +118,15 @@ def verdict(accepted: int, checked: int, sampled: int, wanted: float) -> str:
 
 
 def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
-    """A widget that shows one sampled query after another and writes each answer to `path`, whole; goes on where `path` ends.
+    """A widget that shows one sampled query after another and goes on where `path` ends.
 
     Args:
         rows: unit, qid, text, image (relative to `root`, or empty) and grains, in the order they are asked.
-        path: CSV of the rows with `accept`: yes, no or nothing.
+        path: CSV of the rows with `accept`: yes, no or nothing; each answer is written at once, whole.
 
     Returns:
-        an ipywidgets box. Accept and Reject are off once the stop rule has decided; Back leads to an answer to correct.
+        an ipywidgets box. Accept and Reject are off once the stop rule has decided; Back leads to an answer
+        to correct.
     """
     import ipywidgets
 
