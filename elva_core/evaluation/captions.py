@@ -51,6 +51,9 @@ class CaptionSet:
     tasks: tuple[str, ...] = ()
 
 
+Loaded = Sequence[tuple[CaptionSet, Sequence[Task]]]  # sets with their tasks
+
+
 def sources(settings: Settings, folder: Path) -> list[CaptionSet]:
     """The unseen sets of a profile: those that its data collection has of its own, else the nine of Table 2.
 
@@ -151,36 +154,30 @@ def score(
     Tasks without labels have no rows.
     """
     rows = []
-    for task in tasks:
-        if not any(task.positives):
-            continue
-        pairs = task.name == "pairs"
+    for task in (task for task in tasks if any(task.positives)):
+        pairs, hit = task.name == "pairs", task.metric == "hit"
+        ks = (1,) if pairs else cutoffs or task.cutoffs
         for query, ranks in enumerate(ranked(task, vectors)):
             group = task.groups[query] if task.groups else ""
-            ks = (1,) if pairs else cutoffs or task.cutoffs
             for k in ks:
-                metric, hit = "accuracy" if pairs else f"{task.metric}@{k}", task.metric == "hit"
+                metric = "accuracy" if pairs else f"{task.metric}@{k}"
                 value = float(ranks[0] <= k) if hit else average_precision(ranks, k)
                 expected = chance(task, query, k) if hit else np.nan
                 rows.append((name, task.name, group, query, metric, k == ks[0], value, expected))
     return pd.DataFrame(rows, columns=COLUMNS if rows else None)
 
 
-def measure(
-    loaded: Sequence[tuple[CaptionSet, Sequence[Task]]], vectors: Vectors, model: str
-) -> pd.DataFrame:
-    """`score` of several sources under one model, with columns model, question and kind."""
-    parts = [
-        score(source.name, tasks, vectors, source.cutoffs).assign(
-            model=model, question=source.question, kind=source.kind
-        )
-        for source, tasks in loaded
-    ]
+def measure(loaded: Loaded, vectors: Vectors, model: str) -> pd.DataFrame:
+    """`score` of several sets under one model, with columns model, question and kind."""
+    parts = []
+    for source, tasks in loaded:
+        hits = score(source.name, tasks, vectors, source.cutoffs)
+        parts.append(hits.assign(model=model, question=source.question, kind=source.kind))
     empty = pd.DataFrame(columns=[*COLUMNS, "model", "question", "kind"])
     return pd.concat(parts, ignore_index=True) if parts else empty
 
 
-def described(loaded: Sequence[tuple[CaptionSet, Sequence[Task]]]) -> pd.DataFrame:
+def described(loaded: Loaded) -> pd.DataFrame:
     """What each task asks: an example of a query and of what is right, how many there are of both."""
     rows = []
     for source, tasks in loaded:
@@ -199,7 +196,7 @@ def shown(item: Item) -> str:
     return " ".join(part if isinstance(part, str) else f"<{part.name}>" for part in item.parts).strip()
 
 
-def false_captions(loaded: Sequence[tuple[CaptionSet, Sequence[Task]]]) -> pd.DataFrame:
+def false_captions(loaded: Loaded) -> pd.DataFrame:
     """One true caption and the false one beside it, of every set and group of pairs."""
     rows = []
     for source, tasks in loaded:
@@ -270,22 +267,20 @@ def differences(
     values = statistics.paired(hits, query, new, old).assign(chance=np.nan)
     out = table(values, samples, seed).drop(columns="chance").assign(new=new, old=old)
     baseline, model = reported["table2"]["rows"].values()
-    gains = dict(
-        zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True)
-    )
-    columns = [
-        SETS[r.kind].columns.get(r.task, "")
-        if r.group == "" and r.question in PAPER_QUESTIONS and r.metric == _metric(r.kind, r.task)
-        else ""
-        for r in out.itertuples()
-    ]
-    return out.assign(paper=[gains.get(column, np.nan) for column in columns])
+    gains = pd.Series(np.subtract(model, baseline).round(1), reported["table2"]["columns"])
+    columns, tasks = _table2_columns(), zip(out["kind"], out["task"], out["metric"], strict=True)
+    paper = pd.Series([gains.get(columns.get(task), np.nan) for task in tasks], out.index, dtype=float)
+    return out.assign(paper=paper.where(out["question"].isin(PAPER_QUESTIONS) & (out["group"] == "")))
 
 
-def _metric(kind: str, task: str) -> str:
-    """The metric that the paper's table has for a task."""
-    name = SETS[kind].columns.get(task, "").rpartition(" ")[2]
-    return name.replace("R@", "hit@").replace("MAP", "map")
+def _table2_columns() -> dict[tuple[str, str, str], str]:
+    """Column of the paper's Table 2 by set, task and metric."""
+    columns = {}
+    for name, kind in SETS.items():
+        for task, column in kind.columns.items():
+            metric = column.rpartition(" ")[2].replace("R@", "hit@").replace("MAP", "map")
+            columns[name, task, metric] = column
+    return columns
 
 
 def table2(results: pd.DataFrame) -> pd.DataFrame:
@@ -294,11 +289,7 @@ def table2(results: pd.DataFrame) -> pd.DataFrame:
     Args:
         results: `table` of sets under their names in SETS.
     """
-    columns = {
-        column: (name, task, _metric(name, task))
-        for name, kind in SETS.items()
-        for task, column in kind.columns.items()
-    }
+    columns = {column: task for task, column in _table2_columns().items()}
     order = sorted(columns, key=lambda c: 0 if " t2i " in c else 1 if " i2t " in c else 2)
     rows = []
     for model, scores in results[results["group"] == ""].groupby("model", sort=False):
@@ -334,7 +325,7 @@ def run(
     encoding: str,
     samples: int,
 ) -> pd.DataFrame | None:
-    """Scores the sets of a folder; a command that was killed embeds no item again.
+    """Scores the sets of a folder with one model.
 
     Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json.
 
