@@ -1,4 +1,4 @@
-"""Tables of scores: means of strata, their intervals, paired differences; the distance of Figure 4."""
+"""Tables of scores: means of strata, their intervals, paired differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from elva_core import distributed
-from elva_core.evaluation import grains, statistics
+from elva_core.evaluation import statistics
 from elva_core.retrieval import metrics
 
 
@@ -42,10 +42,3 @@ def test_a_paired_difference_joins_queries_by_name_and_turns_its_sign(hits):
 def test_markdown_rounds_fractions_alone_and_leaves_holes_empty():
     table = pd.DataFrame({"a": ["x", "y"], "n": [3, 4], "share": [0.25, np.nan]})
     assert statistics.markdown_table(table) == "| a | n | share |\n| -- | -- | -- |\n| x | 3 | 0.2 |\n| y | 4 |  |\n"
-
-
-def test_the_mean_distance_counts_queries_alike_however_many_grains_they_have():
-    rows = [("m", "q1", 0.2), ("m", "q1", 0.4), ("m", "q1", 0.6), ("m", "q2", 0.8)]
-    table = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 50)
-    assert table["value"].tolist() == pytest.approx([0.6]) and table["n"].tolist() == [2]
-    assert (table["ci_low"].item(), table["ci_high"].item()) == pytest.approx((0.4, 0.8))
