@@ -1,1 +1,1 @@
-"""What a model is worth: hit rates, grains, unseen sets, reranking, throughput, and the statistics behind them."""
+"""Evaluation: hit rates, grains, unseen sets, reranking, throughput, and the statistics behind them."""

@@ -19,17 +19,24 @@ from elva_core import distributed, files
 from elva_core.config import EvaluationSettings
 from elva_core.data import mbeir, sources
 from elva_core.data.items import Item
+from elva_core.evaluation import statistics
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import cache, metrics, retriever
 from elva_core.retrieval.cache import Store
 from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
+from elva_core.tables import markdown_table
 
 Vectors = Callable[[Iterable[Item]], Sequence]  # items -> (N, D) embeddings
 
 
 @dataclass(frozen=True)
 class Measured:
-    """results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked MRBench units."""
+    """What `measure` found of one model.
+
+    Attributes:
+        results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked
+            MRBench units.
+    """
 
     model: str
     results: pd.DataFrame
@@ -54,7 +61,8 @@ def measure(
     """Encodes every query and candidate once, then ranks all units on each pool, and MRBench on local pools.
 
     Args:
-        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its searcher.
+        embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its
+            searcher.
     """
     searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
     rows = []
@@ -66,18 +74,9 @@ def measure(
     for unit, result in ranked.items():
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
         scores["rank"] = [ranks[0] for ranks in result.ranks]  # of the first positive
-        new = sources.unseen(root, result.queries)
-        hits.append(
-            pd.DataFrame(
-                {
-                    "model": model,
-                    "unit": unit,
-                    "qid": [q.qid for q in result.queries],
-                    "unseen": new,
-                    **scores,
-                }
-            )
-        )
+        columns = {"model": model, "unit": unit, "qid": [q.qid for q in result.queries]}
+        columns |= {"unseen": sources.unseen(root, result.queries)} | scores
+        hits.append(pd.DataFrame(columns))
     table = pd.DataFrame(rows)
     table.insert(0, "model", model)
     return Measured(model, table, pd.concat(hits, ignore_index=True), ranked, searcher)
@@ -92,182 +91,123 @@ def searcher_of(
     embed_pool: Vectors | None = None,
 ) -> Searcher:
     """A searcher that keeps its embeddings where the profile says."""
-    kept = (
-        Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
-        if settings.on_disk
-        else None
-    )
-    return Searcher(encoder, root, split, settings, template=template, store=kept, embed_pool=embed_pool)
+    store = None
+    if settings.on_disk:
+        store = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+    return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 
 def score(
-    searcher: Searcher,
-    units: Sequence[str],
-    pools: Sequence[str],
-    out: Path,
-    *,
-    model: str,
-    spread: bool = False,
+    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
-    Of several processes all embed, each its share; then the main one ranks and writes, and the others are done.
+    Of several processes all embed, each its share; then the main one ranks and writes, and the others are
+    done.
 
-    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them), out/table.csv and
-    out/table.md (`official_table`).
+    Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them),
+    out/table.csv and out/table.md (`official_table`).
 
     Args:
-        model: name in the tables. spread: also the hit rate under each of the four instructions.
+        model: name in the tables.
 
     Returns:
         the long table; None in a process that is not the main one.
     """
     if distributed.processes().num_processes > 1:
-        for unit, pool, index in itertools.product(units, pools, (None, *range(4)) if spread else (None,)):
-            searcher.embedded(unit, pool=pool, prompt_index=index)
+        for unit, pool in itertools.product(units, pools):
+            searcher.embedded(unit, pool=pool)
     if not distributed.processes().is_main_process:
         return None
-    settings, split, parts = searcher.settings, searcher.split, []
-    for pool in pools:
-        for unit in units:
-            asked = searcher.embedded(unit, pool=pool)
-            path = out / "units" / f"{unit}_{pool}_{_key(asked, settings, spread)}.csv"
-            if not path.is_file():
-                result = searcher.rank(asked)
-                rows = result.table(settings.cutoffs, settings.bootstrap, 0)
-                if spread:
-                    rows += _spread_rows(searcher, unit, pool, len(result.queries))
-                retriever.write_run(result, out / "runs", model, split)
-                retriever.write_qrels(searcher.root, unit, split, out / "runs")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.write_whole(
-                    path, retriever.tabulate([row | {"model": model} for row in rows]).to_csv(index=False)
-                )
-            parts.append(pd.read_csv(path))
+    settings, parts = searcher.settings, []
+    for pool, unit in itertools.product(pools, units):
+        embedded = searcher.embedded(unit, pool=pool)
+        path = out / "units" / f"{unit}_{pool}_{_key(embedded, settings)}.csv"
+        if not path.is_file():
+            result = searcher.rank(embedded)
+            rows = [row | {"model": model} for row in result.table(settings.cutoffs, settings.bootstrap, 0)]
+            retriever.write_run(result, out / "runs", model, searcher.split)
+            retriever.write_qrels(searcher.root, unit, searcher.split, out / "runs")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(path, retriever.tabulate(rows).to_csv(index=False))
+        parts.append(pd.read_csv(path))
     results = pd.concat(parts, ignore_index=True)
-    files.write_whole(out / "results.csv", results.to_csv(index=False))
     table = official_table(results)
+    files.write_whole(out / "results.csv", results.to_csv(index=False))
     files.write_whole(out / "table.csv", table.to_csv(index=False))
-    files.write_whole(out / "table.md", markdown(table))
+    files.write_whole(out / "table.md", markdown_table(table))
     return results
 
 
-def _key(asked: Embedded, settings: EvaluationSettings, spread: bool) -> str:
-    """What the scores of a unit depend on."""
-    values = [
-        *asked.content,
-        asked.relevant,
-        settings.model_dump_json(),
-        spread,
-    ]
+def _key(embedded: Embedded, settings: EvaluationSettings) -> str:
+    """What the scores of a unit depend on: vectors, judgements and settings, as a hash."""
+    values = [*embedded.content, embedded.relevant, settings.model_dump_json()]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
-
-
-def _spread_rows(searcher: Searcher, unit: str, pool: str, n: int) -> list[dict]:
-    k = mbeir.OFFICIAL_UNITS.get(unit, 5)
-    (found,) = prompt_spread(searcher, [unit], k, pool).to_dict("records")
-    row = {"unit": unit, "pool": pool, "ci_low": np.nan, "ci_high": np.nan, "n": n}
-    return [
-        row | {"metric": f"hit@{k} {name} of 4 instructions", "value": found[name]}
-        for name in ("mean", "lowest", "highest")
-    ]
 
 
 def official_table(results: pd.DataFrame) -> pd.DataFrame:
     """Hit rates in percent, a row per model and pool.
 
-    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none of them; then
-    others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is missing.
+    Columns: the sixteen units of M-BEIR in the paper's order, each at its own cut-off, unless there is none
+    of them; then others at 5; then Avg: the unweighted mean of the sixteen, or "partial" where one is
+    missing.
     """
     rows = []
-    for (model, pool), own in results.groupby(["model", "pool"], sort=False):
-        units = [u for u in mbeir.OFFICIAL_UNITS if u in set(own["unit"])]
-        others = [u for u in own["unit"].unique() if u not in mbeir.OFFICIAL_UNITS]
+    official = mbeir.OFFICIAL_UNITS
+    for (model, pool), group in results.groupby(["model", "pool"], sort=False):
+        values = group.set_index(["unit", "metric"])["value"]
+        units = [unit for unit in official if unit in set(group["unit"])]
+        others = [unit for unit in group["unit"].unique() if unit not in official]
         row: dict[str, object] = {"model": model, "pool": pool}
-        for unit in [*(mbeir.OFFICIAL_UNITS if units else ()), *others]:
-            k = mbeir.OFFICIAL_UNITS.get(unit, 5)
-            found = own[(own["unit"] == unit) & (own["metric"] == f"hit@{k}")]["value"]
-            row[f"{unit} @{k}"] = 100 * found.iloc[0] if len(found) else np.nan
-        complete = len(units) == len(mbeir.OFFICIAL_UNITS)
-        row["Avg"] = (
-            float(np.mean([row[f"{u} @{k}"] for u, k in mbeir.OFFICIAL_UNITS.items()]))
-            if complete
-            else "partial"
-        )
+        for unit in [*(official if units else ()), *others]:
+            k = official.get(unit, 5)
+            row[f"{unit} @{k}"] = 100 * values.get((unit, f"hit@{k}"), np.nan)
+        row["Avg"] = "partial"
+        if len(units) == len(official):
+            row["Avg"] = float(np.mean([row[f"{unit} @{k}"] for unit, k in official.items()]))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """One decimal, as papers print; nothing where nothing was measured."""
-    cells = [
-        ["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row]
-        for row in table.itertuples(index=False)
-    ]
-    return (
-        "\n".join(
-            f"| {' | '.join(map(str, row))} |" for row in [table.columns, ["--"] * len(table.columns), *cells]
-        )
-        + "\n"
-    )
-
-
 def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -> pd.DataFrame:
-    """Hit rates per model and MRBench unit, and their unweighted mean ("average"), with 95 % intervals."""
-    rows = []
-    for model, own in hits.groupby("model", sort=False):
-        for k in cutoffs:
-            groups = {unit: part[f"hit@{k}"].to_numpy() for unit, part in own.groupby("unit")}
-            for unit, values in groups.items():
-                low, high = metrics.bootstrap_interval(
-                    values, samples, distributed.rng_for(seed, "mrbench", unit, k)
-                )
-                rows.append(
-                    {
-                        "model": model,
-                        "unit": unit,
-                        "metric": f"hit@{k}",
-                        "value": values.mean(),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "n": len(values),
-                    }
-                )
-            low, high = metrics.stratified_interval(
-                list(groups.values()), samples, distributed.rng_for(seed, "mrbench average", k)
-            )
-            mean = float(np.mean([v.mean() for v in groups.values()]))
-            rows.append(
-                {
-                    "model": model,
-                    "unit": "average",
-                    "metric": f"hit@{k}",
-                    "value": mean,
-                    "ci_low": low,
-                    "ci_high": high,
-                    "n": len(own),
-                }
-            )
-    return pd.DataFrame(rows)
+    """Hit rates per model and MRBench unit, and their unweighted mean ("average"), with 95 % intervals.
+
+    Args:
+        hits: one row per query and model: model, unit and a column hit@k for every cut-off k.
+
+    Returns:
+        columns model, unit, metric, value, ci_low, ci_high, n.
+    """
+
+    def of_unit(model: str, unit: str, metric: str) -> tuple:
+        return seed, "mrbench", unit, metric.removeprefix("hit@")
+
+    def of_average(model: str, unit: str, metric: str) -> tuple:
+        return seed, "mrbench average", metric.removeprefix("hit@")
+
+    by, parts = ["model", "unit", "metric"], []
+    for _, rows in hits.groupby("model", sort=False):
+        for metric in (f"hit@{k}" for k in cutoffs):
+            values = rows.sort_values("unit", kind="stable").assign(metric=metric, value=rows[metric])
+            parts.append(statistics.scores(values, by, samples, of_unit))
+            values = values.assign(task=values["unit"], unit="average")
+            parts.append(statistics.scores(values, by, samples, of_average, "task"))
+    return pd.concat(parts, ignore_index=True)
 
 
 def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
     """MRBench hit rates for compositions of grains that were and were not in training rows."""
-    groups = hits.groupby(["model", "unseen"], sort=False)[f"hit@{k}"].agg(["mean", "count"]).reset_index()
-    groups["composition"] = groups["unseen"].map({True: "unseen", False: "seen"})
-    return groups.rename(columns={"mean": f"hit@{k}", "count": "n"})[
-        ["model", "composition", f"hit@{k}", "n"]
-    ]
+    hits = hits.assign(composition=hits["unseen"].map({True: "unseen", False: "seen"}))
+    groups = hits.groupby(["model", "composition"], sort=False)[f"hit@{k}"].agg(["mean", "count"])
+    return groups.reset_index().rename(columns={"mean": f"hit@{k}", "count": "n"})
 
 
 def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
     for unit in units:
-        values = [
-            metrics.hit_rate_at_k(searcher.evaluate(unit, pool=pool, prompt_index=i).ranks, k).mean()
-            for i in range(4)
-        ]
+        results = [searcher.evaluate(unit, pool=pool, prompt_index=i) for i in range(4)]
+        values = [metrics.hit_rate_at_k(result.ranks, k).mean() for result in results]
         rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
     return pd.DataFrame(rows)
 
@@ -276,23 +216,15 @@ def side_by_side(
     measured: Sequence[Measured], unit: str, index: int, depth: int
 ) -> tuple[str, Path | None, list]:
     """One query with the top answers of several models, for figures.retrieved."""
-    first = measured[0].bench[unit]
-    query, root = first.queries[index], measured[0].searcher.root
+    query, root = measured[0].bench[unit].queries[index], measured[0].searcher.root
+
+    def image(row: mbeir.Query | mbeir.Candidate) -> Path | None:
+        return root.image_path(row.image) if row.image else None
+
     answers = []
-    for m in measured:
-        found = [m.bench[unit].candidates[row] for row in m.bench[unit].top[index][:depth]]
-        answers.append(
-            (
-                m.model,
-                [
-                    (
-                        mbeir.caption(c),
-                        root.image_path(c.image) if c.image else None,
-                        c.did in query.positives,
-                    )
-                    for c in found
-                ],
-            )
-        )
+    for one in measured:
+        result = one.bench[unit]
+        top = [result.candidates[row] for row in result.top[index][:depth]]
+        answers.append((one.model, [(mbeir.caption(c), image(c), c.did in query.positives) for c in top]))
     text = f"{query.text or ''} [{mbeir.caption(query)}]" if query.image else query.text or ""
-    return text, root.image_path(query.image) if query.image else None, answers
+    return text, image(query), answers

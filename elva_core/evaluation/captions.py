@@ -1,4 +1,4 @@
-"""Unseen sets scored: every tie counts against the target, and the paper's Table 2 in its column order.
+"""Hit rates on the unseen caption and composition sets of Table 2; every tie counts against the target.
 
 hits = score("sugarcrepe", unseen_sets.load("sugarcrepe", folder), vectors)       # one row per query
 rows = table(hits, samples=1000, seed=17)
@@ -21,23 +21,27 @@ from elva_core.data import caption_sets
 from elva_core.data import sources as prepare
 from elva_core.data.caption_sets import SETS, Task
 from elva_core.data.items import Item
-from elva_core.evaluation import benchmark
+from elva_core.evaluation import statistics
 from elva_core.evaluation.benchmark import Vectors
 from elva_core.files import ElvaDataError
-from elva_core.retrieval import metrics, search
+from elva_core.retrieval import search
+from elva_core.tables import markdown_table, percent_cells
 
+COLUMNS = ["set", "task", "group", "query", "metric", "reported", "value", "chance"]  # of `score`
 SUBMITTED = 50  # images per query of CIRCO's server
-ALIKE = (
-    "Table 2",
-    "captions",
-)  # questions of the paper; the others share no more with its sets than the layout of the files
-GROUPED = "vendor"  # the question whose groups, kinds of compositions, are a question of their own
+# questions of the paper; the others share no more with its sets than the layout of the files
+PAPER_QUESTIONS = ("Table 2", "captions")
+GROUPED_QUESTION = "vendor"  # its groups, kinds of compositions, are a question of their own
 
 
 @dataclass(frozen=True)
-class Source:
-    """A set to score. name: in the tables. question: that it answers. kind: of SETS, how its files are read. prompts and cutoffs:
-    instead of the set's own. tasks: of the set; all if empty."""
+class CaptionSet:
+    """A set to score.
+
+    Attributes:
+        name: in the tables. question: that it answers. kind: of SETS, how its files are read.
+        prompts, cutoffs: instead of the set's own. tasks: of the set; all if empty.
+    """
 
     name: str
     question: str
@@ -48,59 +52,63 @@ class Source:
     tasks: tuple[str, ...] = ()
 
 
-def sources(settings: Settings, folder: Path) -> list[Source]:
-    """The unseen sets of a profile: those that its data collection has of its own, written into `folder`, else the nine where they are;
-    none, with a warning, where their folder is missing, so that the chain goes on without them.
+Loaded = Sequence[tuple[CaptionSet, Sequence[Task]]]  # sets with their tasks
+
+
+def sources(settings: Settings, folder: Path) -> list[CaptionSet]:
+    """The unseen sets of a profile: those that its data collection has of its own, else the nine of Table 2.
+
+    The former are written into `folder`. There are none of the latter, with a warning, where their folder is
+    missing, so that the chain goes on without them.
 
     Raises:
         ElvaDataError: the profile names neither.
     """
-    asked = settings.unseen
-    if asked is None:
+    unseen = settings.unseen
+    if unseen is None:
         raise ElvaDataError(
-            "the profile has no unseen sets; give unseen.sets, a folder of them, or unseen.language for the embedded data"
+            "the profile has no unseen sets; "
+            "give unseen.sets, a folder of them, or unseen.language for the embedded data"
         )
-    if asked.sets and not Path(asked.sets).is_dir():
-        distributed.log.warning(
-            "%s is missing: no unseen set is scored; put them there and run the stage again", asked.sets
-        )
-        return []
-    if asked.sets:
-        return [
-            Source(name, ALIKE[0], name, Path(asked.sets) / SETS[name].folder)
-            for name in caption_sets.present(Path(asked.sets))
-        ]
-    written = prepare.write_unseen(settings, folder)
-    own = ((5, 1), ("t2i", "pairs"))
+    if unseen.sets:
+        root = Path(unseen.sets)
+        if not root.is_dir():
+            message = "%s is missing: no unseen set is scored; put them there and run the stage again"
+            distributed.log.warning(message, unseen.sets)
+            return []
+        names = caption_sets.present(root)
+        return [CaptionSet(name, PAPER_QUESTIONS[0], name, root / SETS[name].folder) for name in names]
     return [
-        Source(name, question, kind, folder / name, prompts, *own)
-        for name, (question, kind, prompts) in written.items()
+        CaptionSet(name, question, kind, folder / name, prompts, cutoffs=(5, 1), tasks=("t2i", "pairs"))
+        for name, (question, kind, prompts) in prepare.write_unseen(settings, folder).items()
     ]
 
 
-def load(source: Source, encoding: str = "by direction") -> list[Task]:
-    """The tasks of a source; arguments and errors as `unseen_sets.load` has them."""
-    found = caption_sets.load(source.kind, source.folder, source.prompts, encoding)
-    return [task for task in found if not source.tasks or task.name in source.tasks]
+def load(source: CaptionSet, encoding: str = "by direction") -> list[Task]:
+    """The tasks of a set; arguments and errors as `caption_sets.load` has them."""
+    tasks = caption_sets.load(source.kind, source.folder, source.prompts, encoding)
+    return [task for task in tasks if not source.tasks or task.name in source.tasks]
 
 
 def ranked(task: Task, vectors: Vectors) -> list[list[int]]:
     """Per query the ranks of its positives, ascending, each behind everything wrong that scores the same."""
     queries, candidates = vectors(task.queries), vectors(task.candidates)
     if task.galleries is None:
-        return [
-            adverse(ranks) for ranks in search.exact(queries[:], candidates, 1, task.positives).pessimistic
-        ]
+        pessimistic = search.exact(queries[:], candidates, 1, task.positives).pessimistic
+        return [behind_ties(ranks) for ranks in pessimistic]
     return [
         [gallery_rank(queries[i : i + 1][0], candidates[np.array(rows)], rows.index(target))]
         for i, (rows, (target,)) in enumerate(zip(task.galleries, task.positives, strict=True))
     ]
 
 
-def adverse(pessimistic: Sequence[int]) -> list[int]:
-    """Ranks from pessimistic ones, which count everything of the same score: the right among them come last, one after another.
+def behind_ties(pessimistic: Sequence[int]) -> list[int]:
+    """Ranks of positives that stand behind every wrong candidate of the same score, one after another.
 
-    >>> adverse([3, 3, 7])
+    Args:
+        pessimistic: ranks that count everything of the same score, positives too.
+
+    >>> behind_ties([3, 3, 7])
     [2, 3, 7]
     """
     last: dict[int, int] = {}
@@ -110,9 +118,10 @@ def adverse(pessimistic: Sequence[int]) -> list[int]:
 
 
 def gallery_rank(query: np.ndarray, gallery: np.ndarray, target: int) -> int:
-    """Rank of one row of a gallery, behind everything else that scores the same. query: (D,). gallery: (n, D).
+    """Rank of one row of a gallery (n, D) for a query (D,), behind everything else that scores the same.
 
-    A score is the cosine in float64, rounded to float32, as `search.exact` has it: a copy of a vector ties with it.
+    A score is the cosine in float64, rounded to float32, as `search.exact` has it: a copy of a vector ties
+    with it.
     """
     wide = gallery.astype(np.float64)
     scores = np.einsum("nd,nd->n", wide, np.broadcast_to(query.astype(np.float64), wide.shape))
@@ -126,9 +135,8 @@ def average_precision(ranks: Sequence[int], k: int) -> float:
     >>> average_precision([1, 4, 9], 5)
     0.5
     """
-    return sum((place / rank for place, rank in enumerate(ranks, start=1) if rank <= k), 0.0) / min(
-        len(ranks), k
-    )
+    precisions = (place / rank for place, rank in enumerate(ranks, start=1) if rank <= k)
+    return sum(precisions, 0.0) / min(len(ranks), k)
 
 
 def chance(task: Task, query: int, k: int) -> float:
@@ -141,85 +149,46 @@ def chance(task: Task, query: int, k: int) -> float:
 def score(
     name: str, tasks: Sequence[Task], vectors: Vectors, cutoffs: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """One row per query, task and metric: set, task, group, query, metric, reported, value, chance. reported: at the first cut-off.
+    """One row per query, task and metric: set, task, group, query, metric, reported, value, chance.
 
-    Two captions are reported as accuracy, which is hit@1 of a gallery of two. Tasks without labels have no rows.
+    reported: at the first cut-off. Two captions are reported as accuracy, which is hit@1 of a gallery of two.
+    Tasks without labels have no rows.
     """
     rows = []
-    for task in tasks:
-        if not any(task.positives):
-            continue
-        pairs = task.name == "pairs"
+    for task in (task for task in tasks if any(task.positives)):
+        pairs, hit = task.name == "pairs", task.metric == "hit"
+        ks = (1,) if pairs else cutoffs or task.cutoffs
         for query, ranks in enumerate(ranked(task, vectors)):
-            row = {
-                "set": name,
-                "task": task.name,
-                "group": task.groups[query] if task.groups else "",
-                "query": query,
-            }
-            ks = (1,) if pairs else cutoffs or task.cutoffs
+            group = task.groups[query] if task.groups else ""
             for k in ks:
                 metric = "accuracy" if pairs else f"{task.metric}@{k}"
-                hit = task.metric == "hit"
                 value = float(ranks[0] <= k) if hit else average_precision(ranks, k)
-                rows.append(
-                    row
-                    | {
-                        "metric": metric,
-                        "reported": k == ks[0],
-                        "value": value,
-                        "chance": chance(task, query, k) if hit else np.nan,
-                    }
-                )
-    return pd.DataFrame(rows)
+                expected = chance(task, query, k) if hit else np.nan
+                rows.append((name, task.name, group, query, metric, k == ks[0], value, expected))
+    return pd.DataFrame(rows, columns=COLUMNS if rows else None)
 
 
-def measure(loaded: Sequence[tuple[Source, Sequence[Task]]], vectors: Vectors, model: str) -> pd.DataFrame:
-    """`score` of several sources under one model, with columns model, question and kind."""
-    parts = [
-        score(source.name, tasks, vectors, source.cutoffs).assign(
-            model=model, question=source.question, kind=source.kind
-        )
-        for source, tasks in loaded
-    ]
-    columns = [
-        "set",
-        "task",
-        "group",
-        "query",
-        "metric",
-        "reported",
-        "value",
-        "chance",
-        "model",
-        "question",
-        "kind",
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+def measure(loaded: Loaded, vectors: Vectors, model: str) -> pd.DataFrame:
+    """`score` of several sets under one model, with columns model, question and kind."""
+    parts = []
+    for source, tasks in loaded:
+        hits = score(source.name, tasks, vectors, source.cutoffs)
+        parts.append(hits.assign(model=model, question=source.question, kind=source.kind))
+    empty = pd.DataFrame(columns=[*COLUMNS, "model", "question", "kind"])
+    return pd.concat(parts, ignore_index=True) if parts else empty
 
 
-def described(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
+def described(loaded: Loaded) -> pd.DataFrame:
     """What each task asks: an example of a query and of what is right, how many there are of both."""
     rows = []
     for source, tasks in loaded:
         for task in tasks:
-            example = {
-                "query": shown(task.queries[0]),
-                "right": shown(task.candidates[task.positives[0][0]]) if task.positives[0] else "",
-            }
-            ranked = (
-                len(task.candidates)
-                if task.galleries is None
-                else float(np.mean([len(g) for g in task.galleries]))
-            )
-            numbers = {
-                "queries": len(task.queries),
-                "ranked": round(ranked, 1),
-                "groups": len(set(task.groups or ())),
-            }
-            rows.append(
-                {"question": source.question, "set": source.name, "task": task.name, **numbers, **example}
-            )
+            right = shown(task.candidates[task.positives[0][0]]) if task.positives[0] else ""
+            sizes = [len(task.candidates)] if task.galleries is None else [len(g) for g in task.galleries]
+            row = {"question": source.question, "set": source.name, "task": task.name}
+            row |= {"queries": len(task.queries), "ranked": round(float(np.mean(sizes)), 1)}
+            row |= {"groups": len(set(task.groups or ())), "query": shown(task.queries[0]), "right": right}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -228,7 +197,7 @@ def shown(item: Item) -> str:
     return " ".join(part if isinstance(part, str) else f"<{part.name}>" for part in item.parts).strip()
 
 
-def false_captions(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFrame:
+def false_captions(loaded: Loaded) -> pd.DataFrame:
     """One true caption and the false one beside it, of every set and group of pairs."""
     rows = []
     for source, tasks in loaded:
@@ -236,65 +205,49 @@ def false_captions(loaded: Sequence[tuple[Source, Sequence[Task]]]) -> pd.DataFr
             groups = list(task.groups or [""] * len(task.queries))
             for group in dict.fromkeys(groups):
                 true, false = (task.candidates[row].text for row in task.galleries[groups.index(group)])
-                rows.append(
-                    {
-                        "set": source.name,
-                        "group": group,
-                        "true": true,
-                        "false": false,
-                        "queries": groups.count(group),
-                    }
-                )
+                rows.append((source.name, group, true, false, groups.count(group)))
     return pd.DataFrame(rows, columns=["set", "group", "true", "false", "queries"])
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Scores with 95 % intervals over queries: a row for each group, and for "" the mean of the groups' means.
+    """Scores with 95 % intervals over queries: a row per group, and for "" the mean of the groups' means.
 
     Args:
-        hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the groups.
+        hits: `score` of several sets, or `measure`. samples: of the bootstrap, which resamples inside the
+            groups.
+
+    Returns:
+        what names a task and metric (of model, question, kind, set, task, metric, reported), group, value,
+        ci_low, ci_high, n, chance. A task of one group has no row for it.
     """
-    keys, rows = (
-        [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits],
-        [],
+    keys = [c for c in ("model", "question", "kind", "set", "task", "metric", "reported") if c in hits]
+    by, scope = [*keys, "group"], (seed, "unseen")
+    means = statistics.scores(
+        hits.assign(part=hits["group"], group=""), by, samples, scope, "part", ["chance"]
     )
-    for names, own in hits.groupby(keys, sort=False):
-        parts = dict(list(own.groupby("group", sort=False)))
-        for group in ["", *(parts if len(parts) > 1 else ())]:
-            groups = list(parts.values()) if group == "" else [parts[group]]
-            rng = distributed.rng_for(seed, "unseen", *names, group)
-            low, high = metrics.stratified_interval([g["value"].to_numpy() for g in groups], samples, rng)
-            value, expected = (
-                float(np.mean([g[column].mean() for g in groups])) for column in ("value", "chance")
-            )
-            row = {
-                "value": value,
-                "ci_low": low,
-                "ci_high": high,
-                "n": sum(map(len, groups)),
-                "chance": expected,
-            }
-            rows.append(dict(zip(keys, names, strict=True)) | {"group": group} | row)
-    out = pd.DataFrame(rows, columns=[*keys, "group", "value", "ci_low", "ci_high", "n", "chance"])
-    return out.astype({"reported": bool} if "reported" in keys else {})
+    several = hits[hits.groupby(keys)["group"].transform("nunique") > 1]
+    rows = pd.concat([means, statistics.scores(several, by, samples, scope, means=["chance"])])
+    rows = rows.iloc[np.argsort(rows.groupby(keys, sort=False).ngroup(), kind="stable")].reset_index(
+        drop=True
+    )
+    return rows.astype({"reported": bool} if "reported" in keys else {})
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """What a summary needs of `table` or `differences`: the reported metrics; of vendors each group, of others their mean."""
-    return results[
-        results["reported"].astype(bool) & ((results["question"] == GROUPED) == (results["group"] != ""))
-    ]
+    """The rows of `table` or `differences` that a summary needs.
+
+    They are those of the reported metrics; of vendors each group, of other questions the mean of the groups.
+    """
+    of_group = results["group"] != ""
+    return results[results["reported"].astype(bool) & ((results["question"] == GROUPED_QUESTION) == of_group)]
 
 
 def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
-    """The rows of one question of `table`, in percent with their intervals, one column per model; chance in percent."""
-    own = results[results["question"] == question]
-    cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in own.itertuples()]
-    own = own.assign(cell=cells, chance=(100 * own["chance"]).round(1))
-    rows, models = ["metric", "set", "group", "n", "chance"], list(dict.fromkeys(own["model"]))
-    return own.pivot(index=rows, columns="model", values="cell")[models].sort_index(
-        sort_remaining=False, level="metric"
-    )
+    """One question of `table` in percent, a column with value and interval per model; chance in percent."""
+    rows = results[results["question"] == question]
+    rows = rows.assign(cell=percent_cells(rows), chance=(100 * rows["chance"]).round(1))
+    wide = rows.pivot(index=["metric", "set", "group", "n", "chance"], columns="model", values="cell")
+    return wide[list(dict.fromkeys(rows["model"]))].sort_index(sort_remaining=False, level="metric")
 
 
 def differences(
@@ -303,64 +256,59 @@ def differences(
     """`table` of the paired differences of two models; columns new and old name them.
 
     Args:
-        reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where a set asks the same.
+        reported: the paper's numbers. Column paper: what its model gains over its baseline, in points, where
+            a set asks the same.
     """
-    keys = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
-    wide = hits.pivot(index=keys, columns="model", values="value").reindex(columns=[new, old])
-    paired = (wide[new] - wide[old]).rename("value").reset_index().assign(chance=np.nan)
-    out = table(paired, samples, seed).drop(columns="chance").assign(new=new, old=old)
+    query = ["question", "kind", "set", "task", "group", "query", "metric", "reported"]
+    values = statistics.paired(hits, query, new, old).assign(chance=np.nan)
+    out = table(values, samples, seed).drop(columns="chance").assign(new=new, old=old)
     baseline, model = reported["table2"]["rows"].values()
-    gains = dict(
-        zip(reported["table2"]["columns"], np.subtract(model, baseline).round(1).tolist(), strict=True)
-    )
-    alike = [
-        gains.get(SETS[r.kind].columns.get(r.task, ""), np.nan)
-        if r.group == "" and r.question in ALIKE and r.metric == _metric(r.kind, r.task)
-        else np.nan
-        for r in out.itertuples()
-    ]
-    return out.assign(paper=alike)
+    gains = pd.Series(np.subtract(model, baseline).round(1), reported["table2"]["columns"])
+    columns, tasks = _table2_columns(), zip(out["kind"], out["task"], out["metric"], strict=True)
+    paper = pd.Series([gains.get(columns.get(task), np.nan) for task in tasks], out.index, dtype=float)
+    return out.assign(paper=paper.where(out["question"].isin(PAPER_QUESTIONS) & (out["group"] == "")))
 
 
-def _metric(kind: str, task: str) -> str:
-    """The metric that the paper's table has for a task."""
-    name = SETS[kind].columns.get(task, "").rpartition(" ")[2]
-    return name.replace("R@", "hit@").replace("MAP", "map")
+def _table2_columns() -> dict[tuple[str, str, str], str]:
+    """Column of the paper's Table 2 by set, task and metric."""
+    columns = {}
+    for name, kind in SETS.items():
+        for task, column in kind.columns.items():
+            metric = column.rpartition(" ")[2].replace("R@", "hit@").replace("MAP", "map")
+            columns[name, task, metric] = column
+    return columns
 
 
 def table2(results: pd.DataFrame) -> pd.DataFrame:
-    """A row per model, in percent, in the column order of the paper's Table 2; nothing where nothing was measured.
+    """The paper's Table 2: a row per model, in percent, in its column order; NaN where nothing was measured.
 
     Args:
         results: `table` of sets under their names in SETS.
     """
-    columns = {
-        column: (name, task, _metric(name, task))
-        for name, kind in SETS.items()
-        for task, column in kind.columns.items()
-    }
+    columns = {column: task for task, column in _table2_columns().items()}
     order = sorted(columns, key=lambda c: 0 if " t2i " in c else 1 if " i2t " in c else 2)
     rows = []
-    for model, own in results[results["group"] == ""].groupby("model", sort=False):
-        found = own.set_index(["set", "task", "metric"])["value"]
-        rows.append({"model": model} | {c: 100 * found.get(columns[c], np.nan) for c in order})
+    for model, scores in results[results["group"] == ""].groupby("model", sort=False):
+        values = scores.set_index(["set", "task", "metric"])["value"]
+        rows.append({"model": model} | {c: 100 * values.get(columns[c], np.nan) for c in order})
     return pd.DataFrame(rows, columns=["model", *order])
 
 
 def submission(task: Task, vectors: Vectors) -> dict[str, list[int]]:
     """CIRCO's answer file: per query id the ids of the first 50 images, best first."""
-    asked, known = task.ids
-    found = search.exact(vectors(task.queries)[:], vectors(task.candidates), min(SUBMITTED, len(known)))
-    return {str(query): [known[row] for row in rows] for query, rows in zip(asked, found.rows, strict=True)}
+    queries, images = task.ids
+    top = search.exact(vectors(task.queries)[:], vectors(task.candidates), min(SUBMITTED, len(images))).rows
+    return {str(query): [images[row] for row in rows] for query, rows in zip(queries, top, strict=True)}
 
 
 def check(folder: Path, names: Sequence[str], *, decode: bool) -> tuple[list[str], list[str]]:
     """Problems and notes of all sets of a folder."""
-    found = [
-        caption_sets.lint(name, folder / SETS[name].folder, decode=decode)
-        for name in caption_sets.present(folder, names)
-    ]
-    return [p for problems, _ in found for p in problems], [n for _, notes in found for n in notes]
+    problems, notes = [], []
+    for name in caption_sets.present(folder, names):
+        of_set = caption_sets.lint(name, folder / SETS[name].folder, decode=decode)
+        problems += of_set[0]
+        notes += of_set[1]
+    return problems, notes
 
 
 def run(
@@ -373,7 +321,9 @@ def run(
     encoding: str,
     samples: int,
 ) -> pd.DataFrame | None:
-    """Scores the sets of a folder. Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json.
+    """Scores the sets of a folder with one model.
+
+    Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json.
 
     Returns:
         the long table; None in a process that is not the main one, which only embeds.
@@ -396,5 +346,5 @@ def run(
     official = table2(results)
     files.write_whole(out / "results.csv", results.to_csv(index=False))
     files.write_whole(out / "table2.csv", official.to_csv(index=False))
-    files.write_whole(out / "table2.md", benchmark.markdown(official))
+    files.write_whole(out / "table2.md", markdown_table(official))
     return results

@@ -1,4 +1,4 @@
-"""Grain blindness, measured: how far an embedding moves when one grain is taken away, and which grain errors touch.
+"""Grain blindness: how far an embedding moves without one grain, and which kinds of grain errors touch.
 
 ELVA Definition 2 and Figure 4: d(f(q), f(q without grain k)) with d = 1 - cosine.
 """
@@ -14,30 +14,29 @@ import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item
+from elva_core.evaluation import statistics
 from elva_core.retrieval.retriever import Searcher, UnitResult
 
 
 def without(query: mbeir.Query, *dropped: int) -> mbeir.Query:
     """A query with some of its `removable` grains taken out.
 
-    Of a text that is the sequence of its grains the others stay. Of any other text the words of the grains are cut out, with
-    the space and the punctuation that would be left over; articles and conjunctions around them stay.
+    Of a text that is the sequence of its grains the others stay. Of any other text the words of the grains
+    are cut out, with the space and the punctuation that would be left over; articles and conjunctions around
+    them stay.
     """
-    own = mbeir.grains(query)
+    grains = [text for _, text in mbeir.grains(query)]
     if not dropped:
         return query
     if query.text == mbeir.caption(query):
-        return replace(
-            query, text=mbeir.normalise(" ".join(text for i, (_, text) in enumerate(own) if i not in dropped))
-        )
-    rest = query.text or ""
-    for start, end in sorted((_spans(rest, own[i][1])[0] for i in dropped), reverse=True):
-        rest = f"{rest[:start]} {rest[end:]}"
-    rest = re.sub(r"\s+([,;:.!?])", r"\1", " ".join(rest.split()))
-    rest = re.sub(r"[,;:]+(?=[,;:.!?])", "", rest).lstrip(
-        ",;:.!? "
-    )  # of two marks side by side the later one stays
-    return replace(query, text=mbeir.normalise(rest))
+        text = " ".join(grain for i, grain in enumerate(grains) if i not in dropped)
+        return replace(query, text=mbeir.normalise(text))
+    text = query.text or ""
+    for start, end in sorted((_spans(text, grains[i])[0] for i in dropped), reverse=True):
+        text = f"{text[:start]} {text[end:]}"
+    text = re.sub(r"\s+([,;:.!?])", r"\1", " ".join(text.split()))
+    text = re.sub(r"[,;:]+(?=[,;:.!?])", "", text)  # of two marks side by side the later one stays
+    return replace(query, text=mbeir.normalise(text.lstrip(",;:.!? ")))
 
 
 def ablatable(queries: Sequence[mbeir.Query]) -> list[mbeir.Query]:
@@ -48,18 +47,15 @@ def ablatable(queries: Sequence[mbeir.Query]) -> list[mbeir.Query]:
 def removable(query: mbeir.Query) -> list[int]:
     """Which grains the text lets go alone: none of what only the picture shows.
 
-    The text is the sequence of its grains, or holds the grain exactly once, as whole words, apart from every other one.
+    The text is the sequence of its grains, or holds the grain exactly once, as whole words, apart from every
+    other one.
     """
-    own = mbeir.grains(query)
+    grains = mbeir.grains(query)
     if query.text == mbeir.caption(query):
-        return list(range(len(own)))
-    spans = [_spans(query.text or "", text) for _, text in own]
-    others = [[span for j, found in enumerate(spans) if j != i for span in found] for i in range(len(own))]
-    return [
-        i
-        for i, found in enumerate(spans)
-        if len(found) == 1 and not any(start < found[0][1] and found[0][0] < end for start, end in others[i])
-    ]
+        return list(range(len(grains)))
+    places = [(i, *span) for i, (_, grain) in enumerate(grains) for span in _spans(query.text or "", grain)]
+    once = [place for place in places if sum(i == place[0] for i, *_ in places) == 1]
+    return [i for i, a, b in once if not any(j != i and start < b and a < end for j, start, end in places)]
 
 
 def _spans(text: str, grain: str) -> list[tuple[int, int]]:
@@ -76,13 +72,22 @@ def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> 
     rows = [(q, i, kind) for q in queries for i, (kind, _) in enumerate(mbeir.grains(q))]
     full = _embedded(searcher, [searcher.query(q, unit) for q, _, _ in rows])
     less = _embedded(searcher, [searcher.query(without(q, i), unit) for q, i, _ in rows])
-    return pd.DataFrame(
-        {
-            "qid": [q.qid for q, _, _ in rows],
-            "kind": [k for *_, k in rows],
-            "distance": 1 - (full * less).sum(1),
-        }
-    )
+    names = {"qid": [q.qid for q, *_ in rows], "kind": [kind for *_, kind in rows]}
+    return pd.DataFrame(names | {"distance": 1 - (full * less).sum(1)})
+
+
+def mean_distance(distances: pd.DataFrame, samples: int) -> pd.DataFrame:
+    """Grain blindness of each model (Figure 4): mean over queries of the mean distance over a query's grains.
+
+    Args:
+        distances: `distances` of several models, with a column model. samples: of the bootstrap over queries.
+
+    Returns:
+        columns model, value, ci_low, ci_high (95 % interval), n queries.
+    """
+    queries = distances.groupby(["qid", "model"], as_index=False)["distance"].mean()
+    queries = queries.rename(columns={"distance": "value"})
+    return statistics.scores(queries, ["model"], samples, (0, "grain distance"))
 
 
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:
@@ -94,28 +99,19 @@ def errors(result: UnitResult) -> pd.DataFrame:
     """For every query: is the top-1 answer right, and if not, which grains of the wanted one it lacks.
 
     Returns:
-        one row per query and grain kind: unit, qid, kind, missed (the top-1 candidate is not a positive), wrong (it is not,
-        and lacks a grain of that kind). No row where the top-1 candidate carries no grains: nothing is known about it.
+        one row per query and grain kind: unit, qid, kind, missed (the top-1 candidate is not a positive),
+        wrong (it is not, and lacks a grain of that kind). No row where the top-1 candidate carries no grains:
+        nothing is known about it.
     """
     rows = []
     for query, ranks, top in zip(result.queries, result.ranks, result.top, strict=True):
-        wanted, found = mbeir.grains(query), set(mbeir.grains(result.candidates[top[0]]))
-        hit = bool(ranks) and ranks[0] == 1
-        lacking = {kind for kind, text in wanted if (kind, text) not in found}
-        rows += [
-            {
-                "unit": result.unit,
-                "qid": query.qid,
-                "kind": k,
-                "missed": not hit,
-                "wrong": not hit and k in lacking,
-            }
-            for k in dict(wanted)
-            if found
-        ]
-    return pd.DataFrame(rows, columns=["unit", "qid", "kind", "missed", "wrong"]).astype(
-        {"missed": bool, "wrong": bool}
-    )
+        grains, shown = mbeir.grains(query), set(mbeir.grains(result.candidates[top[0]]))
+        missed = not ranks or ranks[0] != 1
+        lacking = {kind for kind, text in grains if (kind, text) not in shown}
+        kinds = dict(grains) if shown else ()
+        rows += [(result.unit, query.qid, kind, missed, missed and kind in lacking) for kind in kinds]
+    table = pd.DataFrame(rows, columns=["unit", "qid", "kind", "missed", "wrong"])
+    return table.astype({"missed": bool, "wrong": bool})
 
 
 def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int, seed: int) -> pd.DataFrame:
@@ -133,24 +129,13 @@ def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int,
     positives = {i for i, c in enumerate(result.candidates) if c.did in query.positives}
     order = [int(i) for i in np.argsort(-(pool @ vector[0]), kind="stable")]
     chosen = sorted(positives | set(order[:size]))
-    wanted = set(mbeir.grains(query))
-    points = TSNE(
-        n_components=2,
-        perplexity=min(15, len(chosen) // 3),
-        random_state=seed % 2**32,
-        metric="cosine",
-        init="random",
-    ).fit_transform(np.concatenate([vector, pool[chosen]]))
-    roles = ["query"]
+    settings = {"metric": "cosine", "init": "random", "random_state": seed % 2**32}
+    tsne = TSNE(n_components=2, perplexity=min(15, len(chosen) // 3), **settings)
+    points = tsne.fit_transform(np.concatenate([vector, pool[chosen]]))
+    of_query, roles = set(mbeir.grains(query)), ["query"]
     for i in chosen:
         grains = set(mbeir.grains(result.candidates[i]))
-        shared = len(wanted & grains)
-        roles.append(
-            "positive"
-            if i in positives
-            else "one grain differs"
-            if shared == len(wanted) - 1 and len(grains) == len(wanted)
-            else "other"
-        )
+        close = len(of_query & grains) == len(of_query) - 1 and len(grains) == len(of_query)
+        roles.append("positive" if i in positives else "one grain differs" if close else "other")
     labels = [query.text or "query"] + [mbeir.caption(result.candidates[i]) for i in chosen]
     return pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "role": roles, "label": labels})

@@ -1,7 +1,8 @@
-"""Retriever and reranker together: fused scores, the weight that validation chooses, hit rates before and after, seconds per query.
+"""Reranking with score fusion: weight chosen on validation, hit rates before and after, seconds per query.
 
-Both say how probable each of the first candidates is, in nats, so the weight has one meaning for all of them:
-weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a cosine and P(Yes)).
+Retriever and reranker both say how probable each of the first candidates is, in nats, so the weight has one
+meaning for all of them: weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a cosine
+and P(Yes)).
 
     seen = look_again(reranker, searcher, result, settings.rerank)
     weights = choose(weigh(validation, temperature))
@@ -10,6 +11,7 @@ weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a co
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +35,7 @@ BEST = "best order of the first"  # what no second look can exceed
 
 @dataclass(frozen=True)
 class Seen:
-    """One unit whose first candidates were looked at again.
-
-    scores: per kind (Q, depth), of the candidates in the retriever's order.
-    """
+    """A unit whose first candidates were reranked. scores: per kind (Q, depth), in the retriever's order."""
 
     result: UnitResult
     asked: list[Asked]
@@ -55,24 +54,21 @@ def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[As
     """
     depth = min(depth, len(result.candidates))
     if result.top.shape[1] < depth:
-        raise ValueError(
-            f"rerank.depth = {depth}, but ranked lists have {result.top.shape[1]} candidates; raise evaluation.cutoffs"
-        )
+        lists = f"ranked lists have {result.top.shape[1]} candidates"
+        raise ValueError(f"rerank.depth = {depth}, but {lists}; raise evaluation.cutoffs")
     out = []
     for query, rows in zip(result.queries, result.top[:, :depth], strict=True):
-        found = [result.candidates[row] for row in rows]
-        items = tuple(candidate_item(searcher.root, c) for c in found)
-        out.append(Asked(query.qid, searcher.query(query, result.unit), tuple(c.did for c in found), items))
+        first = [result.candidates[row] for row in rows]
+        items = tuple(candidate_item(searcher.root, c) for c in first)
+        out.append(Asked(query.qid, searcher.query(query, result.unit), tuple(c.did for c in first), items))
     return out
 
 
 def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:
     """Scores the first answers of a unit, pointwise and listwise."""
-    asked = first_answers(searcher, result, settings.depth)
-    scores = {
-        kind: np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts))
-        for kind in rerank.KINDS
-    }
+    asked, scores = first_answers(searcher, result, settings.depth), {}
+    for kind in rerank.KINDS:
+        scores[kind] = np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts))
     return Seen(result, asked, scores)
 
 
@@ -92,7 +88,9 @@ def fuse(cosines: np.ndarray, scores: np.ndarray, weight: float, temperature: fl
 
 
 def reorder(ranks: Sequence[Sequence[int]], scores: np.ndarray) -> list[list[int]]:
-    """Ranks of the positives after the first K candidates are ordered by score; ties keep the old order, so does what is behind them.
+    """Ranks of the positives after the first K candidates are ordered by score.
+
+    Candidates of equal score keep the old order, and so do those behind the first K.
 
     Args:
         ranks: per query, from 1, in the old order. scores: (Q, K) in that order.
@@ -107,21 +105,21 @@ def reorder(ranks: Sequence[Sequence[int]], scores: np.ndarray) -> list[list[int
 
 def after(seen: Seen, kind: Kind, weight: float, temperature: float) -> list[list[int]]:
     """Ranks of a unit's positives after the second look."""
-    return reorder(
-        seen.result.ranks, fuse(seen.result.scores[:, : seen.depth], seen.scores[kind], weight, temperature)
-    )
+    cosines = seen.result.scores[:, : seen.depth]
+    return reorder(seen.result.ranks, fuse(cosines, seen.scores[kind], weight, temperature))
 
 
 def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
-    """Mean reciprocal rank of every weight on units of the validation split: kind, weight, mrr (unweighted mean of the units)."""
+    """Mean reciprocal rank of every weight on units of the validation split.
+
+    Returns:
+        columns kind, weight, mrr (unweighted mean of the units).
+    """
     rows = []
-    for kind in rerank.KINDS:
-        for weight in WEIGHTS:
-            units = [
-                metrics.reciprocal_rank(after(seen, kind, weight, temperature), seen.depth).mean()
-                for seen in validation
-            ]
-            rows.append({"kind": kind, "weight": weight, "mrr": float(np.mean(units))})
+    for kind, weight in itertools.product(rerank.KINDS, WEIGHTS):
+        ranks = [(after(seen, kind, weight, temperature), seen.depth) for seen in validation]
+        units = [metrics.reciprocal_rank(of_unit, depth).mean() for of_unit, depth in ranks]
+        rows.append({"kind": kind, "weight": weight, "mrr": float(np.mean(units))})
     return pd.DataFrame(rows)
 
 
@@ -139,9 +137,13 @@ def hits(
     first: str,
     cutoffs: Sequence[int],
 ) -> pd.DataFrame:
-    """Hits of each query before and after, as evaluate.mrbench_table and statistics.comparison take them: model, unit, qid, hit@k.
+    """Hits of each query before and after reranking, as mrbench_table and statistics.comparison take them.
 
-    Models: the retriever (`first`), each kind alone and fused, and the best order there is of the candidates looked at.
+    Models: the retriever (`first`), each kind alone and fused, and the best order there is of the candidates
+    reranked.
+
+    Returns:
+        columns model, unit, qid, hit@k of every cut-off.
     """
     parts = []
     for unit in seen:
@@ -149,27 +151,22 @@ def hits(
         for kind, weight in weights.items():
             ways[kind] = after(unit, kind, 0.0, temperature)
             ways[kind + FUSED] = after(unit, kind, weight, temperature)
-        ways[f"{BEST} {unit.depth}"] = [
-            [1 if r <= unit.depth else r for r in own] for own in unit.result.ranks
-        ]
+        best = [[1 if rank <= unit.depth else rank for rank in ranks] for ranks in unit.result.ranks]
+        ways[f"{BEST} {unit.depth}"] = best
         for model, ranks in ways.items():
+            columns = {"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked]}
             scores = {f"hit@{k}": metrics.hit_rate_at_k(ranks, k) for k in cutoffs}
-            parts.append(
-                pd.DataFrame(
-                    {"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked], **scores}
-                )
-            )
+            parts.append(pd.DataFrame(columns | scores))
     return pd.concat(parts, ignore_index=True)
 
 
 def compared(
     table: pd.DataFrame, first: str, cutoffs: Sequence[int], samples: int, seed: int
 ) -> pd.DataFrame:
-    """Each way over the retriever alone, paired over queries, but for the best order there is; `statistics.comparison` rows."""
+    """Each way but the best order over the retriever alone, paired: rows of `statistics.comparison`."""
     ways = [m for m in dict.fromkeys(table["model"]) if m != first and not m.startswith(BEST)]
-    return pd.DataFrame(
-        [statistics.comparison(table, way, first, k, samples, seed) for way in ways for k in cutoffs]
-    )
+    pairs = itertools.product(ways, cutoffs)
+    return pd.DataFrame([statistics.comparison(table, way, first, k, samples, seed) for way, k in pairs])
 
 
 def seconds(
@@ -180,7 +177,7 @@ def seconds(
     *,
     first: str,
 ) -> pd.DataFrame:
-    """Median seconds of one query, one after the other: retrieval, and retrieval with each second look; the ways take turns.
+    """Median seconds of one query alone: retrieval, and retrieval with each kind of reranking, in turns.
 
     Nothing is known of a query or a candidate but the pool's embeddings: images are opened and seen anew.
 
@@ -189,12 +186,8 @@ def seconds(
     """
     writer, reader = searcher.encoder.forgetful(), reranker.forgetful()
     taken: dict[str, list[float]] = {way: [] for way in (first, *rerank.KINDS)}
-    turns = [
-        (unit, pool, i)
-        for i in range(-(-settings.timed // len(seen)))
-        for unit, pool in seen
-        if i < len(unit.asked)
-    ]
+    rounds = range(-(-settings.timed // len(seen)))
+    turns = [(unit, pool, i) for i in rounds for unit, pool in seen if i < len(unit.asked)]
     for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up
         asked = unit.asked[i]
         began = time.perf_counter()
@@ -208,37 +201,22 @@ def seconds(
     rows = []
     for way, values in taken.items():
         low, middle, high = np.percentile(values[1:], [25, 50, 75])
-        rows.append(
-            {
-                "model": way,
-                "seconds": middle,
-                "lower quartile": low,
-                "upper quartile": high,
-                "n": len(values) - 1,
-            }
-        )
-    return pd.DataFrame(rows)
+        rows.append((way, middle, low, high, len(values) - 1))
+    return pd.DataFrame(rows, columns=["model", "seconds", "lower quartile", "upper quartile", "n"])
 
 
 def table(averages: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
-    """What a second look brings and costs: one row per model, hit rates in percent with intervals, seconds per query.
+    """Quality and cost of reranking, a row per model: hit rates in percent with intervals, seconds per query.
 
     Args:
-        averages: `evaluate.mrbench_table` of `hits`. taken: `seconds`; a fused model takes as long as its kind.
+        averages: `benchmark.mrbench_table` of `hits`. taken: `seconds`; a fused model takes as long as its
+            kind.
     """
-    own = averages[averages["unit"] == "average"]
-    models = own["model"].drop_duplicates()
-    out = pd.DataFrame({"model": models}).set_index("model")
-    for metric, rows in own.groupby("metric"):
-        rows = rows.set_index("model")
-        out[metric], out[f"{metric} low"], out[f"{metric} high"] = (
-            100 * rows[c] for c in ("value", "ci_low", "ci_high")
-        )
+    averages = averages[averages["unit"] == "average"].set_index("model")
+    out = pd.DataFrame(index=averages.index.drop_duplicates())
+    for metric, rows in averages.groupby("metric"):
+        for column, name in (("value", metric), ("ci_low", f"{metric} low"), ("ci_high", f"{metric} high")):
+            out[name] = 100 * rows[column]
         out["n"] = rows["n"]
-    spent = (
-        taken.set_index("model")
-        .drop(columns="n")
-        .reindex(out.index.str.removesuffix(FUSED))
-        .set_axis(out.index)
-    )
-    return out.join(spent).reset_index()
+    spent = taken.set_index("model").drop(columns="n").reindex(out.index.str.removesuffix(FUSED))
+    return out.join(spent.set_axis(out.index)).reset_index()

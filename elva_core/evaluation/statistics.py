@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pandas as pd
 import yaml
@@ -40,6 +42,54 @@ def audit(tables: dict) -> pd.DataFrame:
     return out.assign(agrees=(out["printed"] - out["recomputed"]).abs() < 0.1)
 
 
+Scope = tuple | Callable[..., tuple]
+
+
+def scores(
+    hits: pd.DataFrame,
+    by: Sequence[str],
+    samples: int,
+    scope: Scope,
+    stratum: str | None = None,
+    means: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Mean over queries of every group of rows, with a 95 % bootstrap interval.
+
+    Args:
+        hits: one row per query with the columns of `by` and value.
+        by: columns whose values name a group; groups come in the order in which they first appear.
+        samples: of the bootstrap.
+        scope: of the random stream (`distributed.rng_for`), the seed first: a tuple that the values of `by`
+            are appended to, or a function of them.
+        stratum: column inside a group, for instance the task of a query; then the value is the unweighted
+            mean of the strata's means, and queries are resampled inside each of them.
+        means: further columns to average in the same way, without interval.
+
+    Returns:
+        columns by, value, ci_low, ci_high, n (queries), means.
+    """
+    rows = []
+    for names, group in hits.groupby(list(by), sort=False):
+        strata = [part for _, part in group.groupby(stratum, sort=False)] if stratum else [group]
+        stream = scope(*names) if callable(scope) else (*scope, *names)
+        values = [part["value"].to_numpy() for part in strata]
+        low, high = metrics.stratified_interval(values, samples, distributed.rng_for(*stream))
+        averages = [float(np.mean([part[column].mean() for part in strata])) for column in ("value", *means)]
+        rows.append([*names, averages[0], low, high, len(group), *averages[1:]])
+    return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "n", *means])
+
+
+def paired(hits: pd.DataFrame, by: Sequence[str], new: str, old: str) -> pd.DataFrame:
+    """Difference of two models on each query: columns by, new value, old value, value (new - old).
+
+    Args:
+        hits: one row per query and model with the columns of `by`, which name a query, and model and value.
+    """
+    wide = hits.pivot(index=list(by), columns="model", values="value").reindex(columns=[new, old])
+    columns = {"new value": wide[new], "old value": wide[old], "value": wide[new] - wide[old]}
+    return pd.DataFrame(columns).reset_index()
+
+
 def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, seed: int) -> dict:
     """Paired difference of two models on the MRBench average hit rate.
 
@@ -51,19 +101,15 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
         (queries resampled inside each task); relative, relative low, relative high: the same in percent of
         the old average, nan where that is zero; n queries.
     """
-    wide = hits.pivot(index=["unit", "qid"], columns="model", values=f"hit@{k}")
-    groups = [part for _, part in wide.groupby(level="unit")]
-    first, second = (float(np.mean([g[m].mean() for g in groups])) for m in (new, old))
-    rng = distributed.rng_for(seed, "paired", new, old, k)
-    low, high = metrics.stratified_interval([(g[new] - g[old]).to_numpy() for g in groups], samples, rng)
-    row = {"new": new, "old": old, "metric": f"hit@{k}", "new value": first, "old value": second}
-    row |= {"value": first - second, "ci_low": low, "ci_high": high, "n": len(wide)}
-    percent = 100 / second if second else float("nan")
-    return row | {
-        "relative": percent * (first - second),
-        "relative low": percent * low,
-        "relative high": percent * high,
-    }
+    metric = f"hit@{k}"
+    values = hits[["unit", "qid", "model", metric]].rename(columns={metric: "value"})
+    differences = paired(values, ["unit", "qid"], new, old).assign(new=new, old=old, metric=metric)
+    scope, means = (seed, "paired", new, old, k), ["new value", "old value"]
+    by = ["new", "old", "metric"]
+    (row,) = scores(differences, by, samples, lambda *_: scope, "unit", means).to_dict("records")
+    percent = 100 / row["old value"] if row["old value"] else float("nan")
+    bounds = {"relative": "value", "relative low": "ci_low", "relative high": "ci_high"}
+    return row | {name: percent * row[column] for name, column in bounds.items()}
 
 
 RULE = (

@@ -1,6 +1,7 @@
-"""What an embedding costs: forward passes and items per second of several ways to read the same items, in turns.
+"""Throughput benchmark: forward passes and items per second of several ways to embed the same items.
 
-table = measure({"stage 3": Way(teacher, "summary"), "single pass": Way(student, "eol")}, {"queries": queries}, batches=(1, 256), rounds=5)
+ways = {"stage 3": Way(teacher, "summary"), "single pass": Way(student, "eol")}
+table = measure(ways, {"queries": queries}, batches=(1, 256), rounds=5)
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ def measure(
 ) -> pd.DataFrame:
     """Items per second from item to embedding, images opened and seen anew by the vision tower each time.
 
-    Every round takes all ways, each round starts with another one, and one round before them is not timed: so a machine that
-    slows down, or a first call that is slow, favours none.
+    Every round takes all ways, each round starts with another one, and one round before them is not timed: so
+    a machine that slows down, or a first call that is slow, favours none.
 
     Args:
-        sides: name, for instance "queries", -> items; a batch of the distinct ones, evenly chosen, and at least `least` are timed.
+        sides: name, for instance "queries", -> items; a batch of the distinct ones, evenly chosen, and at
+            least `least` are timed.
 
     Returns:
-        way, side, batch, per second (median of the rounds), lowest, highest, forwards (passes of the language model that a row of a
-        batch waits for), n items, rounds.
+        way, side, batch, per second (median of the rounds), lowest, highest, forwards (passes of the language
+        model that a row of a batch waits for), n items, rounds.
     """
     rows = []
     for side, items in sides.items():
@@ -67,16 +69,8 @@ def measure(
             for name, taken in seconds.items():
                 rates = [len(chosen) / s for s in taken]
                 row = {"way": name, "side": side, "batch": batch, "per second": statistics.median(rates)}
-                rows.append(
-                    row
-                    | {
-                        "lowest": min(rates),
-                        "highest": max(rates),
-                        "forwards": passes[name],
-                        "n": len(chosen),
-                        "rounds": rounds,
-                    }
-                )
+                row |= {"lowest": min(rates), "highest": max(rates), "forwards": passes[name]}
+                rows.append(row | {"n": len(chosen), "rounds": rounds})
     return pd.DataFrame(rows)
 
 

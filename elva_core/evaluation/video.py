@@ -1,4 +1,4 @@
-"""Text to video by frames, scored: on the sets of Table 7, or on short clips in which the same things stand still or move.
+"""Hit rates of text to video by frames, on the sets of Table 7 or on clips of things that stand or move.
 
 hits = measure(settings.video, folder, vectors)     # one row per query and cut-off
 rows = table(hits, samples=1000, seed=17)
@@ -11,19 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from elva_core import distributed
 from elva_core.config import VideoSettings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import Task
 from elva_core.data.items import Item
 from elva_core.data.video_sets import SETS, msrvtt
-from elva_core.evaluation import captions
+from elva_core.evaluation import captions, statistics
 from elva_core.evaluation.benchmark import Vectors
 from elva_core.files import ElvaDataError
-from elva_core.retrieval import metrics
+from elva_core.tables import percent_cells
 
 STILL = "still"  # the folder of clips in which nothing moves
 SOURCES = {"clips": "Table 7, own clips"}  # heading of the claims of a set, if not Table 7
@@ -31,22 +29,13 @@ COLUMNS = ["set", "motion", "frames", "words", "query", "metric", "value"]
 
 
 def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
-    """Means with 95 % intervals over queries; one row for each set of values in the columns beside query and value."""
-    keys = [c for c in hits if c not in ("query", "value")]
-    rows = []
-    for names, own in hits.groupby(keys, sort=False):
-        low, high = metrics.bootstrap_interval(
-            own["value"].to_numpy(), samples, distributed.rng_for(seed, "video", *names)
-        )
-        rows.append(
-            dict(zip(keys, names, strict=True))
-            | {"value": own["value"].mean(), "ci_low": low, "ci_high": high, "n": len(own)}
-        )
-    return pd.DataFrame(rows, columns=[*keys, "value", "ci_low", "ci_high", "n"])
+    """Means with 95 % intervals over queries, a row per combination of the columns beside query and value."""
+    by = [column for column in hits if column not in ("query", "value")]
+    return statistics.scores(hits, by, samples, (seed, "video"))
 
 
 def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> pd.DataFrame:
-    """Hits of one model on what the profile has: the sets, or the clips in `folder` (`moving`, whose columns all have), or nothing.
+    """Hits of one model on the profile's sets, or on the clips in `folder`, or none; columns as `moving`.
 
     Raises:
         ElvaDataError: the sets are asked for and none is there.
@@ -55,116 +44,96 @@ def measure(settings: VideoSettings | None, folder: Path, vectors: Vectors) -> p
         return pd.DataFrame(columns=COLUMNS)
     if settings.drawings:
         return moving(folder, settings, vectors)
-    there = [name for name in SETS if (Path(settings.sets) / name).is_dir()]
-    if not there:
+    names = [name for name in SETS if (Path(settings.sets) / name).is_dir()]
+    if not names:
         raise ElvaDataError(
             f"{settings.sets}: none of {list(SETS)} is there; unpack one, or leave video out of the profile"
         )
     parts = []
-    for name, frames in itertools.product(there, settings.frames):
+    for name, frames in itertools.product(names, settings.frames):
         task = SETS[name](Path(settings.sets) / name, frames, settings.instruction)
-        parts.append(
-            captions.score(task.name, [task], vectors).assign(motion=task.name, frames=frames, words="name")
-        )
+        hits = captions.score(task.name, [task], vectors)
+        parts.append(hits.assign(motion=task.name, frames=frames, words="name"))
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
 def moving(folder: Path, settings: VideoSettings, vectors: Vectors) -> pd.DataFrame:
-    """Hits of the same queries on clips in which what they ask for stands still, or moves in one way or another.
+    """Hits of the same queries on clips in which what they ask for stands still or moves in various ways.
 
     Args:
-        folder: one folder in MSR-VTT's layout for each motion, named by the word for it; the rows of all show the same things.
+        folder: one folder in MSR-VTT's layout for each motion, named by the word for it; the rows of all show
+            the same things.
 
     Returns:
-        one row per query and metric. words: "name", or "name, motion" where the word for the motion stands in the query, too.
-        metric "named motion first": of the clips of one thing in all its motions (not still), how often the one that the query
-        names is first, per thing; 1 in their number by chance.
+        one row per query and metric. words: "name", or "name, motion" where the word for the motion stands in
+        the query, too. metric "named motion first": of the clips of one thing in all its motions (not still),
+        how often the one that the query names is first, per thing; 1 in their number by chance.
     """
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: (name != STILL, name))
     parts, seen = [], {}
     for motion in names:
         for frames in settings.frames:
             task = seen[motion] = msrvtt(folder / motion, frames, settings.instruction)
-            parts.append(
-                captions.score("clips", [task], vectors).assign(motion=motion, frames=frames, words="name")
-            )
+            hits = captions.score("clips", [task], vectors)
+            parts.append(hits.assign(motion=motion, frames=frames, words="name"))
     most, words = settings.frames[-1], [n for n in names if n != STILL]
     told = {m: [Item(mbeir.normalise(f"{q.text.rstrip('.')} {m}")) for q in seen[m].queries] for m in words}
     for motion in words:
-        task = replace(seen[motion], queries=told[motion])
-        parts.append(
-            captions.score("clips", [task], vectors).assign(motion=motion, frames=most, words="name, motion")
-        )
-    parts.append(
-        _named_first(told, {m: seen[m].candidates for m in words}, vectors).assign(
-            motion="all", frames=most, words="name, motion"
-        )
-    )
+        hits = captions.score("clips", [replace(seen[motion], queries=told[motion])], vectors)
+        parts.append(hits.assign(motion=motion, frames=most, words="name, motion"))
+    first = _named_first(told, {m: seen[m].candidates for m in words}, vectors)
+    parts.append(first.assign(motion="all", frames=most, words="name, motion"))
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
 def _named_first(
     told: dict[str, Sequence[Item]], shown: dict[str, Sequence[Item]], vectors: Vectors
 ) -> pd.DataFrame:
-    """Each query of `told` ranks what is shown of its thing in all motions. Per thing: the share of motions that are found by name."""
+    """Share of a thing's motions that are found by name: each query ranks its thing in all motions."""
     per_thing = len(told)
     queries, candidates = (
         [item for row in zip(*of.values(), strict=True) for item in row] for of in (told, shown)
     )
     rows = range(len(queries))
     galleries = [list(range(r - r % per_thing, r - r % per_thing + per_thing)) for r in rows]
-    chosen = captions.score(
-        "clips", [Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))], vectors
-    )
-    share = chosen["value"].to_numpy().reshape(-1, per_thing).mean(1)
-    return pd.DataFrame(
-        {"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share}
-    )
+    task = Task("all", queries, candidates, [[r] for r in rows], galleries, cutoffs=(1,))
+    share = captions.score("clips", [task], vectors)["value"].to_numpy().reshape(-1, per_thing).mean(1)
+    columns = {"set": "clips", "query": range(len(share)), "metric": "named motion first", "value": share}
+    return pd.DataFrame(columns)
 
 
 def shown(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the most frames as people read them: percent and interval, a column for each metric and model."""
+    """`table` at the most frames as people read it: percent and interval, a column per metric and model."""
     most = results[results["frames"] == results["frames"].max()]
-    cells = [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in most.itertuples()]
-    wide = most.assign(cell=cells).pivot(
-        index=["words", "motion", "n"], columns=["metric", "model"], values="cell"
-    )
-    columns = [
-        pair for pair in itertools.product(most["metric"].unique(), most["model"].unique()) if pair in wide
-    ]
-    return wide.reindex(
-        columns=columns, index=most.set_index(["words", "motion", "n"]).index.unique()
-    ).fillna("")
+    rows = ["words", "motion", "n"]
+    cells = most.assign(cell=percent_cells(most))
+    wide = cells.pivot(index=rows, columns=["metric", "model"], values="cell")
+    pairs = itertools.product(most["metric"].unique(), most["model"].unique())
+    order = most.set_index(rows).index.unique()
+    return wide.reindex(columns=[pair for pair in pairs if pair in wide], index=order).fillna("")
 
 
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
-    """Points of hit@5 that one model is better on what moves, paired over queries, as `claims.in_points` takes them; no row of no hits.
+    """Points of hit@5 that a model is better on what moves, paired over queries; for `claims.in_points`.
 
     Args:
         hits: `measure` of several models, with a column model; the mean of the sets' means is compared.
         tables: the paper's; its gain is that of R@5 on MSR-VTT over LamRA.
+
+    Returns:
+        one row of arm, old, value, ci_low, ci_high, paper, source, n, seeds; none of no hits.
     """
     most = hits[hits["frames"] == hits["frames"].max()]
-    own = most[(most["metric"] == "hit@5") & (most["words"] == "name") & (most["motion"] != STILL)]
-    wide = 100 * own.groupby(["set", "query", "model"])["value"].mean().unstack("model")
-    groups = [(part[new] - part[old]).to_numpy() for _, part in wide.groupby(level="set")]
-    if not groups:
-        return pd.DataFrame(
-            columns=["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]
-        )
-    low, high = metrics.stratified_interval(groups, samples, distributed.rng_for(seed, "video", new, old))
-    column, rows = tables["table7"]["columns"].index("MSR-VTT R@5"), tables["table7"]["rows"]
-    paper, value = (
-        round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1),
-        float(np.mean([g.mean() for g in groups])),
-    )
-    row = {
-        "arm": f"{new} over {old}, what moves",
-        "old": old,
-        "value": value,
-        "ci_low": low,
-        "ci_high": high,
-        "paper": paper,
-    }
-    source = SOURCES.get(own["set"].iloc[0], "Table 7")
-    return pd.DataFrame([row | {"source": source, "n": len(wide), "seeds": (seed,)}])
+    moving = most[(most["metric"] == "hit@5") & (most["words"] == "name") & (most["motion"] != STILL)]
+    points = moving.assign(value=100 * moving["value"])
+    points = points.groupby(["set", "query", "model"], as_index=False)["value"].mean()
+    columns, rows = tables["table7"]["columns"], tables["table7"]["rows"]
+    column = columns.index("MSR-VTT R@5")
+    paper = round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1)
+    differences = statistics.paired(points, ["set", "query"], new, old)
+    differences = differences.assign(arm=f"{new} over {old}, what moves", old=old, paper=paper)
+    by, scope = ["arm", "old", "paper"], (seed, "video", new, old)
+    out = statistics.scores(differences, by, samples, lambda *_: scope, "set")
+    source = [SOURCES.get(name, "Table 7") for name in differences["set"].head(len(out))]
+    out = out.assign(source=source, seeds=[(seed,)] * len(out))
+    return out[["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]]

@@ -1,10 +1,11 @@
-"""Who names the grains of a query: the data itself, a vision-language model loaded here, or one behind a server.
+"""Annotators of grains: the data itself, a vision-language model loaded here, or one behind a server.
 
-Answers of models are kept by the hash of what was asked, each written whole, so that a run that was killed goes on and
-nothing is asked twice.
+Answers of models are kept by the hash of what was asked, each written whole, so that a run that was killed
+goes on and nothing is asked twice.
 
     annotate = annotator(settings, root, cache)
-    grains = annotate(queries)  # per query [("entity", "dog"), ...], or None where the answer could not be read
+    grains = annotate(queries)  # per query [("entity", "dog"), ...], or None where the answer could not be
+    read
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ log = logging.getLogger("elva")
 Grains = list[tuple[str, str]]  # (kind, text), for instance ("entity", "dog")
 Annotator = Callable[[Sequence[mbeir.Query]], list[Grains | None]]
 Turn = tuple[str, str, Path | None]  # role, text, image
-Ask = Callable[
-    [Sequence[list[Turn]]], Iterator[tuple[int, str | None]]
-]  # (place of the talk, answer), as they come; None is no answer
+# talks -> (place of the talk, answer), as they come; None is no answer
+Ask = Callable[[Sequence[list[Turn]]], Iterator[tuple[int, str | None]]]
 
-PROMPT = """A search query is {content}. Which grains does it have? A grain is an atomic unit of meaning that the answer must match:
-an entity (person, animal, thing, place), an attribute (colour, number, size, material, state), an action, or a relation between entities.
+PROMPT = """A search query is {content}. Which grains does it have? \
+A grain is an atomic unit of meaning that the answer must match:
+an entity (person, animal, thing, place), an attribute (colour, number, size, material, state), \
+an action, or a relation between entities.
 List each grain once, in the order of the query, without overlaps. {quote}
-Answer with JSON only, in this form: {{"grains": [{{"kind": "entity", "text": "dog"}}, {{"kind": "attribute", "text": "brown"}}]}}
+Answer with JSON only, in this form: {{"grains": [{{"kind": "entity", "text": "dog"}}, \
+{{"kind": "attribute", "text": "brown"}}]}}
 The kinds are entity, attribute, action and relation."""
 CONTENT = {
     "text": "a text",
@@ -54,7 +57,8 @@ CONTENT = {
 QUOTE = {
     "text": "Quote each grain word for word from the text.",
     "image": "Name each grain in one to three words.",
-    "image,text": "Quote the grains of the text word for word; name those of the image that must be kept in one to three words.",
+    "image,text": "Quote the grains of the text word for word; "
+    "name those of the image that must be kept in one to three words.",
 }
 REPAIR = "This answer cannot be used: {reason}. Answer again, with JSON only, in the form that was asked for."
 PAUSE = 1.0  # seconds before a failed request is sent again; doubles each time
@@ -99,36 +103,30 @@ def answered(
 ) -> list[Grains | None]:
     """Grains by a model; asks only for what the cache lacks, and for queries of one content once.
 
-    An answer that cannot be read is asked for again with the reason, `settings.retries` times, then kept as unreadable. A
-    query that got no answer at all is unreadable, too, but not kept: the next run asks again.
+    An answer that cannot be read is asked for again with the reason, `settings.retries` times, then kept as
+    unreadable. A query that got no answer at all is unreadable, too, but not kept: the next run asks again.
     """
     cache.mkdir(parents=True, exist_ok=True)
     files = [cache / f"{_key(query, settings, root)}.json" for query in queries]
-    asked = {file: query for file, query in zip(files, queries, strict=True) if not file.is_file()}
-    talks = {
-        file: [("user", request(query), root.image_path(query.image) if query.image else None)]
-        for file, query in asked.items()
-    }
+    missing = {file: query for file, query in zip(files, queries, strict=True) if not file.is_file()}
+    talks = {}
+    for file, query in missing.items():
+        talks[file] = [("user", request(query), root.image_path(query.image) if query.image else None)]
     for attempt in range(settings.retries + 1):
         order, again = list(talks), {}
         for place, text in ask(list(talks.values())):
             file = order[place]
             if text is None:
                 continue
-            _, reason = _read(text, asked[file])
+            _, reason = _read(text, missing[file])
             if reason and attempt < settings.retries:
-                again[file] = [
-                    talks[file][0],
-                    ("assistant", text, None),
-                    ("user", REPAIR.format(reason=reason), None),
-                ]
+                repair = ("user", REPAIR.format(reason=reason), None)
+                again[file] = [talks[file][0], ("assistant", text, None), repair]
                 continue
             if reason:
-                log.warning("annotator: query %s: %s; counted as unreadable", asked[file].qid, reason)
-            artifact_files.write_whole(
-                file,
-                json.dumps({"answer": text, "model": settings.model, "tries": attempt + 1}, indent=1) + "\n",
-            )
+                log.warning("annotator: query %s: %s; counted as unreadable", missing[file].qid, reason)
+            answer = {"answer": text, "model": settings.model, "tries": attempt + 1}
+            artifact_files.write_whole(file, json.dumps(answer, indent=1) + "\n")
         talks = again
         if not talks:
             break
@@ -145,25 +143,24 @@ def parse(text: str, query: mbeir.Query) -> Grains:
     """Grains of an answer, each text once; words around the JSON are skipped.
 
     Raises:
-        ValueError: no JSON of this form, a grain without text, or one that a text query does not contain; in words a model can act on.
+        ValueError: no JSON of this form, a grain without text, or one that a text query does not contain; in
+            words a model can act on.
     """
     try:
         answer = Answer.model_validate_json(text[text.find("{") : text.rfind("}") + 1])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}") from None
-    found: dict[str, tuple[str, str]] = {}
+    grains: dict[str, tuple[str, str]] = {}
+    whole = " ".join((query.text or "").split()).casefold()
     for grain in answer.grains:
         words = " ".join(grain.text.split()).strip(".,;:!? ")
         if not words:
             raise ValueError("a grain has no text")
-        if (
-            query.modality == "text"
-            and words.casefold() not in " ".join((query.text or "").split()).casefold()
-        ):
+        if query.modality == "text" and words.casefold() not in whole:
             raise ValueError(f'the grain "{words}" is not word for word in the text')
-        found.setdefault(words.casefold(), (grain.kind, words))
-    return list(found.values())
+        grains.setdefault(words.casefold(), (grain.kind, words))
+    return list(grains.values())
 
 
 def served(settings: AnnotatorSettings) -> Ask:
@@ -186,7 +183,7 @@ def served(settings: AnnotatorSettings) -> Ask:
 
 
 def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
-    """Asks a model of transformers, greedily, `settings.batch` queries per forward. It is loaded when first asked."""
+    """Asks a model of transformers, greedily, `settings.batch` queries at once; loaded when first asked."""
 
     @functools.cache
     def parts():
@@ -194,24 +191,20 @@ def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
 
         processor = AutoProcessor.from_pretrained(settings.model)
         processor.tokenizer.padding_side = "left"  # an answer starts where its prompt ends
-        return AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype).to(
-            device
-        ).eval(), processor
+        model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype)
+        return model.to(device).eval(), processor
 
     def ask(talks: Sequence[list[Turn]]) -> Iterator[tuple[int, str | None]]:
         model, processor = parts() if talks else (None, None)
         for start in range(0, len(talks), settings.batch):
             part = talks[start : start + settings.batch]
-            prompts = [
-                processor.apply_chat_template(_messages(talk), add_generation_prompt=True) for talk in part
-            ]
+            chats = [_messages(talk) for talk in part]
+            prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
             images = [open_image(image) for talk in part for *_, image in talk if image]
-            inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt").to(
-                device
-            )
-            rows = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)[
-                :, inputs["input_ids"].shape[1] :
-            ]
+            inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt")
+            inputs = inputs.to(device)
+            rows = model.generate(**inputs, max_new_tokens=settings.max_tokens, do_sample=False)
+            rows = rows[:, inputs["input_ids"].shape[1] :]
             yield from enumerate(processor.tokenizer.batch_decode(rows, skip_special_tokens=True), start)
 
     return ask
@@ -231,28 +224,26 @@ def _data_url(path: Path) -> dict:
     """The pixels that a model loaded here would see, inside the message."""
     file = io.BytesIO()
     open_image(path).save(file, "PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
-    }
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
-    """The text of one answer; None if this query got none in `retries` + 1 requests."""
+    """The text of one answer; None if this query got none in `retries` + 1 requests.
+
+    Not by huggingface_hub's InferenceClient: it turns the JSON schema into a format that OpenAI's servers do
+    not know, gives any server the token that `hf auth login` saved, and refuses a server of one's own under
+    HF_HUB_OFFLINE=1.
+    """
     schema = {"name": "grains", "strict": True, "schema": Answer.model_json_schema()}
-    body = {
-        "model": settings.model,
-        "messages": _messages(talk, _data_url),
-        "temperature": 0,
-        "max_tokens": settings.max_tokens,
-    }
+    body = {"model": settings.model, "messages": _messages(talk, _data_url), "temperature": 0}
+    body["max_tokens"] = settings.max_tokens
     body["response_format"] = {"type": "json_schema", "json_schema": schema}
     headers = {"Content-Type": "application/json"}
     if settings.key_variable:
         if settings.key_variable not in os.environ:
-            raise ProfileError(
-                f"mrbench.annotator.key_variable: the environment has no {settings.key_variable}; export it first"
-            )
+            lack = f"the environment has no {settings.key_variable}; export it first"
+            raise ProfileError(f"mrbench.annotator.key_variable: {lack}")
         headers["Authorization"] = f"Bearer {os.environ[settings.key_variable]}"
     url = f"{settings.base_url.rstrip('/')}/chat/completions"
     post = urllib.request.Request(url, json.dumps(body).encode(), headers)
@@ -265,25 +256,18 @@ def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.read(300).decode(errors='replace')}"
             if error.code in (401, 403, 404):
-                raise ProfileError(
-                    f"{url} refuses model {settings.model}: {reason}; correct mrbench.annotator"
-                ) from None
+                refusal = f"{url} refuses model {settings.model}: {reason}"
+                raise ProfileError(f"{refusal}; correct mrbench.annotator") from None
             if error.code != 429 and error.code < 500:
                 break  # the same request would be refused again
-            wanted = error.headers.get("Retry-After", "")
-            pause = max(pause, float(wanted)) if wanted.isdecimal() else pause
+            seconds = error.headers.get("Retry-After", "")
+            pause = max(pause, float(seconds)) if seconds.isdecimal() else pause
         except urllib.error.URLError as error:
             if attempt == settings.retries:
-                raise ProfileError(
-                    f"{url} cannot be reached ({error.reason}); start the server, or correct mrbench.annotator"
-                ) from None
-        except (
-            OSError,
-            http.client.HTTPException,
-            ValueError,
-            LookupError,
-            TypeError,
-        ) as error:  # cut off, too late, or no such answer
+                advice = "start the server, or correct mrbench.annotator"
+                raise ProfileError(f"{url} cannot be reached ({error.reason}); {advice}") from None
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            # cut off, too late, or no such answer
             reason = f"{type(error).__name__} {error}"
         if attempt < settings.retries:
             time.sleep(pause)
@@ -300,9 +284,8 @@ def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> s
                 f"image {path} is missing; restore the file or drop the record"
             )
         image = hashlib.sha256(path.read_bytes()).hexdigest()
-    return _hash(
-        prompt_hash(), settings.kind, settings.model, settings.max_tokens, query.modality, query.text, image
-    )
+    model = (settings.kind, settings.model, settings.max_tokens)
+    return _hash(prompt_hash(), *model, query.modality, query.text, image)
 
 
 def _hash(*values: object) -> str:

@@ -30,16 +30,20 @@ def build(
 ) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
     """Draws the benchmark and writes it as an M-BEIR root that stands alone.
 
-    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its unit.
+    Queries are annotated in the order they would be drawn, so that annotation ends with the share of its
+    unit.
 
     Args:
-        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for M-BEIR.
+        annotate: queries -> their grains; exact for the embedded collection, a vision-language model for
+            M-BEIR.
 
     Returns:
-        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human verification).
+        (benchmark root, whose queries carry their grains; counts per unit and step; sheet for human
+        verification).
 
     Raises:
-        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer that can be read.
+        ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer
+            that can be read.
     """
     known, tasks = root.units(split), set(map(str, settings.tasks))
     if lost := sorted(set(settings.units) - set(known)):
@@ -54,25 +58,21 @@ def build(
     share = settings.queries // len(units)
     bench, counts, sheet = mbeir.Root(folder), [], []
     for unit in units:
-        queries = sorted(
-            root.queries(unit, split), key=lambda q: mbeir.stable_hash(seed, "mrbench", unit, q.qid)
-        )
+        queries = root.queries(unit, split)
+        order = {q.qid: mbeir.stable_hash(seed, "mrbench", unit, q.qid) for q in queries}
+        queries = sorted(queries, key=lambda q: order[q.qid])
         multi: list[tuple[mbeir.Query, Grains]] = []
         annotated = unreadable = 0
         while len(multi) < share and annotated < len(queries):
             part = queries[annotated : annotated + max(share - len(multi), settings.annotator.batch)]
-            found = annotate(part)
+            answers = annotate(part)
             annotated += len(part)
-            unreadable += sum(grains is None for grains in found)
+            unreadable += sum(grains is None for grains in answers)
             if unreadable == annotated:
-                raise files.ElvaDataError(
-                    f"{unit}: none of {annotated} answers can be read; the log has the reasons, see mrbench.annotator"
-                )
-            multi += [
-                (q, grains)
-                for q, grains in zip(part, found, strict=True)
-                if grains and len(grains) >= settings.min_grains
-            ]
+                reasons = "the log has the reasons, see mrbench.annotator"
+                raise files.ElvaDataError(f"{unit}: none of {annotated} answers can be read; {reasons}")
+            readable = [(q, grains) for q, grains in zip(part, answers, strict=True) if grains]
+            multi += [(q, grains) for q, grains in readable if len(grains) >= settings.min_grains]
         if len(multi) < share:
             raise files.ElvaDataError(
                 f"{unit}: {len(multi)} queries with {settings.min_grains} grains, {share} wanted, "
@@ -85,44 +85,31 @@ def build(
         pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
         pool.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root.pool_path(unit, split), pool)
-        steps = {
-            "queries": len(queries),
-            "annotated": annotated,
-            "multi-grain": len(multi),
-            "unreadable": unreadable,
-            "drawn": len(drawn),
-        }
+        row = {"unit": unit, "queries": len(queries), "annotated": annotated, "multi-grain": len(multi)}
         with pool.open("rb") as lines:
-            counts.append({"unit": unit, **steps, "pool": sum(1 for _ in lines)})
+            row |= {"unreadable": unreadable, "drawn": len(drawn), "pool": sum(1 for _ in lines)}
+        counts.append(row)
         sheet += [_sheet_row(unit, q) for q in drawn]
     complete(bench, root, split)
-    rows = sorted(sheet, key=lambda r: mbeir.stable_hash(seed, "verify", r["unit"], r["qid"]))[
-        : settings.verify
-    ]
-    return bench, pd.DataFrame(counts), pd.DataFrame(rows)
+    sheet.sort(key=lambda row: mbeir.stable_hash(seed, "verify", row["unit"], row["qid"]))
+    return bench, pd.DataFrame(counts), pd.DataFrame(sheet[: settings.verify])
 
 
 def _sheet_row(unit: str, query: mbeir.Query) -> dict:
-    text = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
-    return {
-        "unit": unit,
-        "qid": query.qid,
-        "text": query.text or "",
-        "image": query.image or "",
-        "grains": text,
-    }
+    grains = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
+    row = {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or ""}
+    return row | {"grains": grains}
 
 
 def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
-    """What the benchmark needs to stand alone: the instructions, a global pool (the union of its local pools), every image.
+    """Writes what the benchmark needs to stand alone: the instructions, a global pool, every image.
 
-    Images are hard links where the file system allows, so that they take no room here; a copy of the folder has them whole.
+    The global pool is the union of its local pools. Images are hard links where the file system allows, so
+    that they take no room here; a copy of the folder has them whole.
     """
     (bench.folder / "instructions").mkdir(exist_ok=True)
-    shutil.copyfile(
-        root.folder / "instructions/query_instructions.tsv",
-        bench.folder / "instructions/query_instructions.tsv",
-    )
+    instructions = "instructions/query_instructions.tsv"
+    shutil.copyfile(root.folder / instructions, bench.folder / instructions)
     union = {c.did: c for unit in bench.units(split) for c in bench.pool(unit, split)}
     ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
     mbeir.write_jsonl(bench.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
@@ -142,8 +129,7 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
 
 def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
     """How many queries have a grain of each kind."""
-    kinds = [
-        kind for q in queries for kind in dict(mbeir.grains(q))
-    ]  # once a query, however many grains of a kind it has
+    # once a query, however many grains of a kind it has
+    kinds = [kind for q in queries for kind in dict(mbeir.grains(q))]
     table = pd.Series(kinds, dtype=str).value_counts().rename_axis("kind").reset_index(name="queries")
     return table.assign(share=table["queries"] / max(1, len(queries)))

@@ -6,7 +6,7 @@ load_dataset(str(folder), "queries")
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +15,7 @@ from elva_core import files
 from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.mrbench import annotate
+from elva_core.tables import markdown_table
 
 CARD = """---
 pretty_name: MRBench of {data}
@@ -31,8 +32,10 @@ configs:
 
 # MRBench of {data}
 
-Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. Built after ELVA
-(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated in a random order until
+Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. \
+Built after ELVA
+(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated \
+in a random order until
 {share} of them had enough grains; all of a unit's candidates are its pool.
 
 {table}
@@ -48,10 +51,12 @@ Retrieval queries that have at least {min_grains} grains: atomic units of meanin
 ## Files
 
 * `queries.parquet`: unit, qid, text, image, grains (kind and text), positives (dids).
-* `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, which holds {images:,} images
+* `corpus.parquet`: unit, did, modality, text, image: a path inside the M-BEIR folder `bench`, \
+which holds {images:,} images
   ({megabytes:,.1f} MB).
 
-A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with a positive among the first five.
+A query is asked against the candidates of its unit; hit rate at 5 is the share of queries with \
+a positive among the first five.
 
 ## Licence
 
@@ -70,11 +75,11 @@ def write(
 ) -> None:
     """queries.parquet, corpus.parquet and README.md, the data card.
 
-    The few images of the queries are inside queries.parquet. Those of the pools are named, not held: they are the bulk (M-BEIR's
-    four units: 66,000), and `bench`, the M-BEIR folder, has them.
+    The few images of the queries are inside queries.parquet. Those of the pools are named, not held: they are
+    the bulk (M-BEIR's four units: 66,000), and `bench`, the M-BEIR folder, has them.
 
     Args:
-        counts: of `mrbench.build`. agreement: of `verification.agreement`.
+        counts: of `mrbench.build`. agreement: of `verify.agreement`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("queries", queries(bench, split)), ("corpus", corpus(bench, split))):
@@ -83,7 +88,7 @@ def write(
 
 
 def queries(bench: mbeir.Root, split: str = "test"):
-    """One row per query: unit, qid, text, image (decoded on access), grains (kind, text) and the dids of its positives."""
+    """A row per query: unit, qid, text, image (decoded on access), grains (kind, text), positives (dids)."""
     from datasets import Dataset, Features, Image, List, Value
 
     grain = {"kind": Value("string"), "text": Value("string")}
@@ -100,16 +105,12 @@ def queries(bench: mbeir.Root, split: str = "test"):
         for unit in bench.units(split)
         for q in bench.queries(unit, split)
     ]
-    return Dataset.from_list(
-        rows,
-        features=Features(
-            text | {"image": Image(), "grains": List(grain), "positives": List(Value("string"))}
-        ),
-    )
+    lists = {"grains": List(grain), "positives": List(Value("string"))}
+    return Dataset.from_list(rows, features=Features(text | {"image": Image()} | lists))
 
 
 def corpus(bench: mbeir.Root, split: str = "test"):
-    """One row per candidate of each local pool: unit, did, modality, text, and the path of its image inside `bench`."""
+    """A row per candidate of each local pool: unit, did, modality, text, path of its image in `bench`."""
     from datasets import Dataset, Features, Value
 
     columns = ("did", "modality", "text", "image")
@@ -129,28 +130,25 @@ def card(
     *,
     split: str = "test",
 ) -> str:
-    """The data card: how the benchmark was made, by whom it was checked, and under which licence its images are."""
-    own, sizes = (
-        settings.mrbench,
-        [p.stat().st_size for p in (bench.folder / "mbeir_images").rglob("*") if p.is_file()],
-    )
+    """The data card: how the benchmark was made, who checked it, and under which licence its images are."""
+    own, images = settings.mrbench, bench.folder / "mbeir_images"
+    sizes = [path.stat().st_size for path in images.rglob("*") if path.is_file()]
     if own.annotator.kind == "exact":
         annotator = "The grains come with the data; no model guessed them."
     else:
         annotator = (
-            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most {own.annotator.max_tokens} tokens); sha256 of "
-            f"prompt and answer form: {annotate.prompt_hash()}. Queries whose answer could not be read are not drawn."
+            f"Annotated by {own.annotator.model} ({own.annotator.kind}, greedy, at most "
+            f"{own.annotator.max_tokens} tokens); "
+            f"sha256 of prompt and answer form: {annotate.prompt_hash()}. Queries "
+            "whose answer could not be read are not drawn."
         )
     checked = "Not verified: nobody has looked at the annotations of these queries."
     if agreement["checked"]:
-        shares = {
-            name: f"{100 * agreement[name]:.1f} %"
-            for name in ("precision", "low", "high", "always low", "always high", "wanted")
-        }
+        shares = {name: f"{100 * agreement[name]:.1f} %" for name in ("precision", "low", "high", "wanted")}
         checked = (
-            f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: {shares['precision']}, "
-            f"95 % Wilson interval {shares['low']} to {shares['high']}, interval that holds at every look {shares['always low']} to "
-            f"{shares['always high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
+            f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: "
+            f"{shares['precision']}, 95 % interval that holds at every look {shares['low']} to "
+            f"{shares['high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
         )
     return CARD.format(
         data=settings.data.name,
@@ -158,16 +156,10 @@ def card(
         profile=settings.profile,
         split=split,
         share=int(counts["drawn"].min()),
-        table="\n".join(
-            _markdown([counts.columns, ["--"] * len(counts.columns), *counts.itertuples(index=False)])
-        ),
+        table=markdown_table(counts).strip(),
         annotator=annotator,
         verification=checked,
         images=len(sizes),
         megabytes=sum(sizes) / 1e6,
         licence=own.licence,
     )
-
-
-def _markdown(rows: Iterable[Iterable[object]]) -> Iterable[str]:
-    return (f"| {' | '.join(map(str, row))} |" for row in rows)

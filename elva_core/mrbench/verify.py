@@ -1,4 +1,4 @@
-"""A person looks at sampled queries: a sheet of buttons, the share that was accepted, and when to stop looking.
+"""Human verification of sampled queries: a sheet of buttons, the share that was accepted, and the stop rule.
 
 sheet(rows, root, path, wanted=0.9)  # in JupyterLab; every answer goes to `path` at once
 agreement(answers(rows, path), wanted=0.9)
@@ -18,15 +18,11 @@ from elva_core import files
 from elva_core.data import images, mbeir
 
 ERROR_RATE = 0.05  # of every interval and of the stop rule
-KEY = [
-    "unit",
-    "qid",
-    "grains",
-]  # an answer is about these grains of this query; other grains are another question
+KEY = ["unit", "qid", "grains"]  # what an answer is about; other grains of the query are another question
 
 
 def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The sheet with the answers that `path` holds; those to queries or grains that are not in it are left out.
+    """The sheet with the answers that `path` holds; those to other queries or other grains are left out.
 
     Raises:
         ElvaDataError: a file that is no such sheet.
@@ -38,12 +34,9 @@ def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
         raise files.ElvaDataError(
             f"{path}: columns {sorted(lost)} are missing; remove the file to begin anew"
         )
-    found = (
-        rows[KEY]
-        .astype(str)
-        .merge(known.drop_duplicates(KEY)[[*KEY, "accept"]], how="left", on=KEY)["accept"]
-    )
-    return rows.assign(accept=found.fillna("").to_numpy())
+    known = known.drop_duplicates(KEY)[[*KEY, "accept"]]
+    accept = rows[KEY].astype(str).merge(known, how="left", on=KEY)["accept"]
+    return rows.assign(accept=accept.fillna("").to_numpy())
 
 
 def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
@@ -54,66 +47,49 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
         wanted: the share that verification is to show.
 
     Returns:
-        checked, accepted, precision; low and high, a 95 % Wilson interval, right for a number of looks fixed beforehand; always
-        low and always high, an interval that holds at every look (`lasting_interval`); verdict (`verdict`). Shares are NaN
-        while nothing is filled in.
+        checked, accepted, precision; low and high, a 95 % interval that holds at every look
+        (`lasting_interval`); wanted; verdict (`verdict`). Shares are NaN while nothing is filled in.
+
+    Raises:
+        ElvaDataError: another word in `accept`.
     """
     given = table["accept"].fillna("").astype(str).str.strip().str.lower()
     if odd := sorted(set(given) - {"", "yes", "no"}):
         raise files.ElvaDataError(f'verification sheet: accept holds {odd}; write "yes", "no" or nothing')
     n, accepted = int((given != "").sum()), int((given == "yes").sum())
-    low, high = wilson_interval(accepted, n)
-    always_low, always_high = lasting_interval(accepted, n)
-    precision = accepted / n if n else math.nan
-    shares = {
-        "precision": precision,
-        "low": low,
-        "high": high,
-        "always low": always_low,
-        "always high": always_high,
-    }
+    low, high = lasting_interval(accepted, n)
     return {
         "checked": n,
         "accepted": accepted,
-        **shares,
+        "precision": accepted / n if n else math.nan,
+        "low": low,
+        "high": high,
         "wanted": wanted,
         "verdict": verdict(accepted, n, len(table), wanted),
     }
 
 
-def wilson_interval(accepted: int, checked: int) -> tuple[float, float]:
-    """95 % Wilson interval of a share; NaN for nothing checked."""
-    if not checked:
-        return math.nan, math.nan
-    z, p, n = 1.959964, accepted / checked, checked
-    centre, half = (
-        (p + z * z / (2 * n)) / (1 + z * z / n),
-        z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n),
-    )
-    return centre - half, centre + half
-
-
 def evidence(accepted: int, checked: int, precision: float) -> float:
-    """How strongly the answers speak against a true `precision`: log of the ratio of two likelihoods.
+    """Log-likelihood ratio of the answers: a Jeffreys mixture of every precision against one `precision`.
 
-    Above stands the likelihood averaged over a Jeffreys prior, Beta(1/2, 1/2), below that of `precision`. Where `precision` is
-    true the ratio is a martingale that starts at 1, so the chance that it ever reaches 1 / 0.05 is at most 0.05 (Ville's
-    inequality; Robbins 1970), however often one looks and whenever one stops. A Wilson or exact interval gives no such promise:
-    looked at after each of 100 answers it misses far more often than in 5 % of the runs (tests/mrbench/test_verify.py). Wald's
-    test of two precisions would need a second one that nobody has a value for, and gives no interval.
+    Above stands the likelihood averaged over a Jeffreys prior, Beta(1/2, 1/2), below that of `precision`.
+    Where `precision` is true the ratio is a martingale that starts at 1, so the chance that it ever reaches 1
+    / 0.05 is at most 0.05 (Ville's inequality; Robbins 1970), however often one looks and whenever one stops.
+    A Wilson or exact interval gives no such promise: looked at after each of 100 answers it misses far more
+    often than in 5 % of the runs (tests/mrbench/test_verify.py). Wald's test of two precisions would need a
+    second one that nobody has a value for, and gives no interval.
     """
     refused = checked - accepted
-    mixture = (
-        math.lgamma(accepted + 0.5)
-        + math.lgamma(refused + 0.5)
-        - math.lgamma(checked + 1)
-        - math.log(math.pi)
-    )
+    beta = math.lgamma(accepted + 0.5) + math.lgamma(refused + 0.5) - math.lgamma(checked + 1)
+    mixture = beta - math.log(math.pi)
     return mixture - accepted * math.log(precision) - refused * math.log1p(-precision)
 
 
 def lasting_interval(accepted: int, checked: int) -> tuple[float, float]:
-    """Every precision that the answers do not rule out by `evidence`: 95 % for all looks together; NaN for nothing checked."""
+    """Confidence sequence: every precision that `evidence` does not rule out, 95 % for all looks together.
+
+    NaN for nothing checked.
+    """
     if not checked:
         return math.nan, math.nan
     share = accepted / checked
@@ -130,9 +106,11 @@ def lasting_interval(accepted: int, checked: int) -> tuple[float, float]:
 
 
 def verdict(accepted: int, checked: int, sampled: int, wanted: float) -> str:
-    """The stop rule: "above" or "below" the wanted precision, as soon as `evidence` rules it out; "undecided" at the end of the sheet.
+    """The stop rule: "above" or "below" the wanted precision, as soon as `evidence` rules it out.
 
-    It errs in at most 5 % of all verifications, and less still where the sample is a large part of the benchmark.
+    Else "not verified" before the first answer, "go on" after it, "undecided" at the end of the sheet.
+    It errs in at most 5 % of all verifications, and less still where the sample is a large part of the
+    benchmark.
     """
     if checked and evidence(accepted, checked, wanted) >= -math.log(ERROR_RATE):
         return "above" if accepted > wanted * checked else "below"
@@ -140,14 +118,15 @@ def verdict(accepted: int, checked: int, sampled: int, wanted: float) -> str:
 
 
 def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
-    """A widget that shows one sampled query after another and writes each answer to `path`, whole; goes on where `path` ends.
+    """A widget that shows one sampled query after another and goes on where `path` ends.
 
     Args:
         rows: unit, qid, text, image (relative to `root`, or empty) and grains, in the order they are asked.
-        path: CSV of the rows with `accept`: yes, no or nothing.
+        path: CSV of the rows with `accept`: yes, no or nothing; each answer is written at once, whole.
 
     Returns:
-        an ipywidgets box. Accept and Reject are off once the stop rule has decided; Back leads to an answer to correct.
+        an ipywidgets box. Accept and Reject are off once the stop rule has decided; Back leads to an answer
+        to correct.
     """
     import ipywidgets
 
@@ -162,19 +141,16 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
     place = int(opened[0]) if len(opened) else max(0, len(table) - 1)
 
     def show() -> None:
-        row, found = table.iloc[place], agreement(table, wanted)
+        row, state = table.iloc[place], agreement(table, wanted)
         if row["image"]:
             picture.value = thumbnail(root.image_path(row["image"]))
         picture.layout.display = "" if row["image"] else "none"
         given = f", your answer: {row['accept']}" if row["accept"] else ""
-        lines = (
-            f"{place + 1} of {len(table)}: {row['unit']} {row['qid']}{given}",
-            row["text"],
-            row["grains"],
-        )
+        heading = f"{place + 1} of {len(table)}: {row['unit']} {row['qid']}{given}"
+        lines = (heading, row["text"], row["grains"])
         question.value = "<br>".join(html.escape(line) for line in lines if line)
-        progress.value = "Is the query made of these grains? " + _progress(found, len(table))
-        done = found["verdict"] in ("above", "below") and not row["accept"]
+        progress.value = "Is the query made of these grains? " + _progress(state, len(table))
+        done = state["verdict"] in ("above", "below") and not row["accept"]
         buttons["Accept"].disabled = buttons["Reject"].disabled = done
         buttons["Back"].disabled, buttons["Skip"].disabled = place == 0, place == len(table) - 1
 
@@ -189,26 +165,20 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
 
         return clicked
 
-    for name, answer, step in (
-        ("Accept", "yes", 1),
-        ("Reject", "no", 1),
-        ("Back", None, -1),
-        ("Skip", None, 1),
-    ):
+    answers_and_steps = {"Accept": ("yes", 1), "Reject": ("no", 1), "Back": (None, -1), "Skip": (None, 1)}
+    for name, (answer, step) in answers_and_steps.items():
         buttons[name].on_click(act(answer, step))
     show()
     return ipywidgets.VBox([question, picture, ipywidgets.HBox(list(buttons.values())), progress])
 
 
-def _progress(found: dict[str, object], sampled: int) -> str:
-    if not found["checked"]:
+def _progress(state: dict[str, object], sampled: int) -> str:
+    if not state["checked"]:
         return f"0 of {sampled} checked."
-    share, low, high = (f"{100 * found[name]:.1f}" for name in ("precision", "low", "high"))
-    always = f"{100 * found['always low']:.1f} to {100 * found['always high']:.1f}"
-    stop = {"above": "Stop: the wanted precision is shown.", "below": "Stop: it is not reached."}.get(
-        str(found["verdict"]), ""
-    )
-    return f"{found['checked']} of {sampled} checked, {share} % accepted, Wilson {low} to {high}, at every look {always}. {stop}"
+    share, low, high = (f"{100 * state[name]:.1f}" for name in ("precision", "low", "high"))
+    endings = {"above": "Stop: the wanted precision is shown.", "below": "Stop: it is not reached."}
+    counts = f"{state['checked']} of {sampled} checked, {share} % accepted, at every look {low} to {high}."
+    return f"{counts} {endings.get(str(state['verdict']), '')}"
 
 
 def thumbnail(path: Path, side: int = 320) -> bytes:

@@ -16,6 +16,7 @@ from elva_core.data import mbeir
 from elva_core.data.mbeir import Candidate, Query
 from elva_core.evaluation import benchmark
 from elva_core.retrieval import cache, metrics, retriever
+from elva_core.tables import markdown_table
 
 # unit -> task and size of its pool; OVEN and InfoSeek judge each other's passages
 UNITS = {"mscoco_task0": (9, 0, 40), "oven_task6": (5, 6, 40), "infoseek_task6": (6, 6, 40)}
@@ -165,6 +166,28 @@ def test_a_unit_that_was_scored_is_not_ranked_again_but_a_changed_one_is(tiny, o
     assert run() == ([units[1]], 0)
 
 
+def test_embeddings_in_memory_score_as_those_on_disk_do_and_again_when_they_change(tiny, official, wanted, tmp_path, monkeypatch):
+    ranked, rank, scale = [], retriever.Searcher.rank, np.ones(16, np.float32)
+    monkeypatch.setattr(retriever.Searcher, "rank", lambda self, asked: ranked.append(asked.unit) or rank(self, asked))
+
+    def embed(items):
+        return np.stack([vector(item).astype(np.float16) for item in items]) * scale
+
+    def run():
+        ranked.clear()
+        asked = retriever.Searcher(tiny, official, "test", wanted, store=embed)
+        results = benchmark.score(asked, ["oven_task6"], ("local",), tmp_path / "memory", model="m")
+        return results, list(ranked)
+
+    results, first = run()
+    assert first == ["oven_task6"] and run()[1] == []
+    monkeypatch.setattr(cache, "encode", lambda encoder, items, **_: (np.stack([vector(i) for i in items]), [""] * len(items)))
+    kept = benchmark.score(searcher(tiny, official, wanted, tmp_path), ["oven_task6"], ("local",), tmp_path / "disk", model="m")
+    pd.testing.assert_frame_equal(results, kept)
+    scale[:] = -1
+    assert run()[1] == ["oven_task6"]
+
+
 def test_the_sixteen_columns_come_in_the_papers_order_and_average_only_if_all_are_there():
     def results(units):
         rows = [("m", u, "local", f"hit@{mbeir.OFFICIAL_UNITS.get(u, 5)}", 0.01 * i) for i, u in enumerate(units, start=1)]
@@ -176,7 +199,7 @@ def test_the_sixteen_columns_come_in_the_papers_order_and_average_only_if_all_ar
     assert list(table.columns) == ["model", "pool", *columns, "zoo_task0 @5", "Avg"]
     assert table.loc[0, "Avg"] == pytest.approx(8.5) and table.loc[0, columns[0]] == pytest.approx(16.0)
     partial = benchmark.official_table(results(all_units[:15]))
-    assert partial.loc[0, "Avg"] == "partial" and benchmark.markdown(partial).strip().endswith("|  | partial |")
+    assert partial.loc[0, "Avg"] == "partial" and markdown_table(partial).strip().endswith("|  | partial |")
 
 
 def test_the_share_of_wrong_modalities_is_that_of_the_first_answers():
@@ -191,7 +214,7 @@ def test_the_share_of_wrong_modalities_is_that_of_the_first_answers():
 
 def test_files_of_the_ranked_lists(tiny, official, wanted, encoded, tmp_path):
     asked = searcher(tiny, official, wanted, tmp_path)
-    benchmark.score(asked, ["oven_task6"], ("local", "global"), tmp_path / "out", model="m", spread=True)
+    benchmark.score(asked, ["oven_task6"], ("local", "global"), tmp_path / "out", model="m")
     names = {p.name: p.read_text().splitlines() for p in (tmp_path / "out/runs").iterdir()}
     assert set(names) == {
         "mbeir_oven_task6_single_pool_test_k10_run.txt", "mbeir_oven_task6_union_pool_test_k10_run.txt",
@@ -207,6 +230,5 @@ def test_files_of_the_ranked_lists(tiny, official, wanted, encoded, tmp_path):
     hit = any(d in official.qrels("oven_task6", "test")[first[0].split()[0]] for d in ranked[:5])
     (result,) = [asked.evaluate("oven_task6", pool="global")]
     assert metrics.hit_rate_at_k(result.ranks, 5)[0] == hit
-    table = pd.read_csv(tmp_path / "out/results.csv").set_index(["pool", "metric"])["value"]
-    low, mean, high = (table["local", f"hit@5 {name} of 4 instructions"] for name in ("lowest", "mean", "highest"))
-    assert low <= mean <= high and low < high
+    (row,) = benchmark.prompt_spread(asked, ["oven_task6"], 5).to_dict("records")
+    assert row["lowest"] <= row["mean"] <= row["highest"] and row["lowest"] < row["highest"]
