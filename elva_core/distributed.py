@@ -33,7 +33,8 @@ def start(threads: int | None) -> None:
     """Thread count, plain log lines, no progress bars from libraries. Deterministic for one thread count.
 
     Args:
-        threads: of the machine; the processes on it share them, for more threads than cores hinder each other.
+        threads: of the machine; the processes on it share them, for more threads than cores hinder each
+            other.
     """
     if threads:
         torch.set_num_threads(max(1, threads // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)))

@@ -1,9 +1,10 @@
 """The frozen weights of the language model in slices, one per process, where the launch file says FSDP.
 
-torch's `fully_shard` gathers a layer's slices before the layer computes and frees them after it, so a pass of one process
-needs all of them. Their work differs: summaries end early, chunks run out. So before every pass, and before runtime's
-exchanges, the processes agree on what comes next: the earliest of what they want. Who wants something later gathers along
-without computing, and asks again. No loop knows of this, and what is computed does not change.
+torch's `fully_shard` gathers a layer's slices before the layer computes and frees them after it, so a pass of
+one process needs all of them. Their work differs: summaries end early, chunks run out. So before every pass,
+and before runtime's exchanges, the processes agree on what comes next: the earliest of what they want. Who
+wants something later gathers along without computing, and asks again. No loop knows of this, and what is
+computed does not change.
 
 Whole on every process stay the adapters, the vision tower, the embeddings and the head.
 
@@ -36,7 +37,8 @@ def shard(language_model: torch.nn.Module) -> None:
     """Leaves this process one slice of every decoder layer's weights. All of them must be frozen.
 
     Raises:
-        ValueError: the launch file lets one process alone read the weights, for accelerate to send them; nothing here does.
+        ValueError: the launch file lets one process alone read the weights, for accelerate to send them;
+            nothing here does.
     """
     global _layers
     if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):

@@ -1,9 +1,9 @@
 """Moments, master weights and summed gradients of what is trained in shares, one per process, where the launch file says DeepSpeed ZeRO-2.
 
-DeepSpeed reduces gradients inside each backward pass, the same passes in every process. Our loops backpropagate as often as a
-process has work. So the engine holds parameters of its own on the memory of ours, and once a step backpropagates
-sum(parameter * gradient), whose gradient is ours. No loop knows of this, and what is computed does not change. Until then each
-process has the whole gradient of its rows.
+DeepSpeed reduces gradients inside each backward pass, the same passes in every process. Our loops
+backpropagate as often as a process has work. So the engine holds parameters of its own on the memory of ours,
+and once a step backpropagates sum(parameter * gradient), whose gradient is ours. No loop knows of this, and
+what is computed does not change. Until then each process has the whole gradient of its rows.
 
     optimiser = zero.Shared(parameters, settings)    # runtime.optimise, in place of AdamW
     norm = optimiser.reduce()

@@ -26,9 +26,9 @@ from elva_core.retrieval.retriever import encode
 class Ranked:
     """A query of stage 3 with one positive and its N negatives, as one model ranked them.
 
-    positive_cosine, cosines: that model's, of the positive and of the negatives.
-    near: (D,) its embedding of the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the
-    negatives are its `rows`.
+    positive_cosine, cosines: that model's, of the positive and of the negatives. near: (D,) its embedding of
+    the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the negatives are its
+    `rows`.
     """
 
     query: mbeir.Query
@@ -85,8 +85,8 @@ class Mined(NamedTuple):
     """What mining has chosen for M queries, N negatives each; everything else can be read from the root again.
 
     queries: (M,) rows of the union train file. positives: (M,), negatives: (M, N) rows of the train pool.
-    rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the positives.
-    bank: (C, D) embeddings of all candidates that were ranked.
+    rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the
+    positives. bank: (C, D) embeddings of all candidates that were ranked.
     """
 
     queries: np.ndarray
@@ -110,7 +110,8 @@ def select(
 ) -> Mined:
     """`settings.queries` train queries, the same number per task, with the negatives that the model chooses; none of the excluded units.
 
-    Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per modality).
+    Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per
+    modality).
     """
     queries, pool = root.union_train(), root.pool("", "train", "global")
     drawn = _equal_draw(queries, root.trained_rows(excluded), settings.queries, seed)

@@ -65,15 +65,15 @@ def optimise(
 
     Args:
         optimisers: between them they hold every parameter; none means one AdamW over all.
-        step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns what to log.
+        step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns
+            what to log.
         check: returns the reason to stop, given the row that was logged.
 
     Returns:
-        the rows of folder/metrics.jsonl, from step 0; `rollbacks` counts how often training went back to a checkpoint.
+        the rows of folder/metrics.jsonl, from step 0.
 
     Raises:
-        DivergedError: a gradient is not finite, or `check` gave a reason, more often than `settings.rollbacks`.
-            The last checkpoint stays.
+        DivergedError: a gradient is not finite, or `check` gave a reason. The last checkpoint stays.
     """
     shared = zero.Shared(parameters.values(), settings) if zero.asked() and not optimisers else None
     if not optimisers:
@@ -84,44 +84,32 @@ def optimise(
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True, exist_ok=True)
     rows = _restore(checkpoint, parameters, optimisers)
-    rollbacks = rows[-1]["rollbacks"] if rows else 0
-    if settings.rollbacks and not rows:
-        _checkpoint(checkpoint, parameters, optimisers, rows)  # so that there is always one to go back to
 
-    def take(step: int) -> str | None:
-        """One step; the reason not to take it, if there is one."""
+    for step in track(range(len(rows), steps), steps):
         began = time.perf_counter()
-        # each rollback halves the learning rate of what follows
-        rate = learning_rate(step, steps, settings) / 2**rollbacks
+        rate = learning_rate(step, steps, settings)
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-        row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
-        row["grad_norm"] = (
-            shared.reduce()
-            if shared
-            else float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
-        )
+        row = {"step": step, "lr": rate} | step_fn(step)
+
+        # the guard looks before the weights move
+        if shared:
+            row["grad_norm"] = shared.reduce()
+        else:
+            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
-            return f"step {step}: {reason}"
+            advice = f"resume from {checkpoint} with a lower learning rate"
+            raise DivergedError(f"step {step}: {reason}; {advice}")
+
         for optimiser in optimisers:
             optimiser.step()
         row["step_time"] = time.perf_counter() - began
         rows.append(row)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
             _checkpoint(checkpoint, parameters, optimisers, rows)
-        return None
-
-    # the first reason that a step gives ends the pass; none means that all steps were taken
-    while reason := next(filter(None, map(take, track(range(len(rows), steps), steps))), None):
-        if rollbacks == settings.rollbacks:
-            raise DivergedError(f"{reason}; resume from {checkpoint} with a lower learning rate")
-        rollbacks += 1
-        processes().wait_for_everyone()  # the main process may still be writing the checkpoint
-        rows = _restore(checkpoint, parameters, optimisers)
-        log.warning("%s; back to step %d at 1/%d of the learning rate", reason, len(rows), 2**rollbacks)
     if processes().is_main_process:
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -2,8 +2,10 @@
 
 In the manner of LamRA-Rank (arXiv 2412.01720), with an adapter of its own:
 
-* pointwise: one candidate, the answer is Yes or No; its score is the log-odds of Yes, whose order is that of P(Yes).
-* listwise: several candidates, the answer is the number of the right one; the score is the log-probability of the number.
+* pointwise: one candidate, the answer is Yes or No; its score is the log-odds of Yes, whose order is that of
+  P(Yes).
+* listwise: several candidates, the answer is the number of the right one; the score is the log-probability of
+  the number.
 
     rows = train(encoder, ranked, settings.rerank, seed=17, folder=out)
     scores = score(encoder, asked, "listwise", settings.rerank, batch=256)
@@ -105,8 +107,9 @@ def alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 def windows(asked: Asked, size: int) -> list[list[int]]:
     """Which candidates are shown together, and in which order: that of a stable hash, so that a place says nothing.
 
-    Where they do not all fit, each window has the first candidate too: what its probability is to that of the others can
-    be compared across windows, if adding a candidate takes from all others in proportion (Luce's choice axiom).
+    Where they do not all fit, each window has the first candidate too: what its probability is to that of the
+    others can be compared across windows, if adding a candidate takes from all others in proportion (Luce's
+    choice axiom).
 
     >>> item = Item("a")
     >>> [sorted(w) for w in windows(Asked("1", item, tuple("abcd"), (item,) * 4), 4)]
