@@ -185,7 +185,7 @@ def run(wanted: Job) -> None:
                 folder=folder,
                 mine=lambda: _mined_by(model, wanted),
             )
-    weights = sharding.whole(model.model)
+    weights = sharding.full_state_dict(model.model)
     if distributed.processes().is_main_process:
         partial = folder / "model.partial"
         template = "eol" if wanted.name in ("stage1", "distil") else "summary"

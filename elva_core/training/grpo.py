@@ -166,7 +166,7 @@ def learn(
     settings: RlvrSettings,
     share: float = 1.0,
 ) -> dict[str, float]:
-    """Adds the gradient of one step to the parameters, chunk by chunk, so that rollouts need no more memory.
+    """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with rollouts.
 
     The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and
     through the embedding computed after them (`pathwise`); `full` is both, the gradient of the expected

@@ -1,4 +1,4 @@
-"""The training loop: optimiser steps, learning rate, checkpoints, and the guard that stops a run that diverges."""
+"""Train loop: optimiser steps, learning rate, checkpoints, and the guard that stops a run that diverges."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save_file
 from elva_core import zero
 from elva_core.config import OptimiserSettings
 from elva_core.distributed import processes
-from elva_core.files import write_whole
+from elva_core.files import whole, write_whole
 
 log = logging.getLogger("elva")
 
 
 def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
-    """Yields the steps and logs one plain line now and then: done, rate, time left."""
+    """Yields the steps and logs a plain line every `every_s` seconds: done, rate, time left."""
     started = last = time.monotonic()
     for done, step in enumerate(steps):
         yield step
         now = time.monotonic()
         if now - last >= every_s:
             rate = (done + 1) / (now - started)
-            log.info(
-                "step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, (total - step - 1) / rate
-            )
+            left = (total - step - 1) / rate
+            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, left)
             last = now
 
 
@@ -49,7 +48,7 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
 
 
 class DivergedError(RuntimeError):
-    """Training was stopped by its guard; the message names the reason and the checkpoint to go on from."""
+    """Training was stopped by its guard; the message names the reason and the checkpoint to resume from."""
 
 
 def optimise(
@@ -61,7 +60,7 @@ def optimise(
     check: Callable[[dict[str, float]], str | None] = lambda row: None,
     optimisers: Sequence[torch.optim.Optimizer] = (),
 ) -> list[dict[str, float]]:
-    """Trains `parameters`; resumes from folder/checkpoint if there is one.
+    """Train loop over `parameters`; resumes from folder/checkpoint if there is one.
 
     Args:
         optimisers: between them they hold every parameter; none means one AdamW over all.
@@ -75,14 +74,11 @@ def optimise(
     Raises:
         DivergedError: a gradient is not finite, or `check` gave a reason. The last checkpoint stays.
     """
-    shared = zero.Shared(parameters.values(), settings) if zero.asked() and not optimisers else None
+    shared = zero.SharedAdamW(parameters.values(), settings) if zero.requested() and not optimisers else None
     if not optimisers:
-        optimisers = [
-            shared
-            or torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        ]
+        adam = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        optimisers = [shared or torch.optim.AdamW(parameters.values(), **adam)]
     checkpoint = folder / "checkpoint"
-    checkpoint.mkdir(parents=True, exist_ok=True)
     rows = _restore(checkpoint, parameters, optimisers)
 
     for step in track(range(len(rows), steps), steps):
@@ -118,27 +114,24 @@ def optimise(
 def _checkpoint(
     folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]
 ) -> None:
-    """One safetensors file with weights, moments and the log, replaced atomically; all processes hold the same."""
-    states = [
-        optimiser.state for optimiser in optimisers
-    ]  # shares are put together, so every process comes here
+    """One safetensors file with weights, moments and step metrics; all processes hold the same."""
+    states = [optimiser.state for optimiser in optimisers]  # shares are gathered: every process takes part
     if not processes().is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"] = parameter.detach()
         for moments in states:
             if parameter in moments:
-                tensors |= {
-                    f"{key}/{name}": torch.as_tensor(value) for key, value in moments[parameter].items()
-                }
-    partial = folder / "state.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"rows": json.dumps(rows)})
-    partial.replace(folder / "state.safetensors")
+                for key, value in moments[parameter].items():
+                    tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    with whole(folder / "state.safetensors") as partial:
+        metadata = {"rows": json.dumps(rows)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
 
 
 def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    """Puts weights and moments of the checkpoint in place; its step metrics, empty without a checkpoint."""
     path = folder / "state.safetensors"
     if not path.is_file():
         return []
@@ -156,7 +149,7 @@ def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Op
                 moments = {k: v if k == "step" else v.to(parameter.device) for k, v in state[name].items()}
                 optimiser.state[parameter] = moments  # the count of steps stays on the CPU
     for optimiser in optimisers:
-        if isinstance(optimiser, zero.Shared):
+        if isinstance(optimiser, zero.SharedAdamW):
             optimiser.take([state[name] for name in parameters])
     log.info("resumed after step %d from %s", len(rows), path)
     return rows
