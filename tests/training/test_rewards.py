@@ -69,10 +69,6 @@ def test_the_order_in_which_negatives_are_listed_does_not_matter(form, torch_see
         torch.testing.assert_close(given, again)
 
 
-def test_total_weighs_the_two_parts():
-    assert rewards.total_reward(torch.tensor(2.0), torch.tensor(1.0), alpha=0.4, epsilon=0.6).item() == pytest.approx(1.4)
-
-
 def test_unknown_forms_are_refused():
     with pytest.raises(ValueError, match="neither printed nor corrected"):
         rewards.negative_weights(torch.tensor([1]), "typo")
