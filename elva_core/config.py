@@ -1,7 +1,7 @@
-"""Profiles: params/<profile>.yaml -> one frozen tree of values. Imports nothing of ours.
+"""Settings: params/<profile>.yaml -> one frozen tree of pydantic models. Imports nothing of ours.
 
-A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another profile
-and changes single keys. Unknown keys and wrong types are refused with file and key.
+A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another
+profile and changes single keys. Unknown keys and wrong types are refused with file and key.
 
     settings = load("smoke")
 """
@@ -9,7 +9,6 @@ and changes single keys. Unknown keys and wrong types are refused with file and 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,12 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 PARAMS = Path(__file__).resolve().parent.parent / "params"
 NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
-SUMMARIES_AT_ONCE = (
-    256  # that training writes in one call: without a graph they take less memory than a chunk with one
-)
+SUMMARIES_AT_ONCE = 256  # written in one call: without a graph they take less memory than a chunk with one
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-
 
 # former keys of a profile and today's, which are those of TRL's GRPOConfig
 RENAMED = {
@@ -60,17 +56,13 @@ class DataSettings(Section):
     root: str | None = None
     nli: str | None = None
     emoji: EmojiSettings | None = None
-    # units, or patterns of units, whose queries no training sees; left out of the dump where there is none
-    exclude_units: tuple[str, ...] = Field((), exclude_if=lambda units: not units)
+    exclude_units: tuple[str, ...] = ()  # units, or patterns of units, whose queries no training sees
 
 
 class TinySettings(Section):
     """Sizes of the small model that is built here."""
 
-    # left out of the dump where it is the first backbone's, whose folder is named by the hash of these values
-    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = Field(
-        "qwen2_vl", exclude_if=lambda name: name == "qwen2_vl"
-    )
+    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
     hidden: Positive
     layers: Positive
     heads: Positive
@@ -91,14 +83,11 @@ class OptimiserSettings(Section):
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: Positive
-    rollbacks: Annotated[int, Field(ge=0)] = (
-        0  # how often the guard goes back to a checkpoint, at half the rate, before it stops
-    )
 
 
-class LessonSettings(Section):
+class LoopSettings(Section):
     steps: Positive
-    batch: Positive
+    batch: Positive  # pairs, items or queries of a step
     optimiser: OptimiserSettings
 
 
@@ -107,8 +96,8 @@ class TeachSettings(Section):
 
     jitter: float  # spread of a random gain and offset of normalised pixels
     warp: float  # largest random scale, turn and shift of a drawing
-    vision: LessonSettings
-    language: LessonSettings
+    vision: LoopSettings
+    language: LoopSettings
 
 
 class BackboneSettings(Section):
@@ -127,9 +116,7 @@ class EncoderSettings(Section):
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
-    min_pixels: int | None = (
-        None  # of an image of Qwen2-VL and Qwen2.5-VL; what other processors make of theirs is their own
-    )
+    min_pixels: int | None = None  # of images of Qwen2-VL and Qwen2.5-VL; other processors have their own
     max_pixels: int | None = None
     max_summary_tokens: Positive
     cache_vision: bool
@@ -141,22 +128,23 @@ class LoraSettings(Section):
     dropout: Share
 
 
-class ContrastiveSettings(Section):
+class AdapterSettings(LoopSettings):
+    """What the training of one adapter has: steps and rates, its size, what bounds the memory."""
+
+    chunk: Positive  # rows, items or prompts per forward
+    gradient_checkpointing: bool = False  # one layer's activations in memory; same gradient, one more forward
+    lora: LoraSettings
+
+
+class ContrastiveSettings(AdapterSettings):
     """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
 
-    steps: Positive
-    batch: Positive
-    chunk: Positive  # rows per forward
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
-    # one layer's activations in memory at a time; same gradient, one more forward. Left out of the dump where it is off
-    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
     temperature: Annotated[float, Field(gt=0)]
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
     summary_weight: float  # of the cross-entropy that keeps the model writing its first summaries
     one_task_per_batch: bool  # batches of one unit instead of a plain shuffle of the union
     mask_false_negatives: bool
-    lora: LoraSettings
-    optimiser: OptimiserSettings
 
 
 class NegativeSettings(Section):
@@ -177,20 +165,15 @@ class RewardSettings(Section):
     gamma: float
     form: Literal["printed", "corrected"]
     penalty_reduction: Literal["sum", "mean"]
-    weights: Literal["fixed", "adaptive"] = (
-        "fixed"  # adaptive: by the share of rollouts that put the positive first
-    )
+    weights: Literal["fixed", "adaptive"] = "fixed"  # adaptive: by the share of rollouts that succeed
 
 
 class VllmSettings(Section):
     """Values of `sampler: vllm`; every process has an engine of its own on its own GPU."""
 
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = (
-        0.35  # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
-    )
-    drift_bound: float = (
-        0.2  # nats a token, the guard stops above it; ours: bf16 alone gives some 0.05 (TRL issue 6789)
-    )
+    # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35
+    drift_bound: float = 0.2  # nats a token, of the guard; ours: bf16 alone gives some 0.05 (TRL issue 6789)
 
 
 class RlvrSettings(Section):
@@ -200,22 +183,15 @@ class RlvrSettings(Section):
     queries_per_step: Positive
     num_generations: Annotated[int, Field(ge=2)]  # rollouts of one query
     rollout_sides: Literal["query", "all"]  # whose summaries are actions
-    # left out of the dump where they are not asked for, so that results of before keep their fingerprint
-    sampler: Literal["transformers", "vllm"] = Field(
-        "transformers", exclude_if=lambda sampler: sampler == "transformers"
-    )
-    vllm: VllmSettings = Field(VllmSettings(), exclude_if=lambda values: values == VllmSettings())
-    candidates: Literal[
-        "step", "mined"
-    ]  # other sides are encoded once per step, or stay as mining encoded them
+    sampler: Literal["transformers", "vllm"] = "transformers"
+    vllm: VllmSettings = VllmSettings()
+    candidates: Literal["step", "mined"]  # encoded once per step, or as mining encoded them
     temperature: Annotated[float, Field(gt=0)]
-    clip: float
+    clip: float  # PPO's; never acts, as there is one update per sample and so the ratio is 1 (grpo.py)
     beta: float  # weight of the KL divergence from the reference policy
     scale_rewards: Literal["group", "batch", "none"]
     loss_type: Literal["grpo", "dr_grpo", "dapo"]
-    gradient: Literal[
-        "score", "pathwise", "full"
-    ]  # through the sampled tokens, through the embedding after them, both
+    gradient: Literal["score", "pathwise", "full"]  # through sampled tokens, through the embedding, both
     chunk: Positive  # rollouts per forward; bounds the memory of a step
     kl_bound: float  # the guard stops above it
     negatives: NegativeSettings
@@ -227,35 +203,24 @@ class RlvrSettings(Section):
     def _resumable(self) -> RlvrSettings:
         again = self.negatives.again_every
         if again and self.optimiser.checkpoint_every % again:
-            raise ValueError(
-                f"optimiser.checkpoint_every must be a multiple of negatives.again_every = {again}, else a resumed run differs"
-            )
+            multiple = f"a multiple of negatives.again_every = {again}"
+            raise ValueError(f"optimiser.checkpoint_every must be {multiple}, else a resumed run differs")
         return self
 
 
-class DistilSettings(Section):
-    """The generative embedding taught to the EOL pass of the same model."""
+class DistilSettings(AdapterSettings):
+    """Distillation of the generative embedding into the EOL pass of the same model; batches of items."""
 
     pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
-    steps: Positive
-    batch: Positive  # items
-    chunk: Positive  # items per forward
-    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
     temperature: Annotated[float, Field(gt=0)]  # of the similarities that are matched
     kl_weight: float  # of their divergence, beside 1 - cosine
-    lora: LoraSettings
-    optimiser: OptimiserSettings
 
 
-class RerankSettings(Section):
-    """A model that reads a query together with its first candidates (rerank.py)."""
+class RerankSettings(AdapterSettings):
+    """Reranker: reads a query together with its first candidates; steps half pointwise, half listwise."""
 
     queries: Positive  # of the train split, the same number per task
     pool: Positive | None = None  # candidates per modality that their negatives are mined from; None is all
-    steps: Positive  # one half pointwise, one half listwise
-    batch: Positive  # queries per step
-    chunk: Positive  # prompts per forward
-    gradient_checkpointing: bool = Field(False, exclude_if=lambda on: not on)
     hard: Positive  # of each query's mined negatives the first are trained on
     negatives: Positive  # of a query in a pointwise step, beside its positive
     window: Annotated[int, Field(ge=2)]  # most candidates in a listwise prompt
@@ -265,20 +230,17 @@ class RerankSettings(Section):
     timed: Positive  # queries whose seconds are measured
     pointwise_request: str
     listwise_request: str
-    lora: LoraSettings
-    optimiser: OptimiserSettings
 
     @model_validator(mode="after")
     def _enough(self) -> RerankSettings:
         if max(self.negatives, self.window - 1) > self.hard:
-            raise ValueError(
-                f"hard = {self.hard} negatives do not fill negatives = {self.negatives} and window = {self.window} (one is right)"
-            )
+            places = f"negatives = {self.negatives} and window = {self.window} (one is right)"
+            raise ValueError(f"hard = {self.hard} negatives do not fill {places}")
         return self
 
 
 class AnnotatorSettings(Section):
-    """Who names the grains of a query: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
+    """Annotator of grains: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
 
     kind: Literal["exact", "transformers", "openai"]
     model: str | None = None  # folder or hub name; for a server the name it serves
@@ -291,13 +253,12 @@ class AnnotatorSettings(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> AnnotatorSettings:
-        wanted = {"exact": (), "transformers": ("model",), "openai": ("model", "base_url")}[self.kind]
-        given = tuple(
-            name for name in ("model", "base_url", "key_variable") if getattr(self, name) is not None
-        )
-        allowed = {*wanted, "key_variable"} if self.kind == "openai" else set(wanted)
-        if not set(wanted) <= set(given) <= allowed:
-            raise ValueError(f"kind {self.kind} needs {wanted or 'no model'} and was given {given}")
+        required = {"exact": (), "transformers": ("model",), "openai": ("model", "base_url")}[self.kind]
+        optional = {"key_variable"} if self.kind == "openai" else set()
+        keys = ("model", "base_url", "key_variable")
+        given = tuple(key for key in keys if getattr(self, key) is not None)
+        if not set(required) <= set(given) <= {*required, *optional}:
+            raise ValueError(f"kind {self.kind} needs {required or 'no model'} and was given {given}")
         return self
 
 
@@ -314,8 +275,7 @@ class MrbenchSettings(Section):
 
 class EvaluationSettings(Section):
     batch: Positive
-    # embeddings go to disk instead of memory; left out of the dump where it is off
-    on_disk: bool = Field(False, exclude_if=lambda on: not on)
+    on_disk: bool = False  # embeddings go to disk instead of memory
     cutoffs: tuple[int, ...]
     bootstrap: Positive
     grain_queries: Positive
@@ -327,22 +287,18 @@ class StudySettings(Section):
 
     seeds: tuple[int, ...]
     arms: tuple[str, ...] = ()  # none means all
-    units: tuple[
-        str, ...
-    ] = ()  # test units, or patterns of them, that every arm is measured on besides MRBench
+    units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 
 class VideoSettings(Section):
-    """Text to video: the sets of the paper's Table 7, or short clips that the embedded collection makes of its drawings."""
+    """Text to video: the sets of the paper's Table 7, or short clips of the collection's drawings."""
 
     sets: str | None = None  # folder with msrvtt/ and msvd/, or one of them
     drawings: Positive | None = None  # of the embedded collection, each in every motion
     length: Positive = 16  # frames of a clip
     rate: Positive = 8  # of them in a second
-    frames: Annotated[
-        tuple[Positive, ...], Field(min_length=1)
-    ]  # that are looked at, the most last, which is reported
+    frames: Annotated[tuple[Positive, ...], Field(min_length=1)]  # looked at; ascending, the last is reported
     instruction: str  # of the queries
 
     @model_validator(mode="after")
@@ -355,7 +311,7 @@ class VideoSettings(Section):
 
 
 class UnseenSettings(Section):
-    """What no stage saw: the sets of the paper's Table 2, or rows that the embedded collection has of its own."""
+    """Sets that no stage saw: those of the paper's Table 2, or the embedded collection's own rows."""
 
     sets: str | None = None  # folder of the sets, as their authors publish them
     language: str | None = None  # of the embedded collection: one that no stage trains on
@@ -383,22 +339,21 @@ class Settings(Section):
     stage2: ContrastiveSettings
     stage3: RlvrSettings
     control: ContrastiveSettings
-    distil: DistilSettings | None = Field(None, exclude_if=lambda section: section is None)
-    rerank: RerankSettings | None = Field(None, exclude_if=lambda section: section is None)
+    distil: DistilSettings | None = None
+    rerank: RerankSettings | None = None
     mrbench: MrbenchSettings
     evaluation: EvaluationSettings
     study: StudySettings
-    # left out of the dump where there are none, so that results of before keep their fingerprint
-    video: VideoSettings | None = Field(None, exclude_if=lambda values: values is None)
-    unseen: UnseenSettings | None = Field(None, exclude_if=lambda values: values is None)
+    video: VideoSettings | None = None
+    unseen: UnseenSettings | None = None
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
         return Settings(**_merged(self.model_dump(), changes))
 
     def digest(self) -> str:
-        """Hash of the resolved values."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the values that differ from their defaults: a new key leaves the digests of before."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
 
 def load(profile: str) -> Settings:
@@ -417,11 +372,11 @@ def load(profile: str) -> Settings:
     try:
         return Settings(profile=profile, **values)
     except ValidationError as error:
-        raise ProfileError(f"{path}: " + "; ".join(map(_said, error.errors()))) from None
+        raise ProfileError(f"{path}: " + "; ".join(map(_message, error.errors()))) from None
 
 
-def _said(error: dict) -> str:
-    """One line of pydantic's, with the name of today where a key has been renamed."""
+def _message(error: dict) -> str:
+    """One line for an error of pydantic, with the name of today where a key has been renamed."""
     key = ".".join(map(str, error["loc"]))
     return f"{key} is called {RENAMED[key]} now" if key in RENAMED else f"{key}: {error['msg']}"
 
@@ -440,8 +395,5 @@ def _read(path: Path) -> dict:
 
 
 def _merged(base: dict, changes: dict) -> dict:
-    out = dict(base)
-    for key, value in changes.items():
-        nested = isinstance(value, dict) and isinstance(base.get(key), dict)
-        out[key] = _merged(base[key], value) if nested else value
-    return out
+    sections = [key for key in changes if isinstance(changes[key], dict) and isinstance(base.get(key), dict)]
+    return base | changes | {key: _merged(base[key], changes[key]) for key in sections}

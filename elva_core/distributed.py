@@ -1,4 +1,4 @@
-"""Seeds, optimiser steps, checkpoints and progress: what every training loop shares.
+"""Processes and their randomness: start, shares of a step, exchange between processes, versions of packages.
 
 All randomness of a step is derived from (seed, name, step), so resuming needs no saved generator state.
 """
@@ -26,6 +26,7 @@ def rng_for(seed: int, *scope: object) -> np.random.Generator:
 
 
 def torch_rng(seed: int, *scope: object) -> torch.Generator:
+    """The same for torch, on the CPU."""
     return torch.Generator().manual_seed(int(rng_for(seed, *scope).integers(2**62)))
 
 
@@ -33,7 +34,8 @@ def start(threads: int | None) -> None:
     """Thread count, plain log lines, no progress bars from libraries. Deterministic for one thread count.
 
     Args:
-        threads: of the machine; the processes on it share them, for more threads than cores hinder each other.
+        threads: of the machine; the processes on it share them, for more threads than cores hinder each
+            other.
     """
     if threads:
         torch.set_num_threads(max(1, threads // get_int_from_env(["LOCAL_WORLD_SIZE"], 1)))
@@ -59,7 +61,7 @@ def summed(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the processes."""
     if processes().num_processes == 1:
         return values
-    sharding.turn(sharding.MEETING)
+    sharding.collective_turn(sharding.EXCHANGE)
     total = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=processes().device), "sum")
     return dict(zip(values, total.tolist(), strict=True))
 
@@ -68,8 +70,8 @@ def gathered(parts: dict[int, object]) -> dict[int, object]:
     """Numbered objects of all processes."""
     if processes().num_processes == 1:
         return parts
-    sharding.turn(sharding.MEETING)
-    return {number: part for own in gather_object([parts]) for number, part in own.items()}
+    sharding.collective_turn(sharding.EXCHANGE)
+    return {number: part for theirs in gather_object([parts]) for number, part in theirs.items()}
 
 
 def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
@@ -85,8 +87,8 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
     Where DeepSpeed shares them, `optimise` sums them.
     """
-    if processes().num_processes > 1 and not zero.asked():
-        sharding.turn(sharding.MEETING)
+    if processes().num_processes > 1 and not zero.requested():
+        sharding.collective_turn(sharding.EXCHANGE)
         for parameter in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = reduce(gradient, "sum")

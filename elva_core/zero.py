@@ -1,11 +1,11 @@
-"""Moments, master weights and summed gradients of what is trained in shares, one per process, where the launch file says DeepSpeed ZeRO-2.
+"""ZeRO-2 optimizer: AdamW whose moments, master weights and summed gradients are split over the processes.
 
-DeepSpeed reduces gradients inside each backward pass, the same passes in every process. Our loops backpropagate as often as a
-process has work. So the engine holds parameters of its own on the memory of ours, and once a step backpropagates
-sum(parameter * gradient), whose gradient is ours. No loop knows of this, and what is computed does not change. Until then each
-process has the whole gradient of its rows.
+DeepSpeed reduces gradients inside each backward pass, the same passes in every process. Our loops
+backpropagate as often as a process has work. So the engine holds parameters of its own on the memory of ours,
+and once a step backpropagates sum(parameter * gradient), whose gradient is ours. No loop knows of this, and
+what is computed does not change. Until then each process has the whole gradient of its rows.
 
-    optimiser = zero.Shared(parameters, settings)    # runtime.optimise, in place of AdamW
+    optimiser = zero.SharedAdamW(parameters, settings)    # loop.optimise, in place of AdamW
     norm = optimiser.reduce()
     optimiser.step()
 """
@@ -24,16 +24,13 @@ from elva_core.config import OptimiserSettings
 BUCKET = 2**24  # numbers that are summed at once; more where one parameter is larger
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Whether `accelerate launch` was given DeepSpeed and has started more than one process."""
-    return (
-        parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-        and dist.is_initialized()
-        and dist.get_world_size() > 1
-    )
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and several
 
 
-class Shared:
+class SharedAdamW:
     """AdamW over float32 parameters that are the same in every process; each keeps its share of the moments.
 
     Raises:
@@ -44,22 +41,16 @@ class Shared:
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         import deepspeed  # an extra; without it a launch file cannot ask for this
 
-        stage, offload = (
-            os.environ.get(f"ACCELERATE_DEEPSPEED_{key}")
-            for key in ("ZERO_STAGE", "OFFLOAD_OPTIMIZER_DEVICE")
-        )
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        offload = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
         if stage != "2" or offload not in (None, "none"):
-            raise ValueError(
-                "the launch file must set zero_stage: 2 without offloading, as params/accelerate/zero2.yaml does"
-            )
+            advice = "must set zero_stage: 2 without offloading, as params/accelerate/zero2.yaml does"
+            raise ValueError(f"the launch file {advice}")
         self._ours = list(parameters)
         theirs = torch.nn.ParameterList([torch.nn.Parameter(parameter.data) for parameter in self._ours])
         adam = torch.optim.AdamW(theirs, lr=settings.lr, weight_decay=settings.weight_decay)
-        sharing = {
-            "stage": 2,
-            "overlap_comm": False,
-            "reduce_bucket_size": max(BUCKET, *(p.numel() for p in theirs)),
-        }
+        bucket = max(BUCKET, *(p.numel() for p in theirs))
+        sharing = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": bucket}
         config = {
             "train_micro_batch_size_per_gpu": 1,  # has no effect: batches are made by our loops
             "gradient_clipping": settings.clip,
@@ -77,16 +68,18 @@ class Shared:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self._ours:
             parameter.grad = None
-        self._zero.averaged_gradients[0] = None  # of a step that was not taken
 
     def reduce(self) -> float:
-        """Sums the gradients of all processes, each keeping its share; the norm of the whole, infinite if a number is not finite."""
+        """Sums the gradients of all processes, each of which keeps its share.
+
+        Returns:
+            norm of the whole gradient, infinite where a number of it is not finite.
+        """
         count = dist.get_world_size()  # DeepSpeed takes the mean
         grads = (torch.zeros_like(our) if our.grad is None else our.grad for our in self._ours)
-        # one sum of the same terms everywhere: DeepSpeed puts gradients together in the order in which they come
-        self._engine.backward(
-            sum((their * grad).sum() for their, grad in zip(self._theirs, grads, strict=True)) * count
-        )
+        # one sum of the same terms everywhere: DeepSpeed joins gradients in the order in which they come
+        products = ((their * grad).sum() for their, grad in zip(self._theirs, grads, strict=True))
+        self._engine.backward(sum(products) * count)
         for parameter in self._ours:
             parameter.grad = None
         norm = float(self._zero.scaled_global_norm())
@@ -106,25 +99,28 @@ class Shared:
 
     @property
     def state(self) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
-        """The moments put together, on the CPU, per parameter as AdamW has them. All processes take part."""
-        whole: dict = {parameter: {} for parameter in self._ours if self._moments[self._share]}
-        for key, value in self._moments[self._share].items():
-            parts = [torch.empty_like(value) for _ in range(dist.get_world_size() if value.dim() else 0)]
-            if parts:
-                dist.all_gather(parts, value)
-            numbers = torch.cat(parts).cpu() if parts else value
-            start = 0
-            for parameter, moments in whole.items():
-                moments[key] = (
-                    numbers[start : start + parameter.numel()].view_as(parameter)
-                    if parts
-                    else numbers.clone()
-                )
+        """The gathered moments on the CPU, per parameter as AdamW has them. All processes take part."""
+        share = self._moments[self._share]
+        gathered: dict = {parameter: {} for parameter in self._ours if share}
+        for key, value in share.items():
+            if not value.dim():  # the count of steps, the same everywhere
+                for moments in gathered.values():
+                    moments[key] = value.clone()
+                continue
+            parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, value)
+            numbers, start = torch.cat(parts).cpu(), 0
+            for parameter, moments in gathered.items():
+                moments[key] = numbers[start : start + parameter.numel()].view_as(parameter)
                 start += parameter.numel()
-        return whole
+        return gathered
 
     def take(self, moments: Sequence[dict[str, torch.Tensor]]) -> None:
-        """This process's share of moments of all parameters, after their weights were set; none means those of a first step."""
+        """Takes this process's share of all parameters' moments, after their weights were set.
+
+        Args:
+            moments: per parameter, as AdamW has them; empty ones are those of a first step.
+        """
         self._zero.refresh_fp32_params()
         state, size = self._moments[self._share], len(self._share)
         for value in state.values():
@@ -132,8 +128,8 @@ class Shared:
         for key, value in moments[0].items():
             if key != "step":
                 value, numbers = torch.zeros_like(self._share), torch.cat([m[key].flatten() for m in moments])
-                own = numbers[dist.get_rank() * size :][:size]
-                value[: len(own)] = own
+                part = numbers[dist.get_rank() * size :][:size]
+                value[: len(part)] = part
             if key in state:
                 state[key].copy_(value)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from elva_core import config
 from elva_core.config import ProfileError
@@ -27,9 +28,12 @@ def test_extending_changes_only_what_it_names():
     assert smoke.digest() != cpu.digest() == config.load("cpu").digest()
 
 
-def test_a_sampler_that_is_not_asked_for_leaves_the_dump_and_so_every_fingerprint():
+def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params):
+    """So a key that is added with a default, and one that a profile writes out although it is the default, leave it."""
     cpu = config.load("cpu")
-    assert not {"sampler", "vllm"} & set(cpu.model_dump()["stage3"])
+    every_value = yaml.safe_dump(cpu.model_dump(mode="json", exclude={"profile"}), sort_keys=False)
+    (params / "cpu.yaml").write_text(every_value)
+    assert "sampler: transformers" in every_value and config.load("cpu").digest() == cpu.digest()
     changed = cpu.changed({"stage3": {"sampler": "vllm", "vllm": {"drift_bound": 0.1}}})
     assert changed.stage3.sampler == "vllm" and changed.changed({}) == changed and changed.digest() != cpu.digest()
 

@@ -53,7 +53,7 @@ def work_as_one_of(rank, count, port, folder, model_folder, prompts, lora, chunk
     found = work(model, chunks[:1] if rank else chunks[1:], items)
     assert sum(map(len, seen)) and all(sum(whole) == 1 for whole in seen)  # the layer that computes, no other
     model.merge_lora()
-    found |= sharding.whole(model.model)
+    found |= sharding.full_state_dict(model.model)
     if rank == 0:
         save_file({name: tensor.clone() for name, tensor in found.items()}, folder / "found.safetensors")
 

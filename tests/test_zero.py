@@ -41,22 +41,30 @@ def stage3(folder, model_folder, smoke, ranked):
 
 
 def with_a_gap(folder, fatal):
-    """Six steps on three parameters, one of which only the first row reaches; at step `fatal` the gradient is not finite, once."""
-    parameters = {name: torch.nn.Parameter(torch.linspace(-1, 1, size)) for name, size in (("a", 5), ("b", 3), ("c", 7))}
-    settings, failed = OptimiserSettings(lr=0.1, warmup=0.1, checkpoint_every=2, rollbacks=1, clip=0.5), []
+    """Six steps on three parameters, one of which only the first row reaches.
 
-    def step_fn(step):
-        for row in distributed.own_share(3):
-            for name in "abc" if row == 0 else "ac":
-                (parameters[name] * torch.linspace(row, step, len(parameters[name]))).sum().backward()
-        if step == fatal and not failed:
-            failed.append(1)
-            for parameter in parameters.values():
-                parameter.grad = torch.full_like(parameter, float("nan"))
-        distributed.sum_gradients(parameters.values())
-        return {}
+    A first run meets a gradient that is not finite at step `fatal` and stops; a second one resumes from what it left.
+    """
+    settings = OptimiserSettings(lr=0.1, warmup=0.1, checkpoint_every=2, clip=0.5)
 
-    rows = loop.optimise(parameters, step_fn, 6, settings, folder)
+    def run(broken):
+        parameters = {name: torch.nn.Parameter(torch.linspace(-1, 1, size)) for name, size in (("a", 5), ("b", 3), ("c", 7))}
+
+        def step_fn(step):
+            for row in distributed.own_share(3):
+                for name in "abc" if row == 0 else "ac":
+                    (parameters[name] * torch.linspace(row, step, len(parameters[name]))).sum().backward()
+            if step == broken:
+                for parameter in parameters.values():
+                    parameter.grad = torch.full_like(parameter, float("nan"))
+            distributed.sum_gradients(parameters.values())
+            return {}
+
+        return parameters, loop.optimise(parameters, step_fn, 6, settings, folder)
+
+    with pytest.raises(loop.DivergedError, match=f"step {fatal}: gradient is not finite"):
+        run(fatal)
+    parameters, rows = run(None)
     return {name: parameter.detach() for name, parameter in parameters.items()} | {
         "norms": torch.tensor([row["grad_norm"] for row in rows])
     }
@@ -72,7 +80,7 @@ def as_one_of(rank, count, port, shared, fatal_step, stage, folder, *given):
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles another way to talk, minutes on one core
     distributed.processes()
-    held, steps, reduce, step = {}, [], zero.Shared.reduce, torch.optim.AdamW.step
+    held, steps, reduce, step = {}, [], zero.SharedAdamW.reduce, torch.optim.AdamW.step
 
     def mortal(self, *args, **kwargs):
         if len(steps) == fatal_step:
@@ -85,7 +93,7 @@ def as_one_of(rank, count, port, shared, fatal_step, stage, folder, *given):
         held.update(self.bytes())
         return norm
 
-    torch.optim.AdamW.step, zero.Shared.reduce = mortal, watched
+    torch.optim.AdamW.step, zero.SharedAdamW.reduce = mortal, watched
     torch.save(stage(folder, *given), folder / f"{rank}.pt")
     (folder / f"{rank}.json").write_text(json.dumps(held))
 
@@ -139,8 +147,8 @@ def test_a_killed_run_goes_on_in_two_processes_or_in_one(given, tmp_path):
 
 
 @pytest.mark.parametrize("fatal", [1, 3])
-def test_a_step_that_is_not_taken_leaves_nothing_behind(tmp_path, fatal):
-    """Back to the first checkpoint, which has no moments, and to a later one; norms are those of the whole gradient."""
+def test_a_run_that_diverged_is_resumed_as_in_one_process(tmp_path, fatal):
+    """From nothing, and from a checkpoint; norms are those of the whole gradient."""
     alone = with_a_gap(tmp_path / "alone", fatal)
     assert in_two(with_a_gap, tmp_path / "two", fatal) == [0, 0]
     for rank in range(2):
@@ -150,4 +158,4 @@ def test_a_step_that_is_not_taken_leaves_nothing_behind(tmp_path, fatal):
 def test_another_stage_of_zero_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     with pytest.raises(ValueError, match="as params/accelerate/zero2"):
-        zero.Shared([torch.nn.Parameter(torch.ones(2))], OptimiserSettings(lr=0.1, warmup=0.1, checkpoint_every=2))
+        zero.SharedAdamW([torch.nn.Parameter(torch.ones(2))], OptimiserSettings(lr=0.1, warmup=0.1, checkpoint_every=2))

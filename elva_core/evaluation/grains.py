@@ -83,11 +83,20 @@ def mean_distance(distances: pd.DataFrame, samples: int) -> pd.DataFrame:
         distances: `distances` of several models, with a column model. samples: of the bootstrap over queries.
 
     Returns:
-        columns model, value, ci_low, ci_high (95 % interval), n queries.
+        columns model, baseline, metric, value, ci_low, ci_high (95 % interval), n queries: a row for each
+        model, and one for stage 3 over stage 2 (its baseline), paired, where both are there.
     """
     queries = distances.groupby(["qid", "model"], as_index=False)["distance"].mean()
     queries = queries.rename(columns={"distance": "value"})
-    return statistics.scores(queries, ["model"], samples, (0, "grain distance"))
+    scope = 0, "grain distance"
+    table = statistics.scores(queries, ["model"], samples, scope).assign(baseline="")
+    if {"stage 2", "stage 3"} <= set(table["model"]):
+        growth = statistics.paired(queries, ["qid"], "stage 3", "stage 2").assign(
+            model="stage 3 over stage 2"
+        )
+        row = statistics.scores(growth, ["model"], samples, scope).assign(model="stage 3", baseline="stage 2")
+        table = pd.concat([table, row], ignore_index=True)
+    return table.assign(metric="mean cosine distance")
 
 
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:

@@ -73,7 +73,7 @@ def scores(
         strata = [part for _, part in group.groupby(stratum, sort=False)] if stratum else [group]
         stream = scope(*names) if callable(scope) else (*scope, *names)
         values = [part["value"].to_numpy() for part in strata]
-        low, high = metrics.stratified_interval(values, samples, distributed.rng_for(*stream))
+        low, high = metrics.interval(values, samples, distributed.rng_for(*stream))
         averages = [float(np.mean([part[column].mean() for part in strata])) for column in ("value", *means)]
         rows.append([*names, averages[0], low, high, len(group), *averages[1:]])
     return pd.DataFrame(rows, columns=[*by, "value", "ci_low", "ci_high", "n", *means])

@@ -113,27 +113,43 @@ def shown(results: pd.DataFrame) -> pd.DataFrame:
     return wide.reindex(columns=[pair for pair in pairs if pair in wide], index=order).fillna("")
 
 
+def experiment(hits: pd.DataFrame) -> str:
+    """Heading of the claims of `measure`: Table 7, or the clips of the embedded collection."""
+    return SOURCES.get(hits["set"].iloc[0], "Table 7") if len(hits) else "Table 7"
+
+
+def headline(results: pd.DataFrame) -> pd.DataFrame:
+    """What a summary needs of `table`, at the most frames: motions by name, how often the named one is first.
+
+    Returns:
+        the rows with unit (the motion) and group (the frames, and the chance of finding the named motion).
+    """
+    most = results[results["frames"] == results["frames"].max()]
+    told = (most["words"] == "name, motion") & (most["motion"] != "all")
+    rows = most[((most["words"] == "name") & (most["metric"] == "hit@5")) | (most["motion"] == "all")]
+    frames = rows["frames"].astype(str) + " frames"
+    chance = f", chance {100 / max(1, most.loc[told, 'motion'].nunique()):.1f}"
+    return rows.assign(unit=rows["motion"], group=frames.where(rows["motion"] != "all", frames + chance))
+
+
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
-    """Points of hit@5 that a model is better on what moves, paired over queries; for `claims.in_points`.
+    """By how much a model finds more of what moves: difference of hit@5, paired over queries.
 
     Args:
         hits: `measure` of several models, with a column model; the mean of the sets' means is compared.
         tables: the paper's; its gain is that of R@5 on MSR-VTT over LamRA.
 
     Returns:
-        one row of arm, old, value, ci_low, ci_high, paper, source, n, seeds; none of no hits.
+        one row of new, old, metric, unit, value, ci_low, ci_high (shares), n, paper (points); none of no
+        hits.
     """
     most = hits[hits["frames"] == hits["frames"].max()]
     moving = most[(most["metric"] == "hit@5") & (most["words"] == "name") & (most["motion"] != STILL)]
-    points = moving.assign(value=100 * moving["value"])
-    points = points.groupby(["set", "query", "model"], as_index=False)["value"].mean()
+    values = moving.groupby(["set", "query", "model"], as_index=False)["value"].mean()
     columns, rows = tables["table7"]["columns"], tables["table7"]["rows"]
     column = columns.index("MSR-VTT R@5")
     paper = round(rows["ELVA-7B"][column] - rows["LamRA-7B"][column], 1)
-    differences = statistics.paired(points, ["set", "query"], new, old)
-    differences = differences.assign(arm=f"{new} over {old}, what moves", old=old, paper=paper)
-    by, scope = ["arm", "old", "paper"], (seed, "video", new, old)
-    out = statistics.scores(differences, by, samples, lambda *_: scope, "set")
-    source = [SOURCES.get(name, "Table 7") for name in differences["set"].head(len(out))]
-    out = out.assign(source=source, seeds=[(seed,)] * len(out))
-    return out[["arm", "old", "value", "ci_low", "ci_high", "paper", "source", "n", "seeds"]]
+    names = {"new": new, "old": old, "metric": "hit@5", "unit": "what moves", "paper": paper}
+    differences = statistics.paired(values, ["set", "query"], new, old).assign(**names)
+    scope = seed, "video", new, old
+    return statistics.scores(differences, list(names), samples, lambda *_: scope, "set")

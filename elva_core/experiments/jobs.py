@@ -180,7 +180,7 @@ def run(spec: Job) -> None:
         else:
             mine_again = partial(_mined_by, model, spec)
             grpo.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine_again)
-    weights = sharding.whole(model.model)
+    weights = sharding.full_state_dict(model.model)
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"

@@ -293,7 +293,7 @@ class Encoder:
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its
                 hash alone.
-            weights: of a sharded model, from `sharding.whole`.
+            weights: of a sharded model, from `sharding.full_state_dict`.
             template: the way it wants to be read, "summary" or "eol".
         """
         self.model.save_pretrained(folder, state_dict=weights)
@@ -380,7 +380,7 @@ def load(
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.requires_grad_(False)
-    if sharding.asked():  # before the device holds all of it
+    if sharding.requested():  # before the device holds all of it
         sharding.shard(model.get_decoder())
     model.to(device).eval()
     if settings.ret_token not in processor.tokenizer.get_vocab():

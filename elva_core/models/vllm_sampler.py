@@ -84,7 +84,7 @@ class VllmSampler:
                 "set it to transformers"
             )
         self._vllm, self._folder, self._pushes = library(), folder, itertools.count(1)
-        weights = sharding.whole(encoder.model)
+        weights = sharding.full_state_dict(encoder.model)
         if distributed.processes().is_main_process:
             shutil.rmtree(folder, ignore_errors=True)
             encoder.model.save_pretrained(folder / "base", state_dict=weights)

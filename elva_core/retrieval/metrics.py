@@ -60,15 +60,3 @@ def interval(groups: Sequence[np.ndarray], samples: int, rng: np.random.Generato
     draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(samples)] for g in groups]
     low, high = np.percentile(np.mean(draws, axis=0), [2.5, 97.5])
     return float(low), float(high)
-
-
-def bootstrap_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> tuple[float, float]:
-    """`interval` of one group."""
-    return interval([values], samples, rng)
-
-
-def stratified_interval(
-    groups: Sequence[np.ndarray], samples: int, rng: np.random.Generator
-) -> tuple[float, float]:
-    """`interval` by its former name."""
-    return interval(groups, samples, rng)

@@ -1,1 +1,1 @@
-"""The three stages of the paper and their relatives: losses, rewards, GRPO, negatives, and the loop that all share."""
+"""The three stages of the paper and their relatives: losses, rewards, GRPO, negatives, the training loop."""

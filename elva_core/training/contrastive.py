@@ -25,7 +25,10 @@ from elva_core.training.hard_negatives import Ranked
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A query and one of its positives. `positives` are all judged dids, to recognise false negatives of the batch."""
+    """A query, one of its positives (`candidate`) and, for the control, hard negatives of its own.
+
+    did: of the candidate. positives: all judged dids, to recognise false negatives in the batch.
+    """
 
     query: Item
     candidate: Item
@@ -59,7 +62,11 @@ def triplet_pairs(triplets: pd.DataFrame, seed: int) -> Draw:
 def union_pairs(
     root: mbeir.Root, settings: ContrastiveSettings, seed: int, excluded: Sequence[str] = ()
 ) -> Draw:
-    """Stage 2: rows of the union train file, one random positive and a random instruction per visit; none of the excluded units."""
+    """Stage 2: rows of the union train file, one random positive and a random instruction per visit.
+
+    Args:
+        excluded: units, or patterns of units, whose queries are left out.
+    """
     queries, pool, rows = root.union_train(), root.pool("", "train", "global"), root.trained_rows(excluded)
     tasks = queries.kinds[rows] if settings.one_task_per_batch else np.zeros(len(rows), int)
     draws = {task: epochs(rows[tasks == task], seed, f"stage2/{task}") for task in np.unique(tasks).tolist()}
@@ -97,7 +104,7 @@ def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:
 
 
 class SummaryCache:
-    """Greedy summaries of the model as it was when training began, written once per item (ELVA leaves this open)."""
+    """Greedy summaries of the model as it was when training began, once per item (ELVA leaves this open)."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
@@ -110,13 +117,11 @@ class SummaryCache:
             training = decoder.training
             decoder.eval()  # layers that checkpoint while they train keep no cache
             with self._encoder.model.disable_adapter():
-                for part in (
-                    missing[i : i + SUMMARIES_AT_ONCE] for i in range(0, len(missing), SUMMARIES_AT_ONCE)
-                ):
+                for start in range(0, len(missing), SUMMARIES_AT_ONCE):
+                    part = missing[start : start + SUMMARIES_AT_ONCE]
                     out = generation.generate(self._encoder, part)
-                    self._known.update(
-                        (i, s) for i, (s,) in zip(part, out.summaries(self._encoder.end_id), strict=True)
-                    )
+                    summaries = (summary for (summary,) in out.summaries(self._encoder.end_id))
+                    self._known.update(zip(part, summaries, strict=True))
             decoder.train(training)
         return [self._known[i] for i in items]
 
@@ -139,29 +144,26 @@ def train(
         draw: (step, batch size) -> pairs; all pairs of a batch share its candidates as negatives.
 
     Returns:
-        one row per step: loss, batch accuracy, grad_norm, step_time.
+        one row per step: loss, batch accuracy, ret (1 or 0), summary_loss, grad_norm, step_time (s).
     """
     summaries = SummaryCache(encoder)
 
     def step_fn(step: int) -> dict[str, float]:
         pairs = draw(step, settings.batch)
         use_ret = ret_step(step, settings.ret_share)
-        items = (
-            [p.query for p in pairs] + [p.candidate for p in pairs] + [n for p in pairs for n in p.negatives]
-        )
+        items = [p.query for p in pairs] + [p.candidate for p in pairs]
+        items += [negative for p in pairs for negative in p.negatives]
+
         # chunks never mix queries and candidates: rows of one modality need less padding
-        starts = [
-            s
-            for low, high in ((0, len(pairs)), (len(pairs), len(items)))
-            for s in range(low, high, settings.chunk)
-        ]
-        slices = [
-            slice(a, min(b, len(pairs)) if a < len(pairs) else b)
-            for a, b in zip(starts, [*starts[1:], len(items)], strict=True)
-        ]
-        own = distributed.own_share(len(slices))
+        slices = []
+        for low, high in ((0, len(pairs)), (len(pairs), len(items))):
+            starts = range(low, high, settings.chunk)
+            slices += [slice(start, min(start + settings.chunk, high)) for start in starts]
+        chunks = distributed.own_share(len(slices))
         if use_ret:
-            summaries([item for chunk in own for item in items[slices[chunk]]])  # written together, and kept
+            summaries(
+                [item for chunk in chunks for item in items[slices[chunk]]]
+            )  # written together, and kept
         ignore = None
         if settings.mask_false_negatives:
             ignore = losses.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
@@ -169,9 +171,8 @@ def train(
         accuracy, written = [], {}
 
         def embed(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-            torch.manual_seed(
-                mbeir.stable_hash(seed, step, chunk)
-            )  # the same dropout in both passes of the cache
+            # the same dropout in both passes of the cache
+            torch.manual_seed(mbeir.stable_hash(seed, step, chunk))
             rows = slices[chunk]
             if not use_ret:
                 return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
@@ -187,10 +188,11 @@ def train(
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
             return losses.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
 
+        # the gradient, with the embeddings of all processes as each other's negatives
         alone = distributed.processes().num_processes == 1
         loss = losses.backward_in_chunks(
             embed,
-            own,
+            chunks,
             loss_fn,
             cache=settings.gradient_cache or not alone,
             exchange=None if alone else distributed.exchanged,
@@ -204,7 +206,6 @@ def train(
             "summary_loss": writing["loss"] / max(1, writing["chunks"]),
         }
 
-    with encoder.adapting(
-        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
-    ) as parameters:
+    checkpointing = settings.gradient_checkpointing
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

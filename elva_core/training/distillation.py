@@ -1,12 +1,13 @@
-"""Single-pass embeddings: what a model says at [RET] after its summary, taught to its own EOL state.
+"""Distillation into single-pass embeddings: the state at [RET] after a summary, taught to the EOL state.
 
-The teacher is the model itself, read after a greedy summary; it embeds a fixed sample of train items once. The student is the same model
-with a fresh adapter, read after one forward. Every item is compared with its own teacher embedding and, through the bank of all of
-them, with what the teacher says of its neighbours; so no row of a batch needs another, and a pool that the teacher
-embedded stays in use.
+The teacher is the model itself, read after a greedy summary; it embeds a fixed sample of train items once.
+The student is the same model with a fresh adapter, read after one forward. Every item is compared with its
+own teacher embedding and, through the bank of all of them, with what the teacher says of its neighbours; so
+no row of a batch needs another, and a pool that the teacher embedded stays in use.
 
     items = sample(union_pairs(root, settings.stage2, seed), settings.distil.pairs, settings.stage2.batch)
-    rows = train(encoder, items, taught(encoder, items, batch=256, path=out / "teacher.safetensors"), settings.distil, seed=17, folder=out)
+    targets = taught(encoder, items, batch=256, path=out / "teacher.safetensors")
+    rows = train(encoder, items, targets, settings.distil, seed=17, folder=out)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from elva_core import distributed
+from elva_core import distributed, files
 from elva_core.config import DistilSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item
@@ -39,10 +40,8 @@ def taught(encoder: Encoder, items: Sequence[Item], *, batch: int, path: Path) -
     if not path.is_file():
         vectors, _ = retriever.encode(encoder, items, batch=batch)
         if distributed.processes().is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            save_file({"embeddings": torch.from_numpy(vectors)}, partial)
-            partial.replace(path)
+            with files.whole(path) as partial:
+                save_file({"embeddings": torch.from_numpy(vectors)}, partial)
         distributed.processes().wait_for_everyone()
     return load_file(path)["embeddings"]
 
@@ -62,7 +61,7 @@ def train(
         targets: (N, D) float32, L2-normalised, one per item.
 
     Returns:
-        one row per step: loss, cosine (mean, to the own target), kl, grad_norm, step_time.
+        one row per step: loss, cosine (mean, to the item's target), kl (nats), grad_norm, step_time (s).
     """
     bank, draw = targets.to(encoder.device), epochs(range(len(items)), seed, "distil")
 
@@ -72,24 +71,18 @@ def train(
         chunks = [rows[start : start + settings.chunk] for start in range(0, len(rows), settings.chunk)]
         sums = {"distance": 0.0, "kl": 0.0}
         for number in distributed.own_share(len(chunks)):
-            torch.manual_seed(
-                mbeir.stable_hash(seed, step, number)
-            )  # dropout is the same on any number of processes
-            own = chunks[number]
-            found = encoder.embed_eol([items[i] for i in own])
-            distance, divergence = losses.distillation(
-                found, bank[own], bank, temperature=settings.temperature
-            )
-            ((distance + settings.kl_weight * divergence).sum() / len(rows)).backward()
-            sums = {
-                "distance": sums["distance"] + float(distance.detach().sum()),
-                "kl": sums["kl"] + float(divergence.detach().sum()),
-            }
+            # dropout is the same on any number of processes
+            torch.manual_seed(mbeir.stable_hash(seed, step, number))
+            chunk = chunks[number]
+            vectors = encoder.embed_eol([items[i] for i in chunk])
+            distance, kl = losses.distillation(vectors, bank[chunk], bank, temperature=settings.temperature)
+            ((distance + settings.kl_weight * kl).sum() / len(rows)).backward()
+            sums["distance"] += float(distance.detach().sum())
+            sums["kl"] += float(kl.detach().sum())
         distributed.sum_gradients(parameters.values())
-        distance, divergence = (value / len(rows) for value in distributed.summed(sums).values())
-        return {"loss": distance + settings.kl_weight * divergence, "cosine": 1 - distance, "kl": divergence}
+        distance, kl = (value / len(rows) for value in distributed.summed(sums).values())
+        return {"loss": distance + settings.kl_weight * kl, "cosine": 1 - distance, "kl": kl}
 
-    with encoder.adapting(
-        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
-    ) as parameters:
+    checkpointing = settings.gradient_checkpointing
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -1,8 +1,20 @@
 """Stage 3: reinforcement learning with verifiable rewards (GRPO) over generated summaries.
 
-Per query G summaries are sampled, each gives an embedding at [RET]; its cosines to the positive and the negatives are
-scored by the rules of rewards.py; GRPO raises the probability of the better summaries. The reference policy is the
-merged stage-2 model: the adapter of this stage, disabled.
+Per query G summaries are sampled, each gives an embedding at [RET]; its cosines to the positive and the
+negatives are scored by the rules of rewards.py; GRPO raises the probability of the better summaries. The
+reference policy is the merged stage-2 model: the adapter of this stage, disabled.
+
+How this departs from textbook GRPO:
+
+* One update per sample: the policy that learns is the one that sampled, so the probability ratio is 1 and
+  PPO's clipping (`clip`) never acts; `clip_fraction` is logged and stays 0.
+* `gradient`: the reward is computed from an embedding, which depends on the weights too. "score" is GRPO's
+  gradient, through the probability of the sampled tokens; "pathwise" that through the embedding after them;
+  "full" both (`learn`).
+* `loss_type` (grpo, dr_grpo, dapo: how tokens are averaged) and `scale_rewards` (group, batch, none: what
+  divides the centred rewards) are named and computed as TRL's.
+* The candidates' side: the paper's rollout has a summary of every positive and negative as well
+  (`rollout_sides: all`); with `query` they are constants, encoded once per step or as mining encoded them.
 
     rows = train(encoder, ranked, settings.stage3, seed=17, folder=out)
 """
@@ -45,18 +57,16 @@ def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSett
     Args:
         positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
     """
+    form, reduction = settings.form, settings.penalty_reduction
     margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
-    rank = rewards.rank_reward(
-        positive, negatives, gamma=settings.gamma, form=settings.form, reduction=settings.penalty_reduction
-    )
+    rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=form, reduction=reduction)
     r, k = rewards.ranks(positive, negatives)
     rewarded = ((k < r[..., None]) & (rewards.negative_weights(k, "printed") < 0)).sum(-1)
     alpha, epsilon = settings.alpha, settings.epsilon
     if settings.weights == "adaptive":
         alpha, epsilon = rewards.adaptive_weights(r, alpha=alpha, epsilon=epsilon)
-    return Scored(
-        rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon), margin, rank, positive, r, rewarded
-    )
+    total = rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon)
+    return Scored(total, margin, rank, positive, r, rewarded)
 
 
 def sides(ranked: Ranked, which: str) -> list[Item]:
@@ -67,11 +77,11 @@ def sides(ranked: Ranked, which: str) -> list[Item]:
 def candidates_once(
     encoder: Encoder, ranked: Sequence[Ranked], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D), each distinct item once, `chunk` of them at a time."""
+    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D); distinct items, `chunk` a forward."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
-    for part in (kind[i : i + chunk] for kind in (texts, images) for i in range(0, len(kind), chunk)):
+    for part in [*_parts(texts, chunk), *_parts(images, chunk)]:
         vectors.update(zip(part, generation.generate(encoder, part).embeddings[:, 0], strict=True))
     positives = torch.stack([vectors[r.positive] for r in ranked])
     negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
@@ -79,7 +89,7 @@ def candidates_once(
 
 
 def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same embeddings as the model gave them that chose the negatives: no forward at all."""
+    """The same embeddings, as computed by the model that chose the negatives: no forward at all."""
     vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
     return vectors[:, 0], vectors[:, 1:]
 
@@ -87,10 +97,10 @@ def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[tor
 def cosines(
     encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the rewards are computed from: cosines to the positive (Q, G) and to the negatives (Q, G, N).
+    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N).
 
     Args:
-        vectors: (Q, sides, G, D) embeddings of the rollouts; one rollout of all sides is one action of the paper.
+        vectors: (Q, sides, G, D) embeddings of the rollouts; the paper's action is a rollout of all sides.
     """
     queries = vectors[:, 0]
     if settings.rollout_sides == "all":
@@ -109,36 +119,42 @@ def step(
     noise: torch.Tensor,
     sampler: generation.Sampler = generation.in_process,
 ) -> dict[str, float]:
-    """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters. Returns what is logged.
+    """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters.
 
     Each process takes its share of the queries; the sum of their gradients is that of the whole step.
 
     Args:
         noise: (Q, sides, G, T) uniform in [0, 1); decides what is sampled.
+
+    Returns:
+        what is logged, of the whole step.
     """
-    own = distributed.own_share(len(ranked))
-    mine = [ranked[i] for i in own]
+    # sample G summaries of every acting item
+    rows = distributed.own_share(len(ranked))
+    mine, share = [ranked[i] for i in rows], len(rows) / len(ranked)
     acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
-    noises = noise[own].flatten(0, 1)
-    sampled = sampler(encoder, _chunks(acting, settings), _chunks(noises, settings), settings.temperature)
+    noises = _chunks(noise[rows].flatten(0, 1), settings)
+    sampled = sampler(encoder, _chunks(acting, settings), noises, settings.temperature)
+
+    # rewards, and their derivative by the embeddings, which the pathwise gradient needs
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     grouped = vectors.unflatten(0, (len(mine), -1))
     scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
     (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
-    everywhere = (
-        distributed.exchanged(dict(zip(own, scored.total, strict=True)))
-        if settings.scale_rewards == "batch"
-        else {}
-    )
-    spread = torch.stack(list(everywhere.values())).std() if everywhere else None
+
+    # advantages: "batch" divides by the standard deviation over all processes
+    spread = None
+    if settings.scale_rewards == "batch":
+        totals = distributed.exchanged(dict(zip(rows, scored.total, strict=True)))
+        spread = torch.stack(list(totals.values())).std()
     gain = losses.advantages(scored.total, settings.scale_rewards, spread)
     gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
-    learnt = learn(encoder, acting, sampled, gain, slope, settings, share=len(mine) / len(ranked))
-    facts = _facts(encoder, scored, sampled)
-    return learnt | distributed.summed(
-        {name: value * len(mine) / len(ranked) for name, value in facts.items()}
-    )
+
+    policy_metrics = learn(encoder, acting, sampled, gain, slope, settings, share=share)
+    metrics = _step_metrics(encoder, scored, sampled)
+    weighted = {name: value * len(mine) / len(ranked) for name, value in metrics.items()}
+    return policy_metrics | distributed.summed(weighted)
 
 
 def learn(
@@ -150,29 +166,34 @@ def learn(
     settings: RlvrSettings,
     share: float = 1.0,
 ) -> dict[str, float]:
-    """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with the number of rollouts.
+    """Adds the gradient of one step to the parameters, chunk by chunk: memory does not grow with rollouts.
 
-    The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and through the
-    embedding computed after them (`pathwise`); `full` is both, the gradient of the expected reward with ranks held
-    fixed. It is exact, up to the centring by the group's own mean, with scale_rewards "none" and loss_type "dr_grpo"
-    times the cap; the paper's standardised advantages only change how the two terms are weighted.
+    The expected reward depends on the weights through the sampled tokens (`score`, all that GRPO uses) and
+    through the embedding computed after them (`pathwise`); `full` is both, the gradient of the expected
+    reward with ranks held fixed. It is exact, up to the centring by the group's own mean, with scale_rewards
+    "none" and loss_type "dr_grpo" times the cap; the paper's standardised advantages only change how the two
+    terms are weighted.
 
     Args:
         acting: R inputs. sampled: their rollouts, in chunks.
         gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding.
         share: of the step's inputs that these R are; the rest is with other processes.
+
+    Returns:
+        kl (nats per token), clip_fraction and loss, of the whole step.
     """
-    facts = {"kl": 0.0, "clip_fraction": 0.0, "loss": 0.0}
+    metrics = {"kl": 0.0, "clip_fraction": 0.0, "loss": 0.0}
     if settings.gradient == "pathwise":
         gain = torch.zeros_like(gain)
     # only the token mean over all sequences needs to know the other chunks
     tokens = distributed.summed({"tokens": sum(int(s.actions.sum()) for s in sampled)})["tokens"]
     parts = zip(*(_chunks(x, settings) for x in (acting, gain, slope)), sampled, strict=True)
     for part, gains, slopes, out in parts:
+        # log-probabilities of the sampled tokens under the reference and, with a graph, under the policy
         with torch.no_grad(), encoder.model.disable_adapter():
             reference, _ = generation.score(encoder, part, out, temperature=settings.temperature)
         log_p, vectors = generation.score(encoder, part, out, temperature=settings.temperature)
-        loss, seen = losses.policy_loss(
+        loss, part_metrics = losses.policy_loss(
             *(x.flatten(0, 1) for x in (log_p, out.log_p, reference, out.actions)),
             gains.flatten(),
             clip=settings.clip,
@@ -180,31 +201,35 @@ def learn(
             loss_type=settings.loss_type,
             max_length=encoder.settings.max_summary_tokens,
         )
-        weight = (
-            int(out.actions.sum()) / tokens
-            if settings.loss_type == "dapo"
-            else share * len(part) / len(acting)
-        )
+        # the chunk's share of the step's mean; the reward is raised, so its derivative is subtracted
+        weight = share * len(part) / len(acting)
+        if settings.loss_type == "dapo":
+            weight = int(out.actions.sum()) / tokens
         direct = 0.0 if settings.gradient == "score" else (vectors * slopes).sum()
         (loss * weight - direct).backward()
-        for name, value in (seen | {"loss": float(loss.detach())}).items():
-            facts[name] += value * weight
-    return distributed.summed(facts)
+        for name, value in (part_metrics | {"loss": float(loss.detach())}).items():
+            metrics[name] += value * weight
+    return distributed.summed(metrics)
+
+
+def _parts(rows, size: int) -> list:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _chunks(rows, settings: RlvrSettings) -> list:
     """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
-    size = max(1, settings.chunk // settings.num_generations)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    return _parts(rows, max(1, settings.chunk // settings.num_generations))
 
 
-def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[generation.Rollouts]) -> dict[str, float]:
-    """The log line of design.md."""
+def _step_metrics(
+    encoder: Encoder, scored: Scored, sampled: Sequence[generation.Rollouts]
+) -> dict[str, float]:
+    """Step metrics of this process's queries: rewards, ranks, entropy (nats per token), summaries."""
     spread = scored.total.std(dim=1)
     actions = torch.cat([s.actions.flatten(0, 1).sum(1) for s in sampled]).float()
     ended = torch.cat([((s.tokens == encoder.end_id) & s.actions).any(-1).flatten() for s in sampled])
     groups = [{tuple(t) for t in group} for s in sampled for group in s.summaries(encoder.end_id)]
-    apart = [(s.engine_log_p - s.log_p).abs().sum() for s in sampled if s.engine_log_p is not None]
+    drift = [(s.engine_log_p - s.log_p).abs().sum() for s in sampled if s.engine_log_p is not None]
     return {
         "reward": float(scored.total.mean()),
         "reward_margin": float(scored.margin.mean()),
@@ -218,18 +243,23 @@ def _facts(encoder: Encoder, scored: Scored, sampled: Sequence[generation.Rollou
         "summary_length": float(actions.mean()),
         "no_natural_end": float(1 - ended.float().mean()),
         "distinct_summaries": sum(map(len, groups)) / (len(groups) * scored.total.shape[1]),
-    } | ({"sampler_drift": float(sum(apart) / actions.sum())} if apart else {})
+    } | ({"sampler_drift": float(sum(drift) / actions.sum())} if drift else {})
 
 
-def guard(settings: RlvrSettings):
-    """The reason to stop, if there is one: reward or KL not finite, KL above its bound, constant summaries, another sampler."""
+def guard(settings: RlvrSettings) -> Callable[[dict[str, float]], str | None]:
+    """Guard of a run: given a row of step metrics, the reason to stop, or None.
+
+    It stops at a reward or a KL that is not finite, a KL above its bound, rewards without any spread for
+    COLLAPSE_WINDOW steps, and a sampler that drifts away from the trainer.
+    """
     flat = 0
 
     def check(row: dict[str, float]) -> str | None:
         nonlocal flat
         flat = flat + 1 if row["frac_reward_zero_std"] == 1 else 0
-        if not row.get("sampler_drift", 0.0) <= settings.vllm.drift_bound:
-            return f"vLLM is {row['sampler_drift']:.3f} nats a token from the trainer, above its bound {settings.vllm.drift_bound}"
+        drift, bound = row.get("sampler_drift", 0.0), settings.vllm.drift_bound
+        if not drift <= bound:
+            return f"vLLM is {drift:.3f} nats a token from the trainer, above its bound {bound}"
         if row["reward"] != row["reward"]:
             return "reward is not a number"
         if not row["kl"] <= settings.kl_bound:
@@ -244,7 +274,7 @@ def guard(settings: RlvrSettings):
 def sampler_of(
     encoder: Encoder, settings: RlvrSettings, folder: Path
 ) -> AbstractContextManager[generation.Sampler]:
-    """Who writes the summaries of a run that starts from `encoder`, without an adapter yet; `folder` is for what vLLM reads."""
+    """Sampler of a run that starts from `encoder`, without an adapter yet; vLLM's files go to `folder`."""
     if settings.sampler == "vllm":
         return closing(vllm_sampler.VllmSampler(encoder, settings.lora, settings.vllm, folder))
     return nullcontext(generation.in_process)
@@ -266,43 +296,32 @@ def train(
             `settings.negatives.again_every` steps, if that is set.
 
     Returns:
-        the log lines, one per step.
+        the step metrics, one row per step.
+
+    Raises:
+        ValueError: more processes than queries per step. DivergedError: the guard stopped the run.
     """
-    per_step, steps, again = (
-        settings.queries_per_step,
-        settings.queries // settings.queries_per_step,
-        settings.negatives.again_every,
-    )
-    if per_step < distributed.processes().num_processes:
-        raise ValueError(
-            f"stage3.queries_per_step = {per_step} is fewer than the {distributed.processes().num_processes} processes; raise it"
-        )
-    draw = epochs(ranked, seed, "stage3")
-    shape = (
-        per_step,
-        len(sides(ranked[0], settings.rollout_sides)),
-        settings.num_generations,
-        encoder.settings.max_summary_tokens,
-    )
+    per_step, again = settings.queries_per_step, settings.negatives.again_every
+    processes = distributed.processes().num_processes
+    if per_step < processes:
+        value = f"stage3.queries_per_step = {per_step}"
+        raise ValueError(f"{value} is fewer than the {processes} processes; raise it")
+    draw, acting = epochs(ranked, seed, "stage3"), len(sides(ranked[0], settings.rollout_sides))
+    shape = (per_step, acting, settings.num_generations, encoder.settings.max_summary_tokens)
 
     def step_fn(i: int) -> dict[str, float]:
         nonlocal draw
         if again and i and i % again == 0:
             draw = epochs(mine(), seed, "stage3")
-        row = step(
-            encoder,
-            draw(i, per_step),
-            settings,
-            torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i)),
-            sampler,
-        )
+        noise = torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i))
+        row = step(encoder, draw(i, per_step), settings, noise, sampler)
         distributed.sum_gradients(parameters.values())
         return row
 
     with sampler_of(encoder, settings, folder / "vllm") as sampler:
         encoder.add_lora(settings.lora, seed=seed)
         encoder.model.eval()
-        parameters = encoder.trainable()
+        parameters, steps = encoder.trainable(), settings.queries // per_step
         rows = loop.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

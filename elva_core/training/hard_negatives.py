@@ -26,9 +26,9 @@ from elva_core.retrieval.retriever import encode
 class Ranked:
     """A query of stage 3 with one positive and its N negatives, as one model ranked them.
 
-    positive_cosine, cosines: that model's, of the positive and of the negatives.
-    near: (D,) its embedding of the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the
-    negatives are its `rows`.
+    positive_cosine, cosines: that model's, of the positive and of the negatives. near: (D,) its embedding of
+    the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the negatives are its
+    `rows`.
     """
 
     query: mbeir.Query
@@ -55,7 +55,7 @@ def choose(
     settings: NegativeSettings,
     rng: np.random.Generator,
 ) -> list[int]:
-    """Pool rows of the negatives of one query: hard ones first, then random ones; hard + random of them in all.
+    """Pool rows of one query's negatives: the hard ones first, then the random ones; hard + random in all.
 
     Where fewer than `hard` rows pass the threshold, random ones take their place: rewards need equal counts.
 
@@ -66,27 +66,25 @@ def choose(
     Raises:
         ElvaDataError: the pool has too few rows.
     """
-    limit = (
-        settings.threshold if settings.margin is None else min(settings.threshold, positive + settings.margin)
-    )
+    limit, count = settings.threshold, settings.hard + settings.random
+    if settings.margin is not None:
+        limit = min(limit, positive + settings.margin)
     order = np.argsort(-scores, kind="stable")
     order = order[~np.isin(order, list(excluded))]
     hard = order[scores[order] <= limit][: settings.hard]
     rest = order[~np.isin(order, hard)]
-    wanted = settings.hard + settings.random
-    if len(order) < wanted:
-        raise files.ElvaDataError(
-            f"{len(order)} candidates for {wanted} negatives of a query; lower stage3.negatives or raise their pool"
-        )
-    return np.concatenate([hard, rng.permutation(rest)[: wanted - len(hard)]]).tolist()
+    if len(order) < count:
+        advice = "lower stage3.negatives or raise their pool"
+        raise files.ElvaDataError(f"{len(order)} candidates for {count} negatives of a query; {advice}")
+    return np.concatenate([hard, rng.permutation(rest)[: count - len(hard)]]).tolist()
 
 
 class Mined(NamedTuple):
-    """What mining has chosen for M queries, N negatives each; everything else can be read from the root again.
+    """Mined negatives of M queries, N each, as rows and vectors; texts and images stay in the root.
 
     queries: (M,) rows of the union train file. positives: (M,), negatives: (M, N) rows of the train pool.
-    rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the positives.
-    bank: (C, D) embeddings of all candidates that were ranked.
+    rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the
+    positives. bank: (C, D) embeddings of all candidates that were ranked.
     """
 
     queries: np.ndarray
@@ -108,87 +106,76 @@ def select(
     seed: int,
     excluded: Sequence[str] = (),
 ) -> Mined:
-    """`settings.queries` train queries, the same number per task, with the negatives that the model chooses; none of the excluded units.
+    """`settings.queries` train queries, the same number per task, with the negatives that the model chooses.
 
-    Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per modality).
+    Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per
+    modality).
+
+    Args:
+        batch: items per forward. excluded: units, or patterns of units, whose queries are left out.
+
+    Raises:
+        ElvaDataError: a judged candidate is not in the train pool, or the pool is too small.
     """
     queries, pool = root.union_train(), root.pool("", "train", "global")
     drawn = _equal_draw(queries, root.trained_rows(excluded), settings.queries, seed)
-    parts, banks, ranked_before = [], [], 0
+    chosen, banks, bank_start = [], [], 0
     for modality in mbeir.MODALITIES:
         rng = distributed.rng_for(seed, "negatives", modality)
-        asked = [(row, q) for row in drawn if mbeir.CANDIDATE_MODALITY[(q := queries[row]).task] == modality]
-        if not asked:
+        rows = [row for row in drawn if mbeir.CANDIDATE_MODALITY[queries[row].task] == modality]
+        if not rows:
             continue
-        members = pool.rows_of(modality)
-        kept = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
-        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for _, q in asked]
-        bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in kept], batch=batch)
-        vectors, _ = encode(encoder, [_asked(root, q, seed) for _, q in asked], batch=batch)
+
+        # the candidates that are ranked, and one positive of each query
+        members, asking = pool.rows_of(modality), [queries[row] for row in rows]
+        members = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
+        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for q in asking]
+        bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in members], batch=batch)
+        vectors, _ = encode(encoder, [_train_item(root, q, seed) for q in asking], batch=batch)
         near, _ = encode(encoder, [candidate_item(root, pool[row]) for row in positives], batch=batch)
-        for (row, query), positive, vector, close in zip(asked, positives, vectors, near, strict=True):
-            scores = bank @ vector
-            same = {pool.row(did) for did in query.positives}
-            excluded = set(np.flatnonzero(np.isin(kept, [r for r in same if r is not None])).tolist())
-            chosen = choose(scores, excluded, float(vector @ close), settings.negatives, rng)
-            places = np.array(chosen)
-            parts.append(
-                (
-                    row,
-                    positive,
-                    kept[places],
-                    places + ranked_before,
-                    float(vector @ close),
-                    scores[places],
-                    close,
-                )
-            )
+
+        for row, query, positive, vector, close in zip(rows, asking, positives, vectors, near, strict=True):
+            scores, cosine = bank @ vector, float(vector @ close)
+            judged = [pool_row for did in query.positives if (pool_row := pool.row(did)) is not None]
+            judged_places = set(np.flatnonzero(np.isin(members, judged)).tolist())
+            places = np.array(choose(scores, judged_places, cosine, settings.negatives, rng))
+            negatives = members[places], places + bank_start
+            chosen.append((row, positive, *negatives, cosine, scores[places], close))
         banks.append(bank)
-        ranked_before += len(bank)
-    order = distributed.rng_for(seed, "stage3 order").permutation(len(parts))
-    return Mined(
-        *(np.array([parts[i][column] for i in order]) for column in range(len(parts[0]))),
-        np.concatenate(banks),
-    )
+        bank_start += len(bank)
+
+    order = distributed.rng_for(seed, "stage3 order").permutation(len(chosen))
+    columns = zip(*(chosen[i] for i in order), strict=True)
+    return Mined(*map(np.array, columns), np.concatenate(banks))
 
 
-def _asked(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
+def _train_item(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
+    """The query with the instruction that stage 3 shows it with."""
     return query_item(root, query, seed=seed, scope="train/rl")
 
 
 def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[Ranked]:
     """The queries with their texts and images, read from the root."""
     queries, pool = root.union_train(), root.pool("", "train", "global")
-    out = []
+    ranked = []
     for i, row in enumerate(mined.queries):
         query, positive = queries[row], pool[mined.positives[i]]
-        others = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
+        items = _train_item(root, query, seed), candidate_item(root, positive)
+        negatives = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
         cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
         vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist())
-        out.append(
-            Ranked(
-                query,
-                _asked(root, query, seed),
-                candidate_item(root, positive),
-                positive.did,
-                others,
-                *cosines,
-                *vectors,
-            )
-        )
-    return out
+        ranked.append(Ranked(query, *items, positive.did, negatives, *cosines, *vectors))
+    return ranked
 
 
 def write(mined: Mined, path: Path) -> None:
     """One safetensors file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(mined._asdict(), partial)
-    partial.replace(path)
+    with files.whole(path) as partial:
+        save_file(mined._asdict(), partial)
 
 
 def read(path: Path, root: mbeir.Root, seed: int) -> list[Ranked]:
-    """What `write` has kept, as queries with their negatives."""
+    """The queries with the negatives that `write` has put into `path`."""
     return assemble(Mined(**load_file(path)), root, seed)
 
 
@@ -200,20 +187,18 @@ def _judged(pool: mbeir.Pool, did: str) -> int:
 
 
 def _equal_draw(queries: mbeir.Records[mbeir.Query], allowed: np.ndarray, count: int, seed: int) -> list[int]:
-    """Allowed rows of the same number of queries per (dataset, task), by stable hash; what a small set lacks is not refilled.
+    """Allowed rows, as many queries of every (dataset, task), by stable hash; a row of up-sampling once.
 
-    Rows that up-sampling repeats count once.
+    A set that has too few is not made up for by the others.
     """
+    base = mbeir.QUERY_ID_BASE
     _, firsts = np.unique(queries.ids[allowed], return_index=True)
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
     for row in allowed[firsts].tolist():
-        groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(
-            row
-        )
-    out = []
-    for key in sorted(groups):
-        qids = {row: f"{key[0]}:{queries.ids[row] - key[0] * mbeir.QUERY_ID_BASE}" for row in groups[key]}
-        out += sorted(groups[key], key=lambda row, qids=qids: mbeir.stable_hash(seed, "stage3", qids[row]))[
-            : -(-count // len(groups))
-        ]
-    return out[:count]
+        groups.setdefault((int(queries.ids[row]) // base, int(queries.kinds[row])), []).append(row)
+    rows, per_group = [], -(-count // len(groups))
+    for (dataset, _), members in sorted(groups.items()):
+        qids = {row: f"{dataset}:{queries.ids[row] - dataset * base}" for row in members}
+        hashes = {row: mbeir.stable_hash(seed, "stage3", qids[row]) for row in members}
+        rows += sorted(members, key=hashes.get)[:per_group]
+    return rows[:count]

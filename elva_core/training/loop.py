@@ -1,4 +1,4 @@
-"""The training loop: optimiser steps, learning rate, checkpoints, and the guard that stops a run that diverges."""
+"""Train loop: optimiser steps, learning rate, checkpoints, and the guard that stops a run that diverges."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from safetensors.torch import load_file, save_file
 from elva_core import zero
 from elva_core.config import OptimiserSettings
 from elva_core.distributed import processes
-from elva_core.files import write_whole
+from elva_core.files import whole, write_whole
 
 log = logging.getLogger("elva")
 
 
 def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
-    """Yields the steps and logs one plain line now and then: done, rate, time left."""
+    """Yields the steps and logs a plain line every `every_s` seconds: done, rate, time left."""
     started = last = time.monotonic()
     for done, step in enumerate(steps):
         yield step
         now = time.monotonic()
         if now - last >= every_s:
             rate = (done + 1) / (now - started)
-            log.info(
-                "step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, (total - step - 1) / rate
-            )
+            left = (total - step - 1) / rate
+            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, left)
             last = now
 
 
@@ -49,7 +48,7 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
 
 
 class DivergedError(RuntimeError):
-    """Training was stopped by its guard; the message names the reason and the checkpoint to go on from."""
+    """Training was stopped by its guard; the message names the reason and the checkpoint to resume from."""
 
 
 def optimise(
@@ -61,67 +60,52 @@ def optimise(
     check: Callable[[dict[str, float]], str | None] = lambda row: None,
     optimisers: Sequence[torch.optim.Optimizer] = (),
 ) -> list[dict[str, float]]:
-    """Trains `parameters`; resumes from folder/checkpoint if there is one.
+    """Train loop over `parameters`; resumes from folder/checkpoint if there is one.
 
     Args:
         optimisers: between them they hold every parameter; none means one AdamW over all.
-        step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns what to log.
+        step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns
+            what to log.
         check: returns the reason to stop, given the row that was logged.
 
     Returns:
-        the rows of folder/metrics.jsonl, from step 0; `rollbacks` counts how often training went back to a checkpoint.
+        the rows of folder/metrics.jsonl, from step 0.
 
     Raises:
-        DivergedError: a gradient is not finite, or `check` gave a reason, more often than `settings.rollbacks`.
-            The last checkpoint stays.
+        DivergedError: a gradient is not finite, or `check` gave a reason. The last checkpoint stays.
     """
-    shared = zero.Shared(parameters.values(), settings) if zero.asked() and not optimisers else None
+    shared = zero.SharedAdamW(parameters.values(), settings) if zero.requested() and not optimisers else None
     if not optimisers:
-        optimisers = [
-            shared
-            or torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        ]
+        adam = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+        optimisers = [shared or torch.optim.AdamW(parameters.values(), **adam)]
     checkpoint = folder / "checkpoint"
-    checkpoint.mkdir(parents=True, exist_ok=True)
     rows = _restore(checkpoint, parameters, optimisers)
-    rollbacks = rows[-1]["rollbacks"] if rows else 0
-    if settings.rollbacks and not rows:
-        _checkpoint(checkpoint, parameters, optimisers, rows)  # so that there is always one to go back to
 
-    def take(step: int) -> str | None:
-        """One step; the reason not to take it, if there is one."""
+    for step in track(range(len(rows), steps), steps):
         began = time.perf_counter()
-        # each rollback halves the learning rate of what follows
-        rate = learning_rate(step, steps, settings) / 2**rollbacks
+        rate = learning_rate(step, steps, settings)
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
                 group["lr"] = rate
-        row = {"step": step, "lr": rate, "rollbacks": rollbacks} | step_fn(step)
-        row["grad_norm"] = (
-            shared.reduce()
-            if shared
-            else float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
-        )
+        row = {"step": step, "lr": rate} | step_fn(step)
+
+        # the guard looks before the weights move
+        if shared:
+            row["grad_norm"] = shared.reduce()
+        else:
+            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
-            return f"step {step}: {reason}"
+            advice = f"resume from {checkpoint} with a lower learning rate"
+            raise DivergedError(f"step {step}: {reason}; {advice}")
+
         for optimiser in optimisers:
             optimiser.step()
         row["step_time"] = time.perf_counter() - began
         rows.append(row)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
             _checkpoint(checkpoint, parameters, optimisers, rows)
-        return None
-
-    # the first reason that a step gives ends the pass; none means that all steps were taken
-    while reason := next(filter(None, map(take, track(range(len(rows), steps), steps))), None):
-        if rollbacks == settings.rollbacks:
-            raise DivergedError(f"{reason}; resume from {checkpoint} with a lower learning rate")
-        rollbacks += 1
-        processes().wait_for_everyone()  # the main process may still be writing the checkpoint
-        rows = _restore(checkpoint, parameters, optimisers)
-        log.warning("%s; back to step %d at 1/%d of the learning rate", reason, len(rows), 2**rollbacks)
     if processes().is_main_process:
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -130,27 +114,24 @@ def optimise(
 def _checkpoint(
     folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer], rows: list[dict]
 ) -> None:
-    """One safetensors file with weights, moments and the log, replaced atomically; all processes hold the same."""
-    states = [
-        optimiser.state for optimiser in optimisers
-    ]  # shares are put together, so every process comes here
+    """One safetensors file with weights, moments and step metrics; all processes hold the same."""
+    states = [optimiser.state for optimiser in optimisers]  # shares are gathered: every process takes part
     if not processes().is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, parameter in parameters.items():
         tensors[f"weight/{name}"] = parameter.detach()
         for moments in states:
             if parameter in moments:
-                tensors |= {
-                    f"{key}/{name}": torch.as_tensor(value) for key, value in moments[parameter].items()
-                }
-    partial = folder / "state.safetensors.partial"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"rows": json.dumps(rows)})
-    partial.replace(folder / "state.safetensors")
+                for key, value in moments[parameter].items():
+                    tensors[f"{key}/{name}"] = torch.as_tensor(value)
+    with whole(folder / "state.safetensors") as partial:
+        metadata = {"rows": json.dumps(rows)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
 
 
 def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    """Puts weights and moments of the checkpoint in place; its step metrics, empty without a checkpoint."""
     path = folder / "state.safetensors"
     if not path.is_file():
         return []
@@ -168,7 +149,7 @@ def _restore(folder: Path, parameters: dict, optimisers: Sequence[torch.optim.Op
                 moments = {k: v if k == "step" else v.to(parameter.device) for k, v in state[name].items()}
                 optimiser.state[parameter] = moments  # the count of steps stays on the CPU
     for optimiser in optimisers:
-        if isinstance(optimiser, zero.Shared):
+        if isinstance(optimiser, zero.SharedAdamW):
             optimiser.take([state[name] for name in parameters])
     log.info("resumed after step %d from %s", len(rows), path)
     return rows

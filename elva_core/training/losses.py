@@ -1,6 +1,7 @@
 """Losses and advantages as pure tensor functions; torch only.
 
-Letters: B batch, C candidates, D embedding size, T summary tokens, G rollouts of one query, N negatives of a query.
+Letters: B batch, C candidates, D embedding size, T summary tokens, G rollouts of one query, N negatives of a
+query.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def infonce(
 
     Args:
         queries: (B, D) float32, L2-normalised.
-        candidates: (C, D) float32, L2-normalised, C >= B; row i is the positive of query i, the rest are negatives.
+        candidates: (C, D) float32, L2-normalised, C >= B; row i is the positive of query i, the rest are
+            negatives.
         temperature: > 0, divides the cosine; sentence-transformers' scale is its inverse.
         ignore: (B, C) bool, pairs to leave out (false negatives); the positive itself must stay.
 
@@ -50,7 +52,7 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
 def distillation(
     student: torch.Tensor, teacher: torch.Tensor, bank: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How far each student embedding is from its teacher's, and from what the teacher's says of a bank of others.
+    """Distillation loss of embeddings: distance to the teacher's, and divergence of similarities to a bank.
 
     Args:
         student, teacher: (B, D) float32, L2-normalised; row i of both is of the same item.
@@ -66,8 +68,8 @@ def distillation(
     >>> [part.abs().max().item() for part in distillation(x, x, x, temperature=0.05)]
     [0.0, 0.0]
     """
-    wanted, found = (torch.log_softmax(x @ bank.T / temperature, dim=-1) for x in (teacher, student))
-    return 1 - (student * teacher).sum(-1), (wanted.exp() * (wanted - found)).sum(-1)
+    log_t, log_s = (torch.log_softmax(x @ bank.T / temperature, dim=-1) for x in (teacher, student))
+    return 1 - (student * teacher).sum(-1), (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 def backward_in_chunks(
@@ -78,18 +80,18 @@ def backward_in_chunks(
     cache: bool,
     exchange: Callable[[dict[int, torch.Tensor]], dict[int, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Backward of loss_fn(all embeddings) + the chunks' own losses, the embeddings being computed chunk by chunk.
+    """Gradient cache: backward of loss_fn(all embeddings) + the chunks' own losses, chunk by chunk.
 
-    With `cache` only one chunk's graph is in memory at a time: the embeddings are computed once without a graph,
-    the loss gives their gradient, each chunk is computed again with a graph and receives its slice of it. Equal to
-    the plain way as long as `embed` gives the same twice (seed dropout per chunk).
+    With `cache` only one chunk's graph is in memory at a time: the embeddings are computed once without a
+    graph, the loss gives their gradient, each chunk is computed again with a graph and receives its slice of
+    it. Equal to the plain way as long as `embed` gives the same twice (seed dropout per chunk).
 
     Args:
         embed: number of a chunk -> ((rows, D) embeddings, scalar loss of the chunk alone), with gradient.
         chunks: the numbers that are computed here; without `exchange` they are all there are.
         loss_fn: (all rows, D) -> scalar.
-        exchange: embeddings of the chunks computed here -> those of all processes. The gradients of all processes
-            then add up to that of the whole. Needs `cache`.
+        exchange: embeddings of the chunks computed here -> those of all processes. The gradients of all
+            processes then add up to that of the whole. Needs `cache`.
 
     Returns:
         the value of loss_fn, detached. Gradients are added to the parameters behind `embed`.
@@ -99,25 +101,32 @@ def backward_in_chunks(
     if not cache:
         parts = [embed(i) for i in chunks]
         loss = loss_fn(torch.cat([vectors for vectors, _ in parts]))
-        (loss + sum(own for _, own in parts)).backward()
+        (loss + sum(chunk_loss for _, chunk_loss in parts)).backward()
         return loss.detach()
+
+    # all embeddings, without a graph
     with torch.no_grad():
-        found = {i: embed(i)[0] for i in chunks}
-    found = dict(sorted((exchange(found) if exchange else found).items()))
-    leaf = torch.cat(list(found.values())).requires_grad_(True)
+        vectors = {i: embed(i)[0] for i in chunks}
+    vectors = dict(sorted((exchange(vectors) if exchange else vectors).items()))
+
+    # the gradient of the loss by each of them
+    leaf = torch.cat(list(vectors.values())).requires_grad_(True)
     loss = loss_fn(leaf)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    slopes = dict(zip(found, gradient.split([len(p) for p in found.values()]), strict=True))
+    sizes = [len(part) for part in vectors.values()]
+    slopes = dict(zip(vectors, gradient.split(sizes), strict=True))
+
+    # each chunk again with a graph, which passes its slice on to the parameters
     for i in chunks:
-        vectors, own = embed(i)
-        ((vectors * slopes[i]).sum() + own).backward()
+        part, chunk_loss = embed(i)
+        ((part * slopes[i]).sum() + chunk_loss).backward()
     return loss.detach()
 
 
 def advantages(
     rewards: torch.Tensor, scale: str = "group", spread: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rewards minus the mean of their group, divided by a spread.
+    """Advantages of GRPO: rewards minus the mean of their group, divided by a spread.
 
     Args:
         rewards: (Q, G), one row per query.
@@ -141,7 +150,11 @@ def advantages(
 
 
 def k3(log_p: torch.Tensor, log_reference: torch.Tensor) -> torch.Tensor:
-    """Schulman's k3 estimator of KL(p || reference) per token: exp(d) - d - 1 with d = log_reference - log_p; >= 0."""
+    """Schulman's k3 estimator of KL(p || reference) per token: e^d - d - 1, d = log_reference - log_p; >= 0.
+
+    Args:
+        log_p, log_reference: (...) log-probabilities of the same tokens under the policy and the reference.
+    """
     difference = log_reference - log_p
     return difference.exp() - difference - 1
 
@@ -161,11 +174,11 @@ def policy_loss(
     """GRPO: clipped surrogate plus KL, aggregated over tokens (ELVA stage 3).
 
     Args:
-        log_p, log_old, log_reference: (B, T) log-probabilities of the sampled tokens under the policy, the policy
-            that sampled them, and the reference.
+        log_p, log_old, log_reference: (B, T) log-probabilities of the sampled tokens under the policy, the
+            policy that sampled them, and the reference.
         mask: (B, T), 1 where a token was an action of the policy.
         advantage: (B,).
-        clip: the ratio is clipped to [1 - clip, 1 + clip].
+        clip: the ratio is clipped to [1 - clip, 1 + clip]; never where the policy is the one that sampled.
         loss_type: "grpo" mean over tokens then over sequences (the paper), "dr_grpo" sum over tokens divided
             by B * max_length, "dapo" mean over all tokens.
 
@@ -189,8 +202,5 @@ def policy_loss(
     with torch.no_grad():
         clipped = ((ratio < 1 - clip) & (gain < 0)) | ((ratio > 1 + clip) & (gain > 0))
         tokens = mask.sum().clamp(min=1)
-        facts = {
-            "kl": float((divergence * mask).sum() / tokens),
-            "clip_fraction": float((clipped * mask).sum() / tokens),
-        }
-    return loss, facts
+        kl, clip_fraction = ((per * mask).sum() / tokens for per in (divergence, clipped))
+    return loss, {"kl": float(kl), "clip_fraction": float(clip_fraction)}

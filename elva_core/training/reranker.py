@@ -1,9 +1,11 @@
-"""A second look at the first answers: the same class of model reads a query together with its candidates.
+"""Reranker of a retriever's first answers: a model that reads a query together with its candidates.
 
 In the manner of LamRA-Rank (arXiv 2412.01720), with an adapter of its own:
 
-* pointwise: one candidate, the answer is Yes or No; its score is the log-odds of Yes, whose order is that of P(Yes).
-* listwise: several candidates, the answer is the number of the right one; the score is the log-probability of the number.
+* pointwise: one candidate, the answer is Yes or No; its score is the log-odds of Yes, whose order is that of
+  P(Yes).
+* listwise: several candidates, the answer is the number of the right one; the score is the log-probability of
+  the number.
 
     rows = train(encoder, ranked, settings.rerank, seed=17, folder=out)
     scores = score(encoder, asked, "listwise", settings.rerank, batch=256)
@@ -42,7 +44,11 @@ class Asked(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """item: query and candidates. offered: the first answers, in the order of `answers`, that it can have. answer: the right one."""
+    """A question to the reranker.
+
+    item: query and candidates. offered: how many of `answers`, from the first, it can have. answer: place of
+    the right one.
+    """
 
     item: Item
     offered: int
@@ -76,9 +82,11 @@ def answer_ids(encoder: Encoder, kind: Kind, settings: RerankSettings) -> torch.
     first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
     for place, token in enumerate(first):
         if (before := first.index(token)) < place:
+            shared = tokenizer.convert_ids_to_tokens(token)
             raise ValueError(
-                f"{words[before]!r} and {words[place]!r} both begin with {tokenizer.convert_ids_to_tokens(token)!r} in the vocabulary "
-                f"of {encoder.source or 'this model'}: the next token cannot tell them apart; lower rerank.window to {place}"
+                f"{words[before]!r} and {words[place]!r} both begin with {shared!r} in the vocabulary of "
+                f"{encoder.source or 'this model'}: the next token cannot tell them apart; "
+                f"lower rerank.window to {place}"
             )
     return torch.tensor(first, device=encoder.device)
 
@@ -86,14 +94,13 @@ def answer_ids(encoder: Encoder, kind: Kind, settings: RerankSettings) -> torch.
 def log_p(
     encoder: Encoder, prompts: Sequence[Prompt], kind: Kind, settings: RerankSettings, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probabilities (B, A) of the answers among those that each prompt offers; -inf for the others. With gradient."""
+    """Log-probabilities (B, A) in nats of the answers that each prompt offers, else -inf; with gradient."""
     request = settings.pointwise_request if kind == "pointwise" else settings.listwise_request
     states = encoder.states(encoder.batch([p.item for p in prompts], request))
     logits = encoder.logits(states[:, -1])[:, ids]
     offered = torch.tensor([p.offered for p in prompts], device=logits.device)
-    return logits.masked_fill(
-        torch.arange(len(ids), device=logits.device) >= offered[:, None], float("-inf")
-    ).log_softmax(-1)
+    absent = torch.arange(len(ids), device=logits.device) >= offered[:, None]
+    return logits.masked_fill(absent, float("-inf")).log_softmax(-1)
 
 
 def alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -103,10 +110,11 @@ def alike(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
 
 
 def windows(asked: Asked, size: int) -> list[list[int]]:
-    """Which candidates are shown together, and in which order: that of a stable hash, so that a place says nothing.
+    """Candidates that are shown together, in the order of a stable hash, so that a place says nothing.
 
-    Where they do not all fit, each window has the first candidate too: what its probability is to that of the others can
-    be compared across windows, if adding a candidate takes from all others in proportion (Luce's choice axiom).
+    Where they do not all fit, each window has the first candidate too: what its probability is to that of the
+    others can be compared across windows, if adding a candidate takes from all others in proportion (Luce's
+    choice axiom).
 
     >>> item = Item("a")
     >>> [sorted(w) for w in windows(Asked("1", item, tuple("abcd"), (item,) * 4), 4)]
@@ -114,62 +122,63 @@ def windows(asked: Asked, size: int) -> list[list[int]]:
     >>> [len(w) for w in windows(Asked("1", item, tuple("abcdefg"), (item,) * 7), 4)]
     [4, 4]
     """
-    order = sorted(
-        range(len(asked.dids)), key=lambda i: mbeir.stable_hash("rerank", asked.qid, asked.dids[i])
-    )
+    hashes = [mbeir.stable_hash("rerank", asked.qid, did) for did in asked.dids]
+    order = sorted(range(len(hashes)), key=hashes.__getitem__)
     if len(order) <= size:
         return [order]
     others = [i for i in order if i]
     parts = -(-len(others) // (size - 1))
-    shared = [{0, *others[part::parts]} for part in range(parts)]
-    return [[i for i in order if i in own] for own in shared]
+    members = [{0, *others[part::parts]} for part in range(parts)]
+    return [[i for i in order if i in window] for window in members]
 
 
 @torch.no_grad()
 def score(
     encoder: Encoder, asked: Sequence[Asked], kind: Kind, settings: RerankSettings, *, batch: int
 ) -> list[np.ndarray]:
-    """What the model thinks of each query's candidates, (candidates,) float64 in nats: log-odds of being the answer, up to a constant.
+    """Scores of each query's candidates, (candidates,) float64: log-odds in nats, up to a constant.
 
     Args:
         batch: prompts per forward; of several processes each takes its share.
     """
-    shown = [
-        [[i] for i in range(len(a.candidates))] if kind == "pointwise" else windows(a, settings.window)
-        for a in asked
-    ]
-    rows = [(number, window) for number, of in enumerate(shown) for window in of]
-    prompts = [
-        prompt(asked[number].query, [asked[number].candidates[i] for i in window], kind)
-        for number, window in rows
-    ]
-    ids, parts, done = answer_ids(encoder, kind, settings), alike(prompts, batch), {}
+    # prompts of all queries, in chunks of like length
+    rows: list[tuple[int, list[int]]] = []  # number of a query, places of the candidates in the prompt
+    for number, query in enumerate(asked):
+        single = [[i] for i in range(len(query.candidates))]
+        shown = single if kind == "pointwise" else windows(query, settings.window)
+        rows += [(number, window) for window in shown]
+    prompts = [prompt(asked[n].query, [asked[n].candidates[i] for i in window], kind) for n, window in rows]
+    parts = alike(prompts, batch)
+
+    # this process's share of them, then those of all
+    ids, answered = answer_ids(encoder, kind, settings), {}
     for part in distributed.own_share(len(parts)):
-        done[part] = (
-            log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids).double().cpu().numpy()
-        )
-    scores = [np.zeros(len(a.candidates)) for a in asked]
-    for part, found in distributed.gathered(done).items():
-        for i, values in zip(parts[part], found, strict=True):
+        values = log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids)
+        answered[part] = values.double().cpu().numpy()
+    scores = [np.zeros(len(query.candidates)) for query in asked]
+    for part, batch_values in distributed.gathered(answered).items():
+        for i, values in zip(parts[part], batch_values, strict=True):
             number, window = rows[i]
-            scores[number][window] = (
-                values[0] - values[1]
-                if kind == "pointwise"
-                else values[: len(window)] - values[window.index(0)]
-            )
+            if kind == "pointwise":
+                scores[number][window] = values[0] - values[1]
+            else:
+                scores[number][window] = values[: len(window)] - values[window.index(0)]
     return scores
 
 
 def exercise(ranked: Ranked, kind: Kind, settings: RerankSettings, rng: np.random.Generator) -> list[Prompt]:
-    """What is trained on a query: its positive and some of its hard negatives one by one, or the positive at a random place among some."""
+    """Prompts that a query is trained on.
+
+    Pointwise its positive and some of its hard negatives one by one, listwise the positive at a random place
+    among some of them.
+    """
     hard = ranked.negatives[: settings.hard]
-    wanted = settings.negatives if kind == "pointwise" else int(rng.integers(1, settings.window))
-    others = [hard[i] for i in rng.permutation(len(hard))[:wanted]]
+    count = settings.negatives if kind == "pointwise" else int(rng.integers(1, settings.window))
+    others = [hard[i] for i in rng.permutation(len(hard))[:count]]
     if kind == "pointwise":
-        return [
-            prompt(ranked.item, [c], kind, answer)
-            for c, answer in ((ranked.positive, 0), *((n, 1) for n in others))
-        ]
+        yes, no = range(2)  # places in YES_NO
+        negatives = [prompt(ranked.item, [negative], kind, no) for negative in others]
+        return [prompt(ranked.item, [ranked.positive], kind, yes), *negatives]
     place = int(rng.integers(len(others) + 1))
     return [prompt(ranked.item, [*others[:place], ranked.positive, *others[place:]], kind, place)]
 
@@ -192,24 +201,20 @@ def train(
         turn, listwise = divmod(step, 2)
         kind, rng = KINDS[listwise], distributed.rng_for(seed, "rerank", step)
         prompts = [p for r in draws[kind](turn, settings.batch) for p in exercise(r, kind, settings, rng)]
-        parts, facts = alike(prompts, settings.chunk), {"loss": 0.0, "accuracy": 0.0}
+        parts, metrics = alike(prompts, settings.chunk), {"loss": 0.0, "accuracy": 0.0}
         for part in distributed.own_share(len(parts)):
-            torch.manual_seed(
-                mbeir.stable_hash(seed, step, part)
-            )  # the same dropout on any number of processes
-            own = [prompts[i] for i in parts[part]]
-            found, wanted = (
-                log_p(encoder, own, kind, settings, ids[kind]),
-                torch.tensor([p.answer for p in own], device=encoder.device),
-            )
-            loss = torch.nn.functional.nll_loss(found, wanted, reduction="sum") / len(prompts)
+            # the same dropout on any number of processes
+            torch.manual_seed(mbeir.stable_hash(seed, step, part))
+            chunk = [prompts[i] for i in parts[part]]
+            predicted = log_p(encoder, chunk, kind, settings, ids[kind])
+            target = torch.tensor([p.answer for p in chunk], device=encoder.device)
+            loss = torch.nn.functional.nll_loss(predicted, target, reduction="sum") / len(prompts)
             loss.backward()
-            facts["loss"] += float(loss.detach())
-            facts["accuracy"] += float((found.argmax(1) == wanted).sum()) / len(prompts)
+            metrics["loss"] += float(loss.detach())
+            metrics["accuracy"] += float((predicted.argmax(1) == target).sum()) / len(prompts)
         distributed.sum_gradients(parameters.values())
-        return distributed.summed(facts) | {"listwise": float(listwise)}
+        return distributed.summed(metrics) | {"listwise": float(listwise)}
 
-    with encoder.adapting(
-        settings.lora, seed=seed, checkpointing=settings.gradient_checkpointing
-    ) as parameters:
+    checkpointing = settings.gradient_checkpointing
+    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
         return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -1,7 +1,7 @@
 """The two verifiable rewards of ELVA stage 3 as pure functions; torch only.
 
-Letters: r rank of the positive, k rank of a negative, both from 1 in the list of one rollout sorted by cosine;
-N negatives of a query; any leading dimensions (queries, rollouts) are kept.
+Letters: r rank of the positive, k rank of a negative, both from 1 in the list of one rollout sorted by
+cosine; N negatives of a query; any leading dimensions (queries, rollouts) are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ def margin_reward(positive: torch.Tensor, negatives: torch.Tensor, *, delta: flo
     """R_margin = max(0, s_p - max_n s_n - delta).
 
     Args:
-        positive: (...) cosine of the positive. negatives: (..., N) cosines of the negatives. delta: in cosine units.
+        positive: (...) cosine of the positive. negatives: (..., N) cosines of the negatives. delta: in cosine
+            units.
 
     It is 0 on exactly the rollouts that fail, and grows without bound on easy ones.
 
@@ -24,7 +25,7 @@ def margin_reward(positive: torch.Tensor, negatives: torch.Tensor, *, delta: flo
 
 
 def ranks(positive: torch.Tensor, negatives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rank of the positive (...), ranks of the negatives (..., N)), from 1; a tie counts against the positive.
+    """Ranks of the positive (...) and of the negatives (..., N), from 1; a tie counts against the positive.
 
     >>> ranks(torch.tensor(0.5), torch.tensor([0.9, 0.5, 0.1]))
     (tensor(3), tensor([1, 2, 4]))
@@ -60,7 +61,8 @@ def rank_reward(
     """R_rank = s_p / (1 + ln r) - gamma * (sum | mean) over negatives of s_n (ln k - 1); natural logarithm.
 
     Args:
-        positive: (...). negatives: (..., N). gamma: weight of the penalty, about 0.1 on the mean, 0.001 on the sum of 100.
+        positive: (...). negatives: (..., N). gamma: weight of the penalty, about 0.1 on the mean, 0.001 on
+            the sum of 100.
 
     The gradient with respect to the cosines is that of the formula with ranks held fixed.
     """
@@ -82,11 +84,11 @@ def total_reward(
 def adaptive_weights(
     rank: torch.Tensor, *, alpha: float, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that follow the state of training: (alpha, epsilon) per query, (Q, 1, ...), with the same sum as the fixed ones.
+    """Weights (alpha, epsilon) per query, each (Q, 1, ...), that follow training; they sum to the fixed two.
 
-    The margin says nothing about rollouts that fail, the rank nothing about those that succeed; so the margin gets the
-    share of a query's rollouts that already put the positive first, and the rank the rest. Ours; the paper names
-    adaptive rules as future work.
+    The margin says nothing about rollouts that fail, the rank nothing about those that succeed; so the margin
+    gets the share of a query's rollouts that already put the positive first, and the rank the rest. Ours; the
+    paper names adaptive rules as future work.
 
     Args:
         rank: (Q, ...) rank of the positive in each rollout, from 1.

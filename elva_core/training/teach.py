@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from elva_core import distributed
-from elva_core.config import BackboneSettings, EncoderSettings, LessonSettings, TeachSettings
+from elva_core.config import BackboneSettings, EncoderSettings, LoopSettings, TeachSettings
 from elva_core.data import mbeir
 from elva_core.data.items import candidate_item, query_item
 from elva_core.models import chat, encoder, small_models
@@ -79,7 +79,7 @@ def ensure(
 def _learn(
     parameters: dict[str, torch.nn.Parameter],
     step_fn: Callable[[int], dict[str, float]],
-    lesson: LessonSettings,
+    lesson: LoopSettings,
     folder: Path,
 ) -> list[dict]:
     """One lesson, by Muon for the matrices inside the blocks and AdamW for the rest.

@@ -25,6 +25,7 @@ from elva_core.data.caption_sets import GENECIS, SETS, SUGARCREPE, Task
 from elva_core.data.items import Item
 from elva_core.evaluation import captions, statistics
 from elva_core.experiments import claims, figures
+from elva_core.experiments import results as schema
 from elva_core.files import ElvaDataError
 from elva_core.retrieval import cache
 
@@ -599,7 +600,7 @@ def test_a_chain_without_the_sets_goes_on_with_empty_tables(profile, tmp_path):
         and captions.false_captions(loaded).empty
         and captions.side_by_side(results, "vendor").empty
     )
-    assert claims.generalised(captions.headline(again), captions.headline(gains), "x", True) == []
+    assert not len(schema.scores(captions.headline(again))) and not len(schema.points(captions.headline(gains)))
     reached = results[results["reported"]]
     assert figures.generalisation(reached.assign(row=reached["set"] + reached["group"].radd(", ")), "title").axes
 
@@ -617,11 +618,11 @@ def test_claims_have_a_verdict_only_beside_a_figure_of_the_paper(own):
     hits = pd.concat([captions.measure(loaded, space(name), name) for name in spaces])
     results, gains = captions.table(hits, 20, 0), captions.differences(hits, "new", "old", 20, 0, statistics.reported())
     assert gains.dropna(subset="paper").set_index("set")["paper"].to_dict() == {"negation": 7.7, "composition": 5.3}
-    rows = pd.DataFrame(claims.generalised(results, gains, "x", True))
-    beside = rows["paper"].notna()
-    assert rows.loc[beside, "verdict"].isin(["same direction", "not reproduced"]).all() and (rows.loc[~beside, "verdict"] == "").all()
-    assert set(rows["source"]) == {"Table 2, own rows"} and claims.assemble(rows.to_dict("records"), 1)["ours"].notna().all()
-    assert not rows.duplicated(["claim", "metric", "dataset"]).any()
+    rows = pd.concat([schema.scores(results, unit=results["set"]), schema.points(gains, unit=gains["set"])])
+    table = claims.assemble(rows.assign(experiment="x"), statistics.reported(), evidence=True).query("source == 'x'")
+    beside = table["paper"].notna()
+    assert table.loc[beside, "verdict"].isin(claims.VERDICTS).all() and (table.loc[~beside, "verdict"] == "").all()
+    assert len(table) == len(rows) and table["ours"].notna().all() and beside.sum() == 2
     main = captions.headline(results[results["model"] == "new"])
     assert len(main) == 8 and set(main["metric"]) == {"hit@5", "accuracy"} and set(main["group"]) == {"", *emoji_variants.COMPOSITIONS}
     figure = figures.generalisation(results.assign(row=results["set"] + results["group"] + results["metric"]), "title")

@@ -101,3 +101,10 @@ def test_the_mean_distance_counts_queries_alike_however_many_grains_they_have():
     table = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 50)
     assert table["value"].tolist() == pytest.approx([0.6]) and table["n"].tolist() == [2]
     assert (table["ci_low"].item(), table["ci_high"].item()) == pytest.approx((0.4, 0.8))
+
+
+def test_the_growth_of_the_distance_is_paired_over_queries():
+    rows = [("stage 2", "a", 0.1), ("stage 2", "b", 0.5), ("stage 3", "a", 0.2), ("stage 3", "b", 0.6)]
+    table = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 50)
+    (growth,) = table[table["baseline"] == "stage 2"].to_dict("records")
+    assert growth["model"] == "stage 3" and [growth[c] for c in ("ci_low", "value", "ci_high")] == pytest.approx([0.1] * 3)

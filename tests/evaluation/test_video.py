@@ -28,7 +28,8 @@ from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.evaluation import captions as unseen
 from elva_core.evaluation import statistics, video
-from elva_core.experiments import claims, figures
+from elva_core.experiments import figures
+from elva_core.experiments import results as results_schema
 from elva_core.models import encoder, generation, small_models
 from elva_core.retrieval import cache, retriever
 
@@ -500,12 +501,13 @@ def test_the_gain_is_paired_over_what_moves_at_the_most_frames(tmp_path):
     tables = statistics.reported()
     (row,) = video.gain(hits, "a", "b", tables, 200, 1).to_dict("records")
     own = hits.query("frames == 8 and words == 'name' and metric == 'hit@5' and motion != 'still'").set_index("model")["value"]
-    assert row["value"] == pytest.approx(100 * (own["a"].mean() - own["b"].mean())) and row["ci_low"] < row["value"] < row["ci_high"]
+    assert row["value"] == pytest.approx(own["a"].mean() - own["b"].mean()) and row["ci_low"] < row["value"] < row["ci_high"]
     assert row["paper"] == pytest.approx(70.5 - 68.6) and row["n"] == 30
     results = video.table(hits, 10, 1)
-    found = pd.DataFrame(claims.clips(results, pd.DataFrame([row]), "clips", evidence=True))
-    assert len(found) == 2 * 3 + 1 and set(found["source"]) == {"Table 7, own clips"} and found["verdict"].tolist()[:-1] == [""] * 6
-    assert {r["verdict"] for r in claims.clips(results, pd.DataFrame([row]), "clips", evidence=False)} == {"not run"}
+    rows = video.headline(results)
+    assert len(rows) == 2 * 3 and set(rows["group"]) == {"8 frames"} and video.experiment(hits) == "Table 7, own clips"
+    claim = results_schema.points(pd.DataFrame([row])).iloc[0]
+    assert claim["value"] == pytest.approx(100 * row["value"]) and claim["metric"] == "difference of hit@5, points"
 
 
 def test_a_profile_may_name_the_sets_or_nothing(tmp_path, smoke):
@@ -520,12 +522,12 @@ def test_a_profile_may_name_the_sets_or_nothing(tmp_path, smoke):
         ("MSR-VTT", 2): 2, ("MSR-VTT", 4): 2, ("MSVD", 2): 3, ("MSVD", 4): 3,
     }  # fmt: skip
     gains = video.gain(hits, "a", "b", statistics.reported(), 5, 1)
-    assert gains["n"].tolist() == [5] and {r["source"] for r in claims.clips(video.table(hits, 5, 1), gains, "sets", True)} == {"Table 7"}
+    assert gains["n"].tolist() == [5] and video.experiment(hits) == "Table 7"
     with pytest.raises(files.ElvaDataError, match="none of"):
         video.measure(known.model_copy(update={"sets": str(tmp_path / "msvd")}), tmp_path, look)
     nothing = video.measure(None, tmp_path, look).assign(model="a")
     results, gains = video.table(nothing, 5, 1), video.gain(nothing, "a", "b", statistics.reported(), 5, 1)
-    assert not len(results) and not len(gains) and claims.clips(results, gains, "clips", True) == []
+    assert not len(results) and not len(gains) and not len(video.headline(results)) and not len(results_schema.points(gains))
     assert figures.frames_seen(results, "none") and figures.frames_seen(video.table(hits.query("metric == 'hit@5'"), 5, 1), "some")
     for wrong in ({"sets": "x", "drawings": 3}, {}, {"drawings": 3, "frames": (4, 2)}):
         with pytest.raises(ValueError, match=r"give either|must ascend"):

@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 from elva_core import cli, distributed, files, sharding, zero
 files.OUTPUTS = Path(sys.argv[1])
-print(f"one of {distributed.processes().num_processes}, in slices: {sharding.asked()}")
-if zero.asked():
+print(f"one of {distributed.processes().num_processes}, in slices: {sharding.requested()}")
+if zero.requested():
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles another way to talk, minutes on one core
 sys.exit(max(cli.main(["train", stage, "smoke", "--seed", "1"]) for stage in sys.argv[2:]))

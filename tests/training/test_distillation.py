@@ -14,8 +14,8 @@ from elva_core import cli, distributed
 from elva_core.config import ProfileError
 from elva_core.data import images
 from elva_core.data import items as data_items
-from elva_core.evaluation import throughput
-from elva_core.experiments import claims, estimate, figures, jobs, plan, stages
+from elva_core.evaluation import statistics, throughput
+from elva_core.experiments import claims, estimate, figures, jobs, plan, results, stages
 from elva_core.export import hub
 from elva_core.models import encoder, generation
 from elva_core.retrieval import cache, retriever
@@ -140,7 +140,6 @@ def test_the_stage_teaches_the_single_pass_and_its_folder_says_so(root, smoke, m
 
 def test_a_profile_without_the_section_is_told_what_to_add(smoke, tmp_path):
     stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"distil": None}), 1, tmp_path)
-    assert "distil" not in stage.settings.model_dump()
     with pytest.raises(ProfileError, match=r"params/smoke\.yaml has no section distil; copy the one"):
         jobs.following("distil", stage)
 
@@ -268,14 +267,16 @@ def test_a_plan_counts_the_passes_and_summaries_of_the_single_pass(smoke):
 def test_quality_and_speed_become_claims_and_a_figure():
     quality = pd.DataFrame([["single pass", "average", "hit@5", 0.3, 0.2, 0.4, 50]], columns=["model", "unit", "metric", *"vlhn"])
     quality.columns = ["model", "unit", "metric", "value", "ci_low", "ci_high", "n"]
-    pair = {"new": "single pass", "old": "stage 3", "metric": "hit@5", "old value": 0.4, "ci_low": -0.2, "ci_high": 0.0}
+    pair = {"new": "single pass", "old": "stage 3", "metric": "hit@5", "relative": -25.0, "relative low": -50.0, "relative high": 0.0}
     speed = pd.DataFrame({"way": "single pass", "side": "queries", "batch": [1, 64], "per second": [9.0, 90.0], "forwards": [1.0, 1.0]})
     speed = speed.assign(lowest=80.0, highest=95.0, n=128, rounds=5)
-    table = claims.assemble(claims.traded(quality, [pair | {"relative %": -25.0, "n": 50}], speed, "x", "single pass"), 7)
+    pairs = pd.DataFrame([pair | {"n": 50}])
+    rows = pd.concat([results.scores(quality), results.gains(pairs), results.speeds(speed)])
+    table = claims.assemble(rows.assign(experiment="single pass"), statistics.reported(), evidence=True).query("ours.notna()")
     assert list(table.columns) == claims.COLUMNS and set(table["verdict"]) == {""} and set(table["source"]) == {"single pass"}
-    found = table.set_index(["claim", "metric"])["ours"]
-    assert found["single pass, average", "hit@5"] == 30 and found["single pass", "queries per second, 64 at a time"] == 90
-    assert found["single pass", "queries per second, 1 at a time"] == 9 and found["single pass", "forward passes, queries"] == 1
+    ours = table.set_index(["claim", "metric"])["ours"]
+    assert ours["single pass, average", "hit@5"] == 30 and ours["single pass", "queries per second, 64 at a time"] == 90
+    assert ours["single pass", "queries per second, 1 at a time"] == 9 and ours["single pass", "forward passes, queries"] == 1
     assert table.set_index("claim").loc["single pass over stage 3", "ci_low"] == pytest.approx(-50)
     rates = quality.rename(columns={"model": "way"}).assign(value=30.0, ci_low=20.0, ci_high=40.0)
     (axis,) = figures.quality_against_speed(rates.merge(speed[speed["batch"] == 64], on="way", suffixes=("", "_timed")), "t").axes

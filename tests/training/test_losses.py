@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.strategies import floats, integers
 
 from elva_core.training import losses
 
@@ -63,6 +65,14 @@ def test_a_group_without_spread_gets_advantage_zero():
         assert got[0].abs().max() < 1e-4 and torch.isfinite(got).all()
     # std of (0, 1, 2) is 1: advantages are -1, 0, 1
     assert losses.advantages(rewards)[1].tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
+
+
+@hypothesis.given(torch_seed=integers(0, 999), shift=floats(-5, 5), factor=floats(0.5, 9))
+def test_scaled_by_the_group_advantages_sum_to_zero_and_do_not_know_the_units_of_the_reward(torch_seed, shift, factor):
+    rewards = torch.rand(3, 8, generator=torch.Generator().manual_seed(torch_seed)).double()
+    gain = losses.advantages(rewards)
+    torch.testing.assert_close(losses.advantages(factor * rewards + shift), gain, atol=5e-3, rtol=0)  # but for ADVANTAGE_EPSILON
+    torch.testing.assert_close(gain.sum(1), torch.zeros(3).double(), atol=1e-9, rtol=0)
 
 
 def test_k3_is_never_negative_and_zero_only_for_equal_policies():

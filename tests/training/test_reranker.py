@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from pydantic import ValidationError
@@ -15,7 +14,7 @@ from elva_core.config import ProfileError
 from elva_core.data import images as image_files
 from elva_core.data import items as data_items
 from elva_core.evaluation import benchmark, reranking
-from elva_core.experiments import claims, figures, jobs, stages
+from elva_core.experiments import figures, jobs, results, stages
 from elva_core.models import encoder
 from elva_core.retrieval import retriever
 from elva_core.training import reranker
@@ -257,9 +256,9 @@ def test_table_figure_and_claims_of_a_second_look(model, searcher, seen, setting
     assert reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken)["hit@1"].between(0, 100).all()
     assert len(figures.second_look(table, "stage 3", "MRBench").axes) == 2
     pairs = reranking.compared(hits, "stage 3", [1, 5], 50, 0)
-    rows = claims.assemble(claims.reranked(pairs, taken, "test"), 1)
-    assert len(rows) == 2 * 4 + 3 and rows["ours"].notna().all()
-    known = pairs.assign(difference=0.25, ci_low=0.125, ci_high=0.5)  # a tiny model's own differences may all be 0
-    points = pd.DataFrame(claims.reranked(known, taken, "test")).iloc[0]
-    assert points[["claim", "metric"]].tolist() == ["pointwise over stage 3", "difference of hit@1, points"]
-    assert points[["ours", "ci_low", "ci_high"]].tolist() == [25, 12.5, 50]
+    times = results.scores(taken, scale=1000.0, value=taken["seconds"], metric="milliseconds per query")
+    assert len(results.points(pairs)) == 2 * 4 and times["value"].tolist() == pytest.approx((1000 * taken["seconds"]).tolist())
+    known = pairs.assign(value=0.25, ci_low=0.125, ci_high=0.5)  # a tiny model's own differences may all be 0
+    points = results.points(known).iloc[0]
+    assert points[["model", "baseline", "metric"]].tolist() == ["pointwise", "stage 3", "difference of hit@1, points"]
+    assert points[["value", "ci_low", "ci_high"]].tolist() == [25, 12.5, 50]

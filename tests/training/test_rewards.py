@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.strategies import integers
 
 from elva_core.training import rewards
 
@@ -54,8 +56,17 @@ def test_leading_dimensions_are_kept_and_do_not_mix():
     torch.testing.assert_close(whole, single)
 
 
-def test_total_weighs_the_two_parts():
-    assert rewards.total_reward(torch.tensor(2.0), torch.tensor(1.0), alpha=0.4, epsilon=0.6).item() == pytest.approx(1.4)
+@pytest.mark.parametrize("form", ["printed", "corrected"])
+@hypothesis.given(torch_seed=integers(0, 999))
+def test_the_order_in_which_negatives_are_listed_does_not_matter(form, torch_seed):
+    generator = torch.Generator().manual_seed(torch_seed)
+    s_p, s_n = torch.rand(4, generator=generator), torch.rand(4, 9, generator=generator)
+    shuffled = s_n[:, torch.randperm(9, generator=generator)]
+    for negatives in (s_n, shuffled):
+        assert torch.equal(rewards.ranks(s_p, negatives)[0], 1 + (negatives >= s_p[:, None]).sum(1))
+    for reduction in ("sum", "mean"):
+        given, again = (rewards.rank_reward(s_p, n, gamma=0.1, form=form, reduction=reduction) for n in (s_n, shuffled))
+        torch.testing.assert_close(given, again)
 
 
 def test_unknown_forms_are_refused():
