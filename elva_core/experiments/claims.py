@@ -180,7 +180,7 @@ def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
     ):
         compared = rows[(rows["backbone"] == backbone) & rows["metric"].isin([GAIN, DISTANCE])]
         compared = compared[compared["paper"].notna() | compared["baseline"].eq("InfoNCE control")]
-        blocks += [f"Backbone {backbone}:", _of_models(models[models["backbone"] == backbone])]
+        blocks += [f"Backbone {backbone[:12]}:", _of_models(models[models["backbone"] == backbone])]
         blocks += [listed(compared)] if len(compared) else []
     return "\n\n".join([*blocks, note])
 

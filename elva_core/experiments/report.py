@@ -127,7 +127,7 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
     """Where this profile does something else than the paper, and why; each follows from its values."""
     backbone, stage3, out = settings.backbone, settings.stage3, []
     if settings.stage2.ret_share:
-        share = f"{settings.stage2.ret_share:.0%} of the steps of stage 2 train the state at [RET]"
+        share = f"{100 * settings.stage2.ret_share:.0f} % of the steps of stage 2 train the state at [RET]"
         out.append(f"{share}: the paper leaves open how that state becomes an embedding before stage 3.")
     if backbone.tiny and not backbone.path:
         size = f"A Qwen2-VL of {backbone.tiny.layers} layers and width {backbone.tiny.hidden}, taught here"

@@ -184,6 +184,7 @@ def ranked(tiny, root, smoke, pictures) -> list[hard_negatives.Ranked]:
 def load(tiny, smoke, monkeypatch) -> Workload:
     """The smoke profile on the tiny model, for inputs that are drawings alone, each seen anew."""
     tiny.settings = tiny.settings.model_copy(update={"cache_vision": False})
+    tiny.vision.keep = False
     made = estimate.make(smoke)
     data = made.data.model_copy(update={"padding": 1.0})
     changed = smoke.model_copy(update={"encoder": tiny.settings})
