@@ -342,6 +342,7 @@ def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_st
     model.save(folder / "model", stage="stage 3", parent="test")
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
     settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
     start = multiprocessing.get_context("spawn")
@@ -378,6 +379,8 @@ def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, se
         (folder / "rows.json").write_text(json.dumps(rows))
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("what", ["score, sequence", "full, dapo, batch, all sides", "InfoNCE"])
 def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, what):
     """Three queries a step, so that the shares are uneven; weights after two steps, and the log, are those of one process."""
