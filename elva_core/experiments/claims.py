@@ -43,8 +43,8 @@ def assemble(
     """claims.csv: the main claims first, then every other result, then the paper's figures that were not run.
 
     Args:
-        measured: rows of results.SCHEMA; a later row replaces an earlier one of its claim, metric, dataset
-        and backbone.
+        measured: rows of results.SCHEMA; a later row replaces an earlier one of its claim, source, metric,
+        dataset and backbone.
         tables: params/reported.yaml. evidence: False where a run tests plumbing; its verdicts are "not run".
         official: `own_setting` takes them: the paper's own tables as this profile measured them.
 
@@ -56,7 +56,7 @@ def assemble(
     claims["verdict"] = [_verdict(row) for row in claims.to_dict("records")]
     papers = [*_not_run(tables), *own_setting(tables, profile, official or {})]
     table = pd.concat([claims, pd.DataFrame(papers)], ignore_index=True).reindex(columns=COLUMNS)
-    table = table[~table.duplicated(["claim", "metric", "dataset", "backbone"], keep="last")]
+    table = table[~table.duplicated(["claim", "source", "metric", "dataset", "backbone"], keep="last")]
     if not evidence:
         table.loc[table["verdict"] != "", "verdict"] = "not run"
     first = table.index.isin(main(table, tables).index)
