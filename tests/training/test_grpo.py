@@ -301,7 +301,7 @@ def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_th
         if cause == "constant":  # the same summary, whatever the noise
             broken.setattr(grpo, "COLLAPSE_WINDOW", 2)
             broken.setattr(generation, "sample", lambda log_p, noise: log_p.argmax(-1))
-        with pytest.raises(loop.DivergedError, match=f"step {done}: .*{reason}.*resume from .*checkpoint"):
+        with pytest.raises(loop.DivergedError, match=f"step {done}: .*{reason}.*before it is in .*checkpoint"):
             grpo.train(encoder.load(model_folder, smoke.encoder), ranked, wild, seed=4, folder=tmp_path)
     if cause == "runaway":  # its one step was too large to go on from
         return
@@ -319,7 +319,9 @@ def test_the_guard_stops_before_the_weights_move_and_the_last_checkpoint_stays(t
         (weight * (float("nan") if step == 2 and cause != "too fast" else 1.0)).sum().backward()
         return {}
 
-    with pytest.raises(loop.DivergedError, match=f"step 2: {cause}; resume from .*checkpoint with a lower learning rate"):
+    with pytest.raises(
+        loop.DivergedError, match=f"step 2: {cause}; the state before it is in .*checkpoint; lower the profile's learning rate"
+    ):
         loop.optimise({"w": weight}, step_fn, 5, settings, tmp_path, lambda row: "too fast" if row["step"] == 2 else None)
     kept = load_file(tmp_path / "checkpoint/state.safetensors")["weight/w"]
     assert torch.equal(kept, weight) and not torch.equal(kept, torch.ones(2)) and not (tmp_path / "metrics.jsonl").exists()
