@@ -24,6 +24,8 @@ def write_often(path, letter):
         files.write_whole(path, letter * 9999)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_that_write_one_file_never_mix(tmp_path):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=write_often, args=(tmp_path / "file", letter)) for letter in "ab"]

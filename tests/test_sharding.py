@@ -66,6 +66,8 @@ def either(request, model_folder, texts, tmp_path):
     return families.write(families.qwen3_vl, texts, tmp_path / "model")
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_unequal_work_on_slices_is_that_of_one_process(either, smoke, items, tmp_path):
     """One process has one chunk, the other four; five items are encoded in three parts, whose summaries end where they end."""
     lora, chunks = smoke.stage2.lora, [[item] for item in items[:5]]

@@ -135,6 +135,8 @@ def test_two_that_share_moments_train_the_model_of_one(given, tmp_path, record_t
         assert abs(8 * trained + sum(held.values()) - planned) <= 64 * 16  # with weight and own gradient
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_killed_run_goes_on_in_two_processes_or_in_one(given, tmp_path):
     (tmp_path / "alone").mkdir()
     alone = stage3(tmp_path / "alone", *given)

@@ -126,7 +126,7 @@ def verdict(paper: float, low: float, high: float, *, difference: bool) -> str:
 
     Args:
         paper: its value; of a difference the sign is the direction. low, high: the 95 % interval measured
-        here.
+            here.
         difference: of two models; else a score in the paper's own setting.
 
     Raises:

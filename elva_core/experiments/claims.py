@@ -44,7 +44,7 @@ def assemble(
 
     Args:
         measured: rows of results.SCHEMA; a later row replaces an earlier one of its claim, source, metric,
-        dataset and backbone.
+            dataset and backbone.
         tables: params/reported.yaml. evidence: False where a run tests plumbing; its verdicts are "not run".
         official: `own_setting` takes them: the paper's own tables as this profile measured them.
 
@@ -116,8 +116,7 @@ def own_setting(tables: dict, profile: str, measured: Mapping[str, pd.DataFrame]
 
     Args:
         measured: name in params/reported.yaml -> value, ci_low, ci_high (shares; nan without an interval) and
-        n, by
-            column of that table.
+            n, by column of that table.
     """
     rows = []
     for name, frame in measured.items():

@@ -18,9 +18,8 @@ from dataclasses import astuple, dataclass, field, replace
 from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
-
-VISION_CALL = 64  # images per call of Encoder._vision_features
 
 
 def task_of(unit: str) -> int:
@@ -205,7 +204,7 @@ class Workload:
         images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
         flops += model.vision(images, self.image_tokens)
         layers = rows / per_call * model.layers * len(parts) * (1 + again + 2 * backward)
-        layers += images / min(per_call, VISION_CALL) * model.vision_layers
+        layers += images / min(per_call, IMAGES_AT_ONCE) * model.vision_layers
         seconds = self._seconds(flops, layers, images=images)
         # memory, with prompts as long as the limits allow; the way back repeats a prompt's keys and values
         held, longest = held or per_call, self.longest(fullest or side, request)

@@ -61,12 +61,12 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     )
 
 
-def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, pd.DataFrame]:
+def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
     """What this run measured of the paper's Tables 1, 2, 6 and 7, by their columns; empty on other data."""
     # Table 1: the sixteen units at their own cut-offs, and their mean
     columns = ["value", "ci_low", "ci_high", "n"]
     results = pd.read_csv(run.require("50_evaluate") / "results.csv")
-    results = results.query("model == @model and pool == 'local'").set_index(["unit", "metric"])
+    results = results.query("model == 'stage 3' and pool == 'local'").set_index(["unit", "metric"])
     official = dict(zip(reported["table1"]["columns"], mbeir.OFFICIAL_UNITS.items(), strict=True))
     keys = {column: (unit, f"hit@{k}") for column, (unit, k) in official.items()}
     units = pd.DataFrame({column: results.loc[key] for column, key in keys.items() if key in results.index}).T
@@ -75,7 +75,7 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
 
     # Table 6: MRBench
     hits = pd.read_csv(run.require("50_evaluate") / "mrbench.csv").query(
-        "model == @model and metric == 'hit@5'"
+        "model == 'stage 3' and metric == 'hit@5'"
     )
     names = dict(zip(run.settings.mrbench.units, reported["table6"]["columns"], strict=False)) | {
         "average": "Avg"
@@ -88,11 +88,15 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
 
     # Table 2: unseen sets, without intervals
     unseen = pd.read_csv(run.require("80_generalise") / "unseen.csv").fillna({"group": ""})
-    table2 = captions.table2(unseen.query("question == 'Table 2' and model == @model")).drop(columns="model")
+    table2 = captions.table2(unseen.query("question == 'Table 2' and model == 'stage 3'")).drop(
+        columns="model"
+    )
     sets = table2.T.dropna().set_axis(["value"], axis=1) / 100 if len(table2) else pd.DataFrame()
 
     # Table 7: videos, at the most frames
-    clips = pd.read_csv(run.require("82_transfer") / "clips.csv").query("model == @model and words == 'name'")
+    clips = pd.read_csv(run.require("82_transfer") / "clips.csv").query(
+        "model == 'stage 3' and words == 'name'"
+    )
     clips = clips[clips["frames"] == clips["frames"].max()]
     clips = clips.set_index(clips["set"] + clips["metric"].str.replace("hit@", " R@"))
     clips = clips[clips.index.isin(reported["table7"]["columns"])]
@@ -105,10 +109,10 @@ def _official(run: Stage, reported: dict, model: str = "stage 3") -> dict[str, p
     return {name: frame.reindex(columns=columns) for name, frame in frames.items()}
 
 
-def study_table(run: Stage, name: str, stage: str = "60_ablate") -> pd.DataFrame:
+def study_table(run: Stage, name: str) -> pd.DataFrame:
     """A table that a notebook made from the study, its tuples of seeds read back."""
     tuples = dict.fromkeys(("seeds", "by seed"), ast.literal_eval)
-    return pd.read_csv(run.require(stage) / f"{name}.csv", converters=tuples)
+    return pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
 
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
@@ -130,7 +134,8 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         share = f"{100 * settings.stage2.ret_share:.0f} % of the steps of stage 2 train the state at [RET]"
         out.append(f"{share}: the paper leaves open how that state becomes an embedding before stage 3.")
     if backbone.tiny and not backbone.path:
-        size = f"A Qwen2-VL of {backbone.tiny.layers} layers and width {backbone.tiny.hidden}, taught here"
+        family = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[backbone.tiny.architecture]
+        size = f"A {family} of {backbone.tiny.layers} layers and width {backbone.tiny.hidden}, taught here"
         out.append(f"{size}, instead of Qwen2-VL-2B or 7B: the class and the code path are the same.")
     if settings.data.emoji:
         out.append("Emoji instead of M-BEIR: real images with exact grains that come with a package.")

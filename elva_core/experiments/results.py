@@ -1,7 +1,8 @@
 """The one schema of everything that is measured; each notebook leaves its rows of it in measured.csv.
 
-rows = pd.concat([scores(mrbench, experiment=MRBENCH, dataset="emoji"), gains(comparisons, experiment=MRBENCH,
-dataset="emoji")]) run.save_table("measured", rows)
+columns = of_chain(run, MRBENCH)
+rows = pd.concat([scores(mrbench, **columns), gains(comparisons, **columns)])
+run.save_table("measured", rows)
 """
 
 from __future__ import annotations

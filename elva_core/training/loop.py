@@ -97,7 +97,9 @@ def optimise(
             row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip))
         reason = "gradient is not finite" if not math.isfinite(row["grad_norm"]) else check(row)
         if reason:
-            advice = f"resume from {checkpoint} with a lower learning rate"
+            advice = (
+                f"the state before it is in {checkpoint}; lower the profile's learning rate and train anew"
+            )
             raise DivergedError(f"step {step}: {reason}; {advice}")
 
         for optimiser in optimisers:

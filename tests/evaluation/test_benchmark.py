@@ -81,7 +81,7 @@ def searcher(tiny, root, wanted, tmp_path):
 
 
 def as_uniir(root: mbeir.Root, unit: str, pool: str, k: int, asked: retriever.Searcher) -> float:
-    """UniIR's own evaluation from mbeir_format.md 3.3, 5 and section 1: hashed ids, float16 on disk, faiss, R@k as a hit."""
+    """UniIR's own evaluation, as its code has it: hashed ids, float16 on disk, faiss, R@k as a hit."""
 
     def saved(vectors):
         out = np.array(vectors, np.float16).astype(np.float32)

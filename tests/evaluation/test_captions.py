@@ -490,6 +490,8 @@ def test_the_command_lints_scores_and_writes_the_table(tiny, sets, tmp_path, cap
     assert "no sets ['nothing']" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_score_as_one_does(tiny, sets, tmp_path):
     tiny.save(tmp_path / "model", stage="test", parent="none", template="eol")
     tables = []

@@ -89,6 +89,14 @@ def test_models_of_two_backbones_are_never_in_one_table():
     assert second.startswith("aaaa") and "30.0" in second and "stage 3 over stage 2" in second and second.endswith("note")
 
 
+def test_the_row_of_another_question_never_takes_the_place_of_mrbenchs():
+    """Notebook 85 measures stage 3 again; with a study of another backbone its rows are the last of their name."""
+    again = score(0.30, experiment="single pass")
+    table = assembled(score(0.30), again, score(0.31, backbone="bbbb", seed="2 (1, 2), sd 0.5"))
+    assert table.query("ours.notna()")["source"].tolist() == [results.MRBENCH, results.MRBENCH, "single pass"]
+    assert claims.markdown(table, REPORTED, "").count("| stage 3 |") == 2
+
+
 def test_points_carry_the_papers_figure_and_its_sign():
     rows = [("a", -2.0, -3.0, -1.0, -1.5), ("b", -2.0, -5.0, 1.0, -0.5), ("c", 1.0, 0.5, 2.0, None), ("d", 1.0, 0.5, 2.0, 2.7)]
     table = pd.DataFrame(rows, columns=["new", "value", "ci_low", "ci_high", "paper"]).assign(old="stage 3", metric="hit@5", n=9)

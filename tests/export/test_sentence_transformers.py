@@ -210,3 +210,11 @@ def test_a_folder_that_was_exported_before_still_loads(saved, reference, items, 
         assert type(model[0]) is embedder.Embedder
         np.testing.assert_allclose(model.encode([item.text for item in texts]), expected, atol=1e-5)
     assert former_encoder.load is encoder.load
+
+
+def test_the_lines_of_model_cards_of_the_last_version_still_run(tiny, tmp_path):
+    from elva_core import encoder, retrieval
+
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    vectors, summaries = retrieval.encode(encoder.load(tmp_path / "model"), [encoder.Item("A dog.")], batch=1)
+    assert vectors.shape[0] == len(summaries) == 1

@@ -151,6 +151,7 @@ def test_a_step_leaves_the_gradient_of_the_transformers_side(policy, sampler, ro
     assert rows[0]["clip_fraction"] == 0  # the ratio is 1 at the first pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_and_leaves_no_folder(
     engine, model_folder, prompting, root, smoke, tmp_path, interrupted
 ):
@@ -269,6 +270,8 @@ def with_the_stand_in(*asked):
     train_as_one_of(*asked)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, tiny, root, smoke, tmp_path):
     """Three queries a step, so that the shares are uneven."""
     ranked = mined(tiny, root, smoke, 8)
