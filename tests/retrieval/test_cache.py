@@ -26,7 +26,7 @@ def expected(items) -> np.ndarray:
 
 
 def parts_of(*name) -> list[list[Item]]:
-    return [[Item(f"{name} {part} {n}") for n in range(SHARD)] for part in range(25)]
+    return [[Item(f"{name} {part} {n}") for n in range(SHARD)] for part in range(10)]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def embedded(monkeypatch) -> list[Item]:
 
 @pytest.fixture
 def opened(embedded, tmp_path):
-    return lambda: cache.Store(tmp_path, ENCODER, batch=SHARD, template="eol")
+    return lambda name="": cache.Store(tmp_path / name, ENCODER, batch=SHARD, template="eol")
 
 
 def test_two_processes_that_write_at_once_each_find_their_own_vectors(opened, embedded):
@@ -77,7 +77,7 @@ def test_a_kill_at_any_moment_loses_and_swaps_nothing_that_was_kept(opened, embe
         done = FORK.Array("i", 2)
 
         def work(place, trial=trial, done=done):
-            store = opened()
+            store = opened(str(trial))
             for items in parts_of(trial, place):
                 store(items)
                 done[place] += 1
@@ -85,14 +85,14 @@ def test_a_kill_at_any_moment_loses_and_swaps_nothing_that_was_kept(opened, embe
         two = [FORK.Process(target=work, args=(place,)) for place in range(2)]
         for one in two:
             one.start()
-        time.sleep(rng.uniform(0.01, 0.15))
+        time.sleep(rng.uniform(0.01, 0.06))
         for one in two:
             one.kill()
             one.join()
         assert {one.exitcode for one in two} <= {0, -9}
         everything = [item for place in range(2) for items in parts_of(trial, place) for item in items]
         embedded.clear()
-        assert np.array_equal(opened()(everything)[:], expected(everything))
+        assert np.array_equal(opened(str(trial))(everything)[:], expected(everything))
         assert len(embedded) <= len(everything) - SHARD * sum(done)
         kept_by_kills += sum(done)
     assert kept_by_kills  # the moments were not all too early
