@@ -70,5 +70,8 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     here = [*common, "--unit", "emoji_task0", "--model", ".", "--out", str(tmp_path / "out")]  # one unit, named twice
     assert cli.main(["evaluate", *here]) == 0 and "| None | local |" in capsys.readouterr().out
     assert set(tables.read_table(tmp_path / "out/results.csv")["model"]) == {"None"}
+    assert cli.main(["evaluate", *common, "--out", str(tmp_path / "out/table.md")]) == 1
+    printed = capsys.readouterr().err
+    assert "table.md cannot hold the results (it is a file); name another folder" in printed and printed.count("\n") == 1
     assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
