@@ -180,7 +180,7 @@ def evaluate(
     known = data.units("test")
     if lost := sorted(set(unit or ()) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    results = benchmark.score(searcher, unit or known, pools, out, model=model.name)
+    results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name)
     if results is not None:
         print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
         print((out / "table.md").read_text())
@@ -202,17 +202,17 @@ def video(
     """
     from elva_core import distributed
     from elva_core.data import video_sets
-    from elva_core.evaluation import captions
+    from elva_core.evaluation import benchmark, captions
     from elva_core.evaluation import video as videos
 
     settings, frames = config.load(profile), video_sets.FRAMES if frames is None else frames
+    benchmark.results_folder(out)
     task = video_sets.SETS[name](root, frames)
     batch = max(1, settings.evaluation.batch // max(1, frames))  # a frame takes at most what an image takes
     embed = _store(_loaded(model, settings), batch, template)
     hits = captions.score(task.name, [task], embed)[["set", "query", "metric", "value"]]
-    results = videos.table(hits, settings.evaluation.bootstrap, 0).assign(model=model.name)
+    results = videos.table(hits, settings.evaluation.bootstrap, 0).assign(model=model.resolve().name)
     if distributed.processes().is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         files.write_whole(out / f"{name}.csv", results.to_csv(index=False))
         print(results.round(4).to_string(index=False))
 
@@ -243,7 +243,7 @@ def unseen(
         raise typer.Exit(bool(problems))
     settings = config.load(profile)
     embed = _store(_loaded(model, settings), settings.evaluation.batch, template)
-    said = {"model": model.name, "encoding": encoding, "samples": settings.evaluation.bootstrap}
+    said = {"model": model.resolve().name, "encoding": encoding, "samples": settings.evaluation.bootstrap}
     results = captions.run(sets, names or (), embed, out, **said)
     if results is not None:
         print(results.round(4).to_string(index=False))

@@ -1,8 +1,23 @@
-"""Tables as people read them: Markdown, and cells of percent with their intervals."""
+"""Tables as people read them, Markdown and cells of percent with their intervals; and how we read our own."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
+
+# columns of our tables that hold names, which may look like numbers or like a missing value: 007, None
+NAMES = (
+    *("model", "unit", "pool", "metric", "set", "task", "group", "question", "kind", "encoding"),
+    *("experiment", "seed", "dataset", "baseline", "backbone", "claim", "source", "seeds", "verdict"),
+)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table that we wrote: names are text as it stands, "" where there is none; elsewhere "" is NaN."""
+    numbers = set(pd.read_csv(path, nrows=0)) - set(NAMES)
+    empty = {column: [""] for column in numbers}
+    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=empty)
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -74,6 +74,9 @@ def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
 
 
+# of models and units: what a reader of tables may take for a number or for a missing value
+ODD_NAMES = ["None", "nan", "NA", "null", "n/a", "007", "1e-5", "True", "a\tb c"]
+
 # a command that scores a model, with embeddings and results in a folder of the test
 COMMAND = """
 import sys

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 
-from elva_core import cli, files
+from elva_core import cli, files, tables
 from elva_core.retrieval import cache
 
 COMMANDS = ["run", "status", "study", "readme", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
@@ -65,5 +66,12 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     table = pd.read_csv(tmp_path / "out/results.csv")
     assert {"hit@5", "recall@5", "hit@5 pessimistic", "mrr@10", "ndcg@10"} <= set(table["metric"])
     assert len(list((tmp_path / "out/runs").glob("*.txt"))) == 3 and "partial" in capsys.readouterr().out
+    monkeypatch.chdir(shutil.copytree(tmp_path / "model", tmp_path / "None"))
+    here = [*common, "--unit", "emoji_task0", "--model", ".", "--out", str(tmp_path / "out")]  # one unit, named twice
+    assert cli.main(["evaluate", *here]) == 0 and "| None | local |" in capsys.readouterr().out
+    assert set(tables.read_table(tmp_path / "out/results.csv")["model"]) == {"None"}
+    assert cli.main(["evaluate", *common, "--out", str(tmp_path / "out/table.md")]) == 1
+    printed = capsys.readouterr().err
+    assert "table.md cannot hold the results (it is a file); name another folder" in printed and printed.count("\n") == 1
     assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3

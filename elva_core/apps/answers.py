@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from elva_core import files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
 from elva_core.experiments import figures
@@ -22,6 +23,9 @@ from elva_core.models.encoder import Encoder
 from elva_core.retrieval import retriever
 from elva_core.retrieval import search as searching
 from elva_core.retrieval.pool import Pool
+
+WORD = re.compile(r"\w+")
+UNSAID = re.compile(r"[^\w\s!-~]")  # neither words nor marks of ASCII: an emoji, for instance
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,14 +59,18 @@ class Answers:
         return figures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
 
     def file_name(self) -> str:
-        """A name for the sheet, from the query."""
-        words = re.findall(r"\w+", f"{self.query.text} {self.query.image.stem if self.query.image else ''}")
-        return f"search_{'_'.join(words)[:60].lower()}.png"
+        """A name for the sheet, from the words of the query; with a hash where they do not say all of it."""
+        query = f"{self.query.text} {self.query.image.stem if self.query.image else ''}"
+        words = "_".join(WORD.findall(query)).lower()
+        if words and len(words) <= 60 and not UNSAID.search(query):
+            return f"search_{words}.png"
+        return f"search_{words[:50]}_{mbeir.stable_hash(self.query.text, self.query.image):015x}.png"
 
     def save(self, folder: Path) -> Path:
         """Writes the sheet as PNG; a sheet of the same query is replaced."""
         path = folder / self.file_name()
-        path.write_bytes(self._repr_png_())
+        with files.whole(path) as partial:
+            partial.write_bytes(self._repr_png_())
         return path
 
     def __repr__(self) -> str:
@@ -79,7 +87,7 @@ def search(
     loaded: Encoder,
     pool: Pool,
     text: str = "",
-    image: Path | None = None,
+    image: Path | str | None = None,
     *,
     k: int = 10,
     template: str | None = None,
@@ -87,13 +95,17 @@ def search(
     """The k best candidates for a text, an image, or both; the whole pool where it has fewer.
 
     Args:
+        image: the path of a file.
         template: how the query is read; None reads it as the pool was.
 
     Raises:
-        ValueError: no text and no image, or k below 1. ElvaDataError: an image that cannot be read.
+        ValueError: no text and no image, an image that is no path, or k below 1.
+        ElvaDataError: an image that cannot be read.
     """
-    query = Item(mbeir.normalise(text), image)
-    if not query.text and image is None:
+    if not isinstance(image, Path | str | None):
+        raise ValueError(f"an image is {type(image).__name__}; give the path of a file")
+    query = Item(mbeir.normalise(text), Path(image) if image else None)
+    if not query.text and not query.image:
         raise ValueError("nothing to search for: give a text, an image, or both")
     if k < 1:
         raise ValueError(f"k = {k}; ask for at least one answer")

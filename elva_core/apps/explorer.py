@@ -23,6 +23,7 @@ from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item
 from elva_core.evaluation import grains
 from elva_core.evaluation.benchmark import Measured
+from elva_core.models.vision import Stamp, stamp
 from elva_core.mrbench import verify
 from elva_core.retrieval import retriever, search
 
@@ -231,7 +232,12 @@ def _cells(tag: str, cells: Iterable[object], style: str = "") -> str:
     return f'<tr style="{style}">{"".join(columns)}</tr>'
 
 
-@lru_cache(maxsize=1024)
 def _picture(path: Path) -> str:
+    return _thumbnail(path, stamp(path))
+
+
+@lru_cache(maxsize=1024)
+def _thumbnail(path: Path, _stamp: Stamp) -> str:
+    """HTML of a picture, of the file as it was when it had this stamp."""
     data = base64.b64encode(verify.thumbnail(path, SIDE)).decode()
     return f'<img src="data:image/png;base64,{data}" style="height:{SIDE}px;vertical-align:middle">'

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ from elva_core.models.encoder import Encoder
 from elva_core.retrieval import cache, metrics, retriever
 from elva_core.retrieval.cache import Store
 from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
-from elva_core.tables import markdown_table
+from elva_core.tables import markdown_table, read_table
 
 Vectors = Callable[[Iterable[Item]], Sequence]  # items -> (N, D) embeddings
+# names of the files in units/
+SCORES = re.compile(r"(?P<unit>.+)_(?P<pool>local|global)_[0-9a-f]{12}\.csv")
+TABLES = ("results.csv", "table.csv", "table.md")
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,21 @@ def searcher_of(
     return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 
+def results_folder(out: Path) -> Path:
+    """A folder that results can be written to, made where it is missing; asked before hours of embedding.
+
+    Raises:
+        ValueError: it is a file, or cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        reason = "it is a file" if out.is_file() else error.strerror
+        raise ValueError(f"{out} cannot hold the results ({reason}); name another folder") from None
+
+
 def score(
     searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str
 ) -> pd.DataFrame | None:
@@ -106,43 +126,65 @@ def score(
     done.
 
     Writes out/units/*.csv (all metrics), out/runs (ranked lists, judgements), out/results.csv (all of them),
-    out/table.csv and out/table.md (`official_table`).
+    out/table.csv and out/table.md (`official_table`). All of them hold this call alone: scores and lists that
+    another one left there, of another model, template, unit or pool, are removed.
 
     Args:
-        model: name in the tables.
+        units, pools: each counts once. model: name in the tables and run files.
 
     Returns:
         the long table; None in a process that is not the main one.
+
+    Raises:
+        ValueError: `out` cannot be written.
     """
+    results_folder(out)
+    pairs = list(dict.fromkeys(itertools.product(pools, units)))
     if distributed.processes().num_processes > 1:
-        for unit, pool in itertools.product(units, pools):
+        for pool, unit in pairs:
             searcher.embedded(unit, pool=pool)
     if not distributed.processes().is_main_process:
         return None
     settings, parts = searcher.settings, []
-    for pool, unit in itertools.product(pools, units):
+    for pool, unit in pairs:
         embedded = searcher.embedded(unit, pool=pool)
-        path = out / "units" / f"{unit}_{pool}_{_key(embedded, settings)}.csv"
+        path = out / "units" / f"{unit}_{pool}_{_key(model, embedded, searcher)}.csv"
         if not path.is_file():
+            _remove(out, searcher.split, {(pool, unit)}.__contains__)
             result = searcher.rank(embedded)
             rows = [row | {"model": model} for row in result.table(settings.cutoffs, settings.bootstrap, 0)]
             retriever.write_run(result, out / "runs", model, searcher.split)
             retriever.write_qrels(searcher.root, unit, searcher.split, out / "runs")
-            path.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(path, retriever.tabulate(rows).to_csv(index=False))
-        parts.append(pd.read_csv(path))
+        parts.append(read_table(path))
+    _remove(out, searcher.split, lambda pair: pair not in pairs)
     results = pd.concat(parts, ignore_index=True)
     table = official_table(results)
-    files.write_whole(out / "results.csv", results.to_csv(index=False))
-    files.write_whole(out / "table.csv", table.to_csv(index=False))
-    files.write_whole(out / "table.md", markdown_table(table))
+    contents = (results.to_csv(index=False), table.to_csv(index=False), markdown_table(table))
+    for name, content in zip(TABLES, contents, strict=True):
+        files.write_whole(out / name, content)
     return results
 
 
-def _key(embedded: Embedded, settings: EvaluationSettings) -> str:
-    """What the scores of a unit depend on: vectors, judgements and settings, as a hash."""
-    values = [*embedded.content, embedded.relevant, settings.model_dump_json()]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+def _key(model: str, embedded: Embedded, searcher: Searcher) -> str:
+    """What scores and ranked lists depend on: name, ids, vectors, judgements and settings, as a hash."""
+    settings = searcher.settings.model_dump_json()
+    values = [model, searcher.split, *embedded.content, embedded.relevant, settings]
+    ids = (embedded.queries.ids.tobytes(), embedded.candidates.ids.tobytes())
+    return hashlib.sha256(b"".join([json.dumps(values).encode(), *ids])).hexdigest()[:12]
+
+
+def _remove(out: Path, split: str, chosen: Callable[[tuple[str, str]], bool]) -> None:
+    """Removes what `score` left in a folder of the (pool, unit) pairs that are chosen.
+
+    The tables first, which tell of them; then the scores, whose absence says that there are no ranked lists.
+    """
+    for path in sorted((out / "units").glob("*.csv")):
+        match = SCORES.fullmatch(path.name)
+        if match and chosen((match["pool"], match["unit"])):
+            lists = retriever.run_files(out / "runs", match["unit"], match["pool"], split)
+            for old in (*(out / name for name in TABLES), path, *lists):
+                old.unlink(missing_ok=True)
 
 
 def official_table(results: pd.DataFrame) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from elva_core.data import sources as prepare
 from elva_core.data.caption_sets import SETS, Task
 from elva_core.data.items import Item
 from elva_core.evaluation import statistics
-from elva_core.evaluation.benchmark import Vectors
+from elva_core.evaluation.benchmark import Vectors, results_folder
 from elva_core.files import ElvaDataError
 from elva_core.retrieval import search
 from elva_core.tables import markdown_table, percent_cells
@@ -323,28 +323,34 @@ def run(
 ) -> pd.DataFrame | None:
     """Scores the sets of a folder with one model.
 
-    Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json.
+    Writes out/results.csv, table2.csv, table2.md and, of CIRCO's test split, circo_test.json; those of an
+    earlier call are gone, whether this one has their sets or not.
 
     Returns:
         the long table; None in a process that is not the main one, which only embeds.
+
+    Raises:
+        ValueError: `out` cannot be written.
     """
-    hits = []
+    hits, out, submissions = [], results_folder(out), {}
     for name in caption_sets.present(folder, names):
         tasks = caption_sets.load(name, folder / SETS[name].folder, encoding=encoding)
         if not distributed.processes().is_main_process:
             for task in tasks:
                 vectors(task.queries), vectors(task.candidates)
             continue
-        out.mkdir(parents=True, exist_ok=True)
         hits.append(score(name, tasks, vectors).assign(model=model))
         for task in tasks:
             if task.ids and not any(task.positives):
-                files.write_whole(out / f"{name}_{task.name}.json", json.dumps(submission(task, vectors)))
+                submissions[f"{name}_{task.name}.json"] = json.dumps(submission(task, vectors))
     if not hits:
         return None
     results = table(pd.concat(hits), samples, 0).assign(encoding=encoding)
     official = table2(results)
-    files.write_whole(out / "results.csv", results.to_csv(index=False))
-    files.write_whole(out / "table2.csv", official.to_csv(index=False))
-    files.write_whole(out / "table2.md", markdown_table(official))
+    tables = {"results.csv": results.to_csv(index=False), "table2.csv": official.to_csv(index=False)}
+    contents = submissions | tables | {"table2.md": markdown_table(official)}
+    for old in (*contents, *(f"{name}_test.json" for name in SETS)):  # a kill leaves no two calls' files
+        (out / old).unlink(missing_ok=True)
+    for name, content in contents.items():
+        files.write_whole(out / name, content)
     return results

@@ -18,6 +18,7 @@ from elva_core.data import mbeir
 from elva_core.evaluation import captions, statistics
 from elva_core.experiments import claims
 from elva_core.experiments.stages import STAGES, Stage, manifest
+from elva_core.tables import read_table
 
 REPORT = "90_report"
 PLAIN = (
@@ -46,12 +47,9 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     A later row takes the place of an earlier one of its name and backbone: the study's of the chain's single
     run.
     """
-    texts = dict.fromkeys(("unit", "group", "baseline", "backbone"), "")
     order = sorted(STAGES[REPORT], key="60_ablate".__eq__)  # the study last
     tables = [run.require(stage) / "measured.csv" for stage in order]
-    measured = pd.concat(
-        [pd.read_csv(path).fillna(texts) for path in tables if path.is_file()], ignore_index=True
-    )
+    measured = pd.concat([read_table(path) for path in tables if path.is_file()], ignore_index=True)
     return claims.assemble(
         measured,
         reported,
@@ -65,7 +63,7 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
     """What this run measured of the paper's Tables 1, 2, 6 and 7, by their columns; empty on other data."""
     # Table 1: the sixteen units at their own cut-offs, and their mean
     columns = ["value", "ci_low", "ci_high", "n"]
-    results = pd.read_csv(run.require("50_evaluate") / "results.csv")
+    results = read_table(run.require("50_evaluate") / "results.csv")
     results = results.query("model == 'stage 3' and pool == 'local'").set_index(["unit", "metric"])
     official = dict(zip(reported["table1"]["columns"], mbeir.OFFICIAL_UNITS.items(), strict=True))
     keys = {column: (unit, f"hit@{k}") for column, (unit, k) in official.items()}
@@ -74,9 +72,8 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
         units.loc["Avg"] = {"value": units["value"].mean(), "n": units["n"].sum()}
 
     # Table 6: MRBench
-    hits = pd.read_csv(run.require("50_evaluate") / "mrbench.csv").query(
-        "model == 'stage 3' and metric == 'hit@5'"
-    )
+    hits = read_table(run.require("50_evaluate") / "mrbench.csv")
+    hits = hits.query("model == 'stage 3' and metric == 'hit@5'")
     names = dict(zip(run.settings.mrbench.units, reported["table6"]["columns"], strict=False)) | {
         "average": "Avg"
     }
@@ -87,14 +84,14 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
     )
 
     # Table 2: unseen sets, without intervals
-    unseen = pd.read_csv(run.require("80_generalise") / "unseen.csv").fillna({"group": ""})
+    unseen = read_table(run.require("80_generalise") / "unseen.csv")
     table2 = captions.table2(unseen.query("question == 'Table 2' and model == 'stage 3'")).drop(
         columns="model"
     )
     sets = table2.T.dropna().set_axis(["value"], axis=1) / 100 if len(table2) else pd.DataFrame()
 
     # Table 7: videos, at the most frames
-    clips = pd.read_csv(run.require("82_transfer") / "clips.csv").query(
+    clips = read_table(run.require("82_transfer") / "clips.csv").query(
         "model == 'stage 3' and words == 'name'"
     )
     clips = clips[clips["frames"] == clips["frames"].max()]

@@ -24,6 +24,7 @@ from elva_core.models import encoder
 from elva_core.retrieval import retriever
 
 CARD = "elva.json"  # of a model folder; "template" says how it is read
+FORMS = "pass a text, a PIL image, an image's path, or {'text': ..., 'image': ...}"
 
 
 class Embedder(InputModule):
@@ -59,9 +60,10 @@ class Embedder(InputModule):
         `task` and `processing_kwargs` are given by the library and mean nothing here.
 
         Raises:
-            ValueError: an input that is no text, image or both.
+            ValueError: an input that is no text, image or both; says where in `entries`, which the library
+            sorts, longest first.
         """
-        return {"pairs": [_pair(entry, prompt or "") for entry in entries]}
+        return {"pairs": [_pair(entry, prompt or "", place) for place, entry in enumerate(entries)]}
 
     def forward(self, features: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Embeddings (B, D), float32, on the model's device."""
@@ -115,7 +117,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     )
 
 
-def _pair(entry: object, prompt: str) -> tuple[str, object]:
+def _pair(entry: object, prompt: str, place: int) -> tuple[str, object]:
     """Text and image of one input, in the forms the library documents."""
     if isinstance(entry, list) and len(entry) == 1:  # a chat message comes as a conversation of one
         (entry,) = entry
@@ -123,9 +125,9 @@ def _pair(entry: object, prompt: str) -> tuple[str, object]:
     if isinstance(entry, str) and not is_image_url_or_path(entry):
         parts = {"text": entry}
     if unknown := sorted(map(str, parts.keys() - {"text", "image"})):
-        raise ValueError(
-            f"an input has {unknown}; pass a text, a PIL image, an image's path, or "
-            "{'text': ..., 'image': ...}"
-        )
-    text = parts.get("text", "")
+        raise ValueError(f"input {place} of a batch has {unknown}; {FORMS}")
+    if all(part is None for part in parts.values()):
+        raise ValueError(f"input {place} of a batch is {entry!r}, without text and image; {FORMS}")
+    text = parts.get("text")
+    text = "" if text is None else text
     return inputs.instructed(prompt, text) if prompt and isinstance(text, str) else text, parts.get("image")

@@ -6,6 +6,7 @@ push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=config
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -14,12 +15,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from elva_core.config import EncoderSettings, Settings
+from elva_core.tables import read_table
 
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "README.md")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -64,7 +65,7 @@ def push(
             or a hub that says no.
     """
     target = Path(to).expanduser()
-    name = target.name if is_folder(to) else to
+    name = target.resolve().name if is_folder(to) else to
     with staged_copy(model) as staged:
         readme = staged / "README.md"
         if not readme.is_file():
@@ -186,7 +187,7 @@ def results_table(path: Path) -> str:
     Raises:
         PublishError: neither results.csv of `evaluate` nor claims.csv of a report.
     """
-    table = pd.read_csv(path, dtype={"seeds": str})
+    table = read_table(path)
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
         rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
         names, scale, form = ["model", "unit", "pool", "metric"], 100, "{:.1f}"
@@ -228,21 +229,27 @@ def whole_folder(target: Path, mark: str) -> Iterator[Path]:
         mark: the file by which a folder that may be replaced is known; an empty one may, too.
 
     Raises:
-        PublishError: the target is in use.
+        PublishError: the target is in use, or this process stands in it.
     """
+    target = target.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise PublishError(f"{target} is the folder you are in, or above it; name one inside it, ./elva")
     if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
         raise PublishError(f"{target} holds other files; name an empty or a new folder")
     if target.is_file():
         raise PublishError(f"{target} is a file; name a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial, retired = (target.with_name(f".{target.name}.{word}") for word in ("partial", "retired"))
-    for old in (partial, retired):
-        shutil.rmtree(old, ignore_errors=True)
-    yield partial
-    if target.exists():
-        target.rename(retired)
-    partial.rename(target)
-    shutil.rmtree(retired, ignore_errors=True)
+    # names of this process's own: another one may export to the same place
+    own = f".{target.name}.{os.getpid()}"
+    partial, retired = (target.with_name(f"{own}.{word}") for word in ("partial", "retired"))
+    try:
+        yield partial
+        if target.exists():
+            target.rename(retired)
+        partial.rename(target)
+        shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _to_hub(staged: Path, name: str, api: HfApi) -> str:

@@ -43,7 +43,7 @@ class MtebEncoder(AbsEncoder):
         revision = weights[0].get("sha256", "unknown")[:12] if weights else "unsaved"
         self.mteb_model_meta = ModelMeta.create_empty().model_copy(
             update={
-                "name": f"elva/{Path(encoder.source).name}",
+                "name": f"elva/{Path(encoder.source).resolve().name}",
                 "revision": f"{revision}-{template}",
                 "n_parameters": encoder.backbone.num_parameters(),
                 "embed_dim": encoder.backbone.config.get_text_config().hidden_size,
@@ -87,8 +87,11 @@ class MtebEncoder(AbsEncoder):
         if not batch.keys() & {"text", "image"}:
             raise ValueError(f"a batch has {sorted(batch)}; this model reads text and images")
         images = batch.get("image", [None] * len(batch.get("text", ())))
-        texts = batch.get("text", [""] * len(images))
+        texts = batch.get("text", [None if image is None else "" for image in images])
+        for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+            if text is None and image is None:
+                raise ValueError(f"input {place} of a batch has neither text nor image; drop it")
         prefix = mbeir.normalise(instruction)
-        texts = [mbeir.normalise(f"{prefix} {text}") for text in texts]  # as Root.query_text
+        texts = [mbeir.normalise(f"{prefix} {text or ''}") for text in texts]  # as Root.query_text
         with inputs.items(list(zip(texts, images, strict=True))) as items:
             return retriever.encode(self.encoder, items, batch=len(items), template=self.template)[0]

@@ -49,7 +49,8 @@ def sentence_transformer(
         _write(staged / "elva.json", card)
         _write(staged / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": MODULE}])
         _write(staged / "config_sentence_transformers.json", configuration(texts))
-        (staged / "README.md").write_text(hub.card(staged, to.name, prompts=texts), encoding="utf-8")
+        readme = hub.card(staged, to.resolve().name, prompts=texts)
+        (staged / "README.md").write_text(readme, encoding="utf-8")
         hub.refuse_local_paths(staged)
         return Path(hub.to_folder(staged, to))
 

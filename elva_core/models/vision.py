@@ -8,7 +8,7 @@ The tower computes in fewer, larger operations than in transformers; its feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,26 @@ CLIPS_AT_ONCE = 8  # of 12 frames take three quarters of the memory of 64 images
 VISION_ATTENTION = "flash_by_sdpa"
 
 
+Stamp = tuple[int | None, int | None]  # size in bytes and time of change in ns; None where no file is
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells an overwritten file from the one it was, without reading it.
+
+    A missing file has one, too: it is refused where it is opened.
+    """
+    if not path.is_file():
+        return None, None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _changed(sources: Sequence[Path | Clip], kept: Mapping[Path | Clip, tuple[Stamp, object]]) -> dict:
+    """Distinct sources, with the stamp of their file, of which nothing is kept or whose file has changed."""
+    stamps = {s: stamp(s.path if isinstance(s, Clip) else s) for s in dict.fromkeys(sources)}
+    return {s: now for s, now in stamps.items() if s not in kept or kept[s][0] != now}
+
+
 class VisionFeatures(NamedTuple):
     """What the vision tower makes of an image or a clip.
 
@@ -45,15 +65,16 @@ class Vision:
 
     Args:
         model: a Qwen2-VL or Qwen2.5-VL of transformers; its tower is given the faster operations in place.
-        keep: the features of each file and clip, until `forget`.
+        keep: the features of each file and clip, until the file changes or `forget`.
     """
 
     def __init__(self, model, processor, *, keep: bool) -> None:
         self.model, self.processor, self.keep = model, processor, keep
         # (pixels, grids) -> pixels; set only while a small backbone is taught, which sees every image anew
         self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self._features: dict[Path | Clip, VisionFeatures] = {}
-        self._pixels: dict[Path, tuple[torch.Tensor, torch.Tensor]] = {}
+        # file or clip -> what `stamp` said of its file, then what was made of it
+        self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
+        self._pixels: dict[Path, tuple[Stamp, tuple[torch.Tensor, torch.Tensor]]] = {}
         quicken(model.model.visual)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
@@ -69,13 +90,14 @@ class Vision:
         self._features.clear()
 
     def _kept_or_computed(self, sources: Sequence, compute: Callable, at_once: int) -> list[VisionFeatures]:
-        missing, fresh = [s for s in dict.fromkeys(sources) if s not in self._features], {}
-        for start in range(0, len(missing), at_once):
-            part = missing[start : start + at_once]
-            fresh |= zip(part, compute(part), strict=True)
+        missing, fresh = _changed(sources, self._features), {}
+        sought = list(missing)
+        for start in range(0, len(sought), at_once):
+            part = sought[start : start + at_once]
+            fresh |= {s: (missing[s], f) for s, f in zip(part, compute(part), strict=True)}
         if self.keep and not self.augment:
             self._features |= fresh
-        return [fresh[s] if s in fresh else self._features[s] for s in sources]
+        return [(fresh[s] if s in fresh else self._features[s])[1] for s in sources]
 
     @torch.no_grad()
     def image_features(self, paths: Sequence[Path]) -> list[VisionFeatures]:
@@ -99,11 +121,12 @@ class Vision:
         """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` is set."""
         if not self.augment:
             return self._on_device(*self._patches(paths))
-        if missing := [p for p in dict.fromkeys(paths) if p not in self._pixels]:
-            pixels, grids = self._patches(missing)
+        if missing := _changed(paths, self._pixels):
+            pixels, grids = self._patches(list(missing))
             rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
-            self._pixels |= zip(missing, zip(rows, grids, strict=True), strict=True)
-        rows, grids = zip(*(self._pixels[p] for p in paths), strict=True)
+            read = zip(rows, grids, strict=True)
+            self._pixels |= zip(missing, zip(missing.values(), read, strict=True), strict=True)
+        rows, grids = zip(*(self._pixels[p][1] for p in paths), strict=True)
         pixels, grids = self._on_device(torch.cat(rows).float(), torch.stack(grids))
         return self.augment(pixels, grids), grids
 

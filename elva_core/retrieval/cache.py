@@ -1,6 +1,7 @@
 """Embeddings on disk: float16 shards, looked up by the content of what was embedded.
 
-A killed run goes on at the next shard.
+A killed run goes on at the next shard. Processes that evaluate one model at once share a folder: each adds
+shards of names that are its own.
 
 store = Store(folder, encoder, batch=64, template="summary")
 vectors = store(items)        # an array on disk in the order of `items`, read row by row where it is sliced
@@ -9,6 +10,7 @@ vectors = store(items)        # an array on disk in the order of `items`, read r
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from elva_core import distributed, files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
 from elva_core.models.encoder import Encoder, lineage
-from elva_core.retrieval.retriever import encode
+from elva_core.retrieval.retriever import encode, identity
 
 EMBEDDINGS = files.OUTPUTS / "cache/embeddings"
 SHARD = 16_384  # vectors of a file: 50 MB at 1,536 dimensions, minutes of work on one GPU
@@ -95,21 +97,13 @@ class Store:
 
     def _write(self, names: np.ndarray, vectors: np.ndarray) -> None:
         """The vectors, then the names: a shard without names does not exist."""
-        number = len(self._files)
+        # no two writers give a shard one name, or the names of one would stand beside vectors of the other
+        shard = f"{len(self._files):06}-{uuid.uuid4().hex}"
         for kind, array in (("vectors", vectors), ("items", names)):
-            partial = self._folder / f"{number:06}.{kind}.partial.npy"
-            np.save(partial, array)
-            partial.rename(self._folder / f"{number:06}.{kind}.npy")
+            with files.whole(self._folder / f"{shard}.{kind}.npy") as partial, partial.open("wb") as out:
+                np.save(out, array)
 
 
 def _name(item: Item) -> int:
-    """60 bits for the parts of an item: among six million the chance of two alike is 16 in a million.
-
-    An image or a clip counts by path, size and time of change: reading its bytes would take as long as
-    embedding it.
-    """
-    parts: list = []
-    for path in (*item.images, *(clip.path for clip in item.clips)):
-        stat = path.stat() if path.is_file() else None  # a missing one is refused where it is opened
-        parts += [path, stat and stat.st_size, stat and stat.st_mtime_ns]
-    return mbeir.stable_hash(item.text, *parts, *item.more)
+    """60 bits for the parts of an item: among six million the chance of two alike is 16 in a million."""
+    return mbeir.stable_hash(*identity(item))

@@ -6,6 +6,7 @@ result = Searcher(encoder, root, "test", settings).evaluate("mscoco_task0", pool
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,20 @@ from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models import generation
 from elva_core.models.encoder import Encoder
+from elva_core.models.vision import stamp
 from elva_core.retrieval import metrics, search
 
+PLACES = {"local": "single", "global": "union"}  # UniIR's words for pools, in names of run files
 COLUMNS = ("model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n")  # of a table of results
+
+
+def identity(item: Item) -> tuple:
+    """What the embedding of an item depends on: its parts, and the size and time of change of its files.
+
+    An image or a clip counts by path and these: reading its bytes would take as long as embedding it.
+    """
+    paths = (*item.images, *(clip.path for clip in item.clips))
+    return (item.text, *(value for path in paths for value in (path, *stamp(path))), *item.more)
 
 
 @torch.no_grad()
@@ -154,22 +166,24 @@ class Searcher:
     ) -> None:
         self.encoder, self.root, self.split, self.settings = encoder, root, split, settings
         self.template, self.seed = template, seed
-        self._known: dict[Item, tuple[np.ndarray, str]] = {}
+        self._known: dict[Item, tuple[tuple, np.ndarray, str]] = {}  # `identity`, embedding, summary
         self.vectors = store or self._in_memory
         self.embed_pool = embed_pool or self.vectors
 
     def _in_memory(self, items: Iterable[Item]) -> np.ndarray:
         """(N, D) embeddings."""
         items = list(items)
-        missing = [i for i in dict.fromkeys(items) if i not in self._known]
+        identities = {i: identity(i) for i in dict.fromkeys(items)}
+        missing = [i for i, now in identities.items() if i not in self._known or self._known[i][0] != now]
         if missing:
             vectors, texts = encode(self.encoder, missing, batch=self.settings.batch, template=self.template)
-            self._known.update(zip(missing, zip(vectors, texts, strict=True), strict=True))
-        return np.stack([self._known[i][0] for i in items])
+            for item, vector, text in zip(missing, vectors, texts, strict=True):
+                self._known[item] = identities[item], vector, text
+        return np.stack([self._known[i][1] for i in items])
 
     def summary(self, item: Item) -> str:
         """The text the model wrote for an item that was embedded before."""
-        return self._known[item][1]
+        return self._known[item][2]
 
     def query(self, query: mbeir.Query, unit: str, prompt_index: int | None = None) -> Item:
         """The query with its instruction, chosen by a stable hash of split, unit and qid, or by index."""
@@ -197,10 +211,13 @@ class Searcher:
             sample: at most so many queries, in their order, chosen by a stable hash: fewer are part of more.
 
         Raises:
-            ElvaDataError: a query without judgement, or (global pool) a judged did that the pool lacks.
+            ElvaDataError: no query, one without judgement, or (global pool) a judged did that the pool lacks.
         """
         source = root or self.root
-        queries, judged = source.queries(unit, self.split), source.qrels(unit, self.split)
+        queries, path = source.queries(unit, self.split), source.query_path(unit, self.split)
+        if not len(queries):
+            raise files.ElvaDataError(f"{path} has no queries; restore the file, or leave the unit out")
+        judged = source.qrels(unit, self.split)
         candidates = source.pool(unit, self.split, pool)
         if sample is not None:
             order = sorted(range(len(queries)), key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
@@ -244,19 +261,30 @@ def write_run(result: UnitResult, folder: Path, run_id: str, split: str = "test"
     """The ranked lists as trec_eval reads them, and as UniIR names and writes them.
 
     Columns: qid Q0 did rank score run [task]; UniIR's files have the last.
+
+    Args:
+        run_id: its blanks become underscores, for they end a column; "run" where nothing is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    depth, place = result.top.shape[1], "single" if result.pool == "local" else "union"
+    depth, place = result.top.shape[1], PLACES[result.pool]
     trec = folder / f"{result.unit}_{result.pool}_trec.txt"
     uniir = folder / f"mbeir_{result.unit}_{place}_pool_{split}_k{depth}_run.txt"
+    tag = "_".join(run_id.split()) or "run"
     lines = [
-        (f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {run_id}", query.task)
+        (f"{query.qid} Q0 {result.candidates[row].did} {rank} {value:.6f} {tag}", query.task)
         for query, rows, scores in zip(result.queries, result.top, result.scores, strict=True)
         for rank, (row, value) in enumerate(zip(rows, scores, strict=True), start=1)
     ]
     files.write_whole(trec, "".join(f"{line}\n" for line, _ in lines))
     files.write_whole(uniir, "".join(f"{line} {task}\n" for line, task in lines))
     return [trec, uniir]
+
+
+def run_files(folder: Path, unit: str, pool: str, split: str) -> list[Path]:
+    """The ranked lists of a unit and pool that `write_run` left in a folder, of any depth."""
+    uniir = re.compile(rf"mbeir_{re.escape(unit)}_{PLACES[pool]}_pool_{split}_k\d+_run\.txt")
+    names = (path.name for path in folder.glob("*.txt"))
+    return [folder / name for name in names if name == f"{unit}_{pool}_trec.txt" or uniir.fullmatch(name)]
 
 
 def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -199,3 +200,12 @@ def test_a_query_against_a_pool_on_disk_is_embedded_without_being_kept(measured,
 def test_answers_are_shown_inline_without_a_widget(measured):
     page = explorer.inline(measured, "emoji_task0", measured[0].bench["emoji_task0"].queries[0], DEPTH).data
     assert page.count("<table") == 2 and page.count("<img") == 2 * DEPTH and page.count("Asked:") == 1
+
+
+def test_a_picture_that_is_overwritten_is_shown_as_it_is_now(tmp_path):
+    shown = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (40, 40), color).save(tmp_path / "x.bmp")
+        os.utime(tmp_path / "x.bmp", ns=(len(shown), len(shown)))
+        shown.append(explorer._picture(tmp_path / "x.bmp"))
+    assert shown[0] != shown[1]

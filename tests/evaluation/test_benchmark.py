@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import faiss
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import ODD_NAMES
 from elva_core import config
 from elva_core.data import mbeir
 from elva_core.data.mbeir import Candidate, Query
@@ -232,3 +235,72 @@ def test_files_of_the_ranked_lists(tiny, official, wanted, encoded, tmp_path):
     assert metrics.hit_rate_at_k(result.ranks, 5)[0] == hit
     (row,) = benchmark.prompt_spread(asked, ["oven_task6"], 5).to_dict("records")
     assert row["lowest"] <= row["mean"] <= row["highest"] and row["lowest"] < row["highest"]
+
+
+def contents(folder) -> dict[str, str]:
+    """Every file of a folder but the judgements, which are the root's."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and "qrels" not in path.name]
+    return {str(path.relative_to(folder)): path.read_text() for path in paths}
+
+
+def test_the_same_folder_again_holds_what_the_last_call_writes_into_a_new_one(tiny, official, wanted, tmp_path, interrupted):
+    def call(out, model, sign, units=("oven_task6", "mscoco_task0"), pools=("local", "global"), cutoffs=(1, 5, 10)):
+        def embed(items, sign=1):
+            return np.stack([vector(item) for item in items]) * np.float32(sign)
+
+        settings = wanted.model_copy(update={"cutoffs": cutoffs})
+        asked = retriever.Searcher(tiny, official, "test", settings, store=lambda items: embed(items, sign), embed_pool=embed)
+        return benchmark.score(asked, units, pools, out, model=model)
+
+    calls = [("a", 1), ("a", -1), ("a", 1), ("b", 1), ("b", 1, ("oven_task6",), ("local",)), ("b", 1, ("oven_task6",), ("local",), (1, 5))]
+    for number, one in enumerate(calls):
+        results = call(tmp_path / "again", *one)
+        call(tmp_path / str(number), *one)
+        assert contents(tmp_path / "again") == contents(tmp_path / str(number)), one
+        assert set(results["model"]) == {one[0]}
+    with interrupted(retriever.Searcher, "rank", 2):
+        call(tmp_path / "again", "c", 1)
+    left = contents(tmp_path / "again")
+    assert not {"results.csv", "table.csv", "table.md"} & set(left)  # they would tell of another model than the lists do
+    assert {line.split()[5] for name, text in left.items() if "runs/" in name for line in text.splitlines()} == {"c"}
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "", " "])
+def test_every_name_of_a_model_stands_in_its_tables_and_leaves_run_files_their_columns(name, tiny, official, wanted, encoded, tmp_path):
+    for _ in range(2):  # written, and read back
+        results = benchmark.score(searcher(tiny, official, wanted, tmp_path), ["oven_task6"], ("local",), tmp_path / "out", model=name)
+        assert set(results["model"]) == {name} and len(benchmark.official_table(results)) == 1
+    assert f"| {name} | local |" in (tmp_path / "out/table.md").read_text()
+    for path in (tmp_path / "out/runs/oven_task6_local_trec.txt", *(tmp_path / "out/runs").glob("mbeir_*")):
+        lines = [line.removesuffix("\n").split(" ") for line in path.open()]
+        assert {len(line) for line in lines} == {7 if "mbeir" in path.name else 6} and all(all(line) for line in lines)
+        assert not any("\t" in line[5] for line in lines)
+
+
+def test_a_unit_or_pool_that_is_named_twice_counts_once(tiny, official, wanted, encoded, tmp_path):
+    once, twice = (
+        benchmark.score(searcher(tiny, official, wanted, tmp_path), units, pools, tmp_path / str(len(units)), model="m")
+        for units, pools in ((["oven_task6"], ("local",)), (["oven_task6"] * 2, ("local",) * 2))
+    )
+    pd.testing.assert_frame_equal(once, twice)
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+def test_a_folder_that_cannot_hold_results_is_refused_before_anything_is_embedded(kind, tiny, official, wanted, encoded, tmp_path):
+    with tempfile.TemporaryDirectory() as place:  # where another user may look
+        out = Path(place) / "out"
+        if kind == "read-only":
+            out.mkdir(mode=0o555)
+        else:
+            out.write_text("years of work")
+        out = out / "deeper" if kind == "below a file" else out
+        user = os.geteuid()
+        Path(place).chmod(0o755)
+        asked = searcher(tiny, official, wanted, tmp_path)
+        os.seteuid(user or 65_534)  # root may write anywhere
+        try:
+            with pytest.raises(ValueError, match=r"out.* cannot hold the results \(.+\); name another folder"):
+                benchmark.score(asked, ["oven_task6"], ("local",), out, model="m")
+        finally:
+            os.seteuid(user)
+        assert not encoded

@@ -28,6 +28,7 @@ from elva_core.experiments import claims, figures
 from elva_core.experiments import results as schema
 from elva_core.files import ElvaDataError
 from elva_core.retrieval import cache
+from elva_core.tables import read_table
 
 
 def picture(path, shade=0):
@@ -488,6 +489,26 @@ def test_the_command_lints_scores_and_writes_the_table(tiny, sets, tmp_path, cap
     assert cli.main(["unseen", "--sets", str(sets), "--set", "sugarcrepe", "--lint"]) == 0
     assert cli.main(["unseen", "--sets", str(sets), "--set", "nothing", "--lint"]) == 1
     assert "no sets ['nothing']" in capsys.readouterr().err
+
+
+def test_the_same_folder_again_holds_the_last_call_alone(sets, tmp_path):
+    def vectors(items):
+        drawn = [np.random.default_rng(mbeir.stable_hash(str(item))).normal(size=8) for item in items]
+        return np.stack([v / np.linalg.norm(v) for v in drawn]).astype(np.float32)
+
+    def contents(folder):
+        return {path.name: path.read_text() for path in folder.iterdir()}
+
+    how = {"encoding": "by direction", "samples": 5}
+    for number, (model, names) in enumerate([("a", ["circo", "sugarcrepe"]), ("None", ["sugarcrepe"]), ("b", ["circo"])]):
+        captions.run(sets, names, vectors, tmp_path / "again", model=model, **how)
+        captions.run(sets, names, vectors, tmp_path / f"{number}", model=model, **how)
+        assert contents(tmp_path / "again") == contents(tmp_path / f"{number}")
+        assert ("circo_test.json" in contents(tmp_path / "again")) == ("circo" in names)
+        assert set(read_table(tmp_path / "again/results.csv")["model"]) == {model}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file cannot hold the results \(it is a file\)"):
+        captions.run(sets, ["circo"], vectors, tmp_path / "file", model="a", **how)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import datasets
@@ -16,6 +17,7 @@ from elva_core import cli
 from elva_core.apps import answers
 from elva_core.data import items, mbeir
 from elva_core.export import faiss_index, hub
+from elva_core.files import ElvaDataError
 from elva_core.models import encoder
 from elva_core.retrieval import cache, retriever, search
 from elva_core.retrieval import pool as pools
@@ -238,3 +240,40 @@ def test_an_index_that_was_moved_asks_where_its_model_and_images_are(made, own, 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["search", "--index", str(own), "--model", made[0].source, "a dog", "--profile", "smoke"]) == 0
     assert "search_a_dog.png without images; say where they are with --root ROOT" in capsys.readouterr().out
+
+
+def test_a_query_picture_is_read_as_it_is_now_by_path_or_by_name(made, root, tmp_path):
+    loaded, pool, _ = made
+    place, first = tmp_path / "query.png", None
+    for row in (0, 1):
+        picture = root.image_path(pool.candidates[row].image)
+        place.write_bytes(picture.read_bytes())
+        expected = answers.search(loaded, pool, "", picture, k=5).table()
+        for image in (place, str(place)):
+            pd.testing.assert_frame_equal(answers.search(loaded, pool, image=image, k=5).table(), expected)
+        assert first is None or not expected.equals(first)
+        first = expected
+    with pytest.raises(ElvaDataError, match=r"nowhere\.png is missing"):
+        answers.search(loaded, pool, "a dog", "nowhere.png")
+    with pytest.raises(ValueError, match=r"an image is Image; give the path of a file"):
+        answers.search(loaded, pool, "a dog", Image.new("RGB", (8, 8)))
+
+
+def test_sheets_of_queries_that_words_do_not_tell_apart_have_names_of_their_own(made, tmp_path):
+    pool, word = made[1], "running " * 20
+    texts = ["\u2764", "\U0001f436", "?!", "dog \u2764", "dog", f"{word} a", f"{word} b"]
+    names = {text: answers.Answers(items.Item(text), "", [], [], pool).file_name() for text in texts}
+    assert len(set(names.values())) == len(texts) and names["dog"] == "search_dog.png"
+    assert all(re.fullmatch(r"search_\w*\.png", name) and len(name) < 100 for name in names.values())
+
+
+def test_export_into_the_folder_one_is_in_is_refused_with_a_line(made, tmp_path, monkeypatch, capsys):
+    loaded, pool, _ = made
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
+    for to in (".", "..", "../here"):
+        for more in ([], ["--index", "--root", str(pool.root.folder), "--unit", UNIT, "--profile", "smoke"]):
+            assert cli.main(["export", "--model", loaded.source, "--to", to, *more]) == 1
+            assert "is the folder you are in, or above it; name one inside it" in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import re
 import shutil
 
@@ -15,6 +16,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForImageTextToText
 
 import families
+from conftest import ODD_NAMES
 from elva_core import cli
 from elva_core.data import images
 from elva_core.data import items as data_items
@@ -258,3 +260,31 @@ def test_claims_show_what_the_report_shows_first(tmp_path):
         "| stage 3, average | B | hit@5 |  | 3 |  | 33.6 [31.1, 36.1] | 1200 |",
         "| stage 3 over stage 2 | B | relative gain of hit@5, % | 13.1 | 3 | not reproduced | 0.7 [-1.5, 2.7] | 1200 |",
     ]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_results_are_shown_under_the_name_of_their_model(name, tmp_path):
+    row = {"model": name, "unit": name, "pool": "local", "metric": "hit@5", "value": 0.5, "ci_low": 0.25, "ci_high": 0.75, "n": 4}
+    pd.DataFrame([row]).to_csv(tmp_path / "results.csv", index=False)
+    assert hub.results_table(tmp_path / "results.csv").splitlines()[2:] == [f"| {name} | {name} | local | hit@5 | 50.0 [25.0, 75.0] | 4 |"]
+
+
+def test_two_processes_that_export_to_one_place_do_not_disturb_each_other(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    begun, first_ended = fork.Barrier(2), fork.Event()
+
+    def export(name):
+        with hub.whole_folder(tmp_path / "out", "elva.json") as partial:
+            partial.mkdir()
+            (partial / "elva.json").write_text(name)
+            begun.wait(timeout=20)
+            assert name == "first" or first_ended.wait(timeout=20)
+        first_ended.set()
+
+    two = [fork.Process(target=export, args=(name,)) for name in ("first", "second")]
+    for one in two:
+        one.start()
+    for one in two:
+        one.join(timeout=60)
+    assert [one.exitcode for one in two] == [0, 0]
+    assert (tmp_path / "out/elva.json").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -120,5 +120,7 @@ def test_what_the_model_cannot_read_is_refused(tiny):
     where = {"task_metadata": task.metadata, "hf_split": "test", "hf_subset": "default"}
     with pytest.raises(ValueError, match=r"a batch has \['audio'\]"):
         MtebEncoder(tiny).encode([{"audio": [0]}], **where)
+    with pytest.raises(ValueError, match="input 1 of a batch has neither text nor image"):
+        MtebEncoder(tiny).encode([{"text": ["A dog.", None]}], **where)
     with pytest.raises(ValueError, match="precision 'int8'"):
         MtebEncoder(tiny).encode([], precision="int8", **where)

@@ -154,6 +154,9 @@ def test_nothing_that_lies_in_the_folder_is_run(saved, tmp_path, items):
         ({"text": 7}, "a text is int"),
         ({"role": "user", "content": "A dog."}, r"\['content', 'role'\]; pass a text"),
         (np.zeros((8, 8, 3), np.uint8), "ndarray"),
+        (None, "input 0 of a batch is None, without text and image"),
+        ({}, r"input 0 of a batch is \{\}, without text and image"),
+        ({"text": None, "image": None}, "input 0 of a batch .* without text and image"),
     ],
 )
 def test_an_input_that_cannot_be_read_is_refused_and_named(exported, form, message):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from elva_core import files
+from elva_core.data.items import Item
 from elva_core.retrieval import cache, retriever
 
 
@@ -56,3 +57,20 @@ def test_what_was_embedded_has_a_hash_wherever_the_vectors_are(tiny, root, smoke
         all_of_them, few = searcher.embedded("emoji_task0"), searcher.embedded("emoji_task0", sample=3)
         assert all_of_them.content == searcher.embedded("emoji_task0").content
         assert all_of_them.content[1] == few.content[1] != all_of_them.content[0] != few.content[0]
+
+
+def test_a_unit_without_queries_is_refused_and_named(tiny, own_root, smoke):
+    path = own_root.query_path("emoji_task0", "test")
+    path.write_text("")
+    with pytest.raises(files.ElvaDataError, match=f"{path} has no queries"):
+        retriever.Searcher(tiny, own_root, "test", smoke.evaluation, template="eol").evaluate("emoji_task0")
+
+
+def test_a_picture_that_is_overwritten_is_embedded_again(tiny, items, smoke, root, tmp_path):
+    first, second = [item.image for item in items if item.image and not item.text][:2]
+    place = tmp_path / "query.png"
+    searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation, template="eol")
+    for picture in (first, second):
+        place.write_bytes(picture.read_bytes())
+        found = searcher.vectors([Item("", place)])
+        np.testing.assert_array_equal(found, retriever.encode(tiny.forgetful(), [Item("", picture)], batch=1, template="eol")[0])
