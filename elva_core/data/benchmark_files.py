@@ -10,12 +10,14 @@ files.problems
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 
 from elva_core.data import images, mbeir
@@ -23,6 +25,40 @@ from elva_core.files import ElvaDataError
 
 MAX_BYTES = 2**31  # of one file; the largest, CC-Neg's, has some hundred million
 R = TypeVar("R")
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Columns of a CSV file as texts; the index says on which line a row ends. Blank lines are skipped.
+
+    Raises:
+        ElvaDataError: missing file, no CSV, a missing column, or a row with more or fewer cells than the
+            header; names the line.
+    """
+    if not path.is_file():
+        raise ElvaDataError(f"{path} is missing; put it there")
+    lines, rows = [], []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                if len(row) > 1 or "".join(row).strip():
+                    lines.append(reader.line_num)
+                    rows.append(row)
+        except (ValueError, csv.Error) as error:
+            place = f"{path}: not readable as CSV behind line {lines[-1] if lines else 0}"
+            raise ElvaDataError(f"{place} ({error}); repair it") from None
+    header = rows[0] if rows else []
+    if missing := [column for column in columns if column not in header]:
+        raise ElvaDataError(
+            f"{path}: {missing} is missing; expected columns {list(columns)}, repair the header"
+        )
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != len(header):
+            cells = f"{len(row)} cells, the header has {len(header)}"
+            raise ElvaDataError(f"{path}:{line}: {cells}; quote commas in texts, or remove the row")
+    places = [header.index(column) for column in columns]
+    texts = [[row[place] for place in places] for row in rows[1:]]
+    return pd.DataFrame(texts, index=lines[1:], columns=list(columns), dtype=str)
 
 
 class Files:
@@ -63,6 +99,14 @@ class Files:
                 ) from None
             self._seen[relative] = path
         return self._seen[relative]
+
+    def named(self, folder: str, suffix: str) -> dict[str, str]:
+        """stem -> path, relative to the root, of a folder's files with a suffix, in any case; none is hidden.
+
+        ".jpg" comes before ".JPG". macOS leaves a hidden ._1.jpg beside each 1.jpg on disks of others.
+        """
+        paths = sorted((self.root.folder / folder).glob("[!.]*"))
+        return {p.stem: f"{folder}/{p.name}" for p in paths if p.suffix.lower() == suffix}
 
     def path(self, relative: str) -> Path | None:
         """A file that is there and not too large, else None."""

@@ -111,19 +111,22 @@ def sharegpt4v(files: Files, prompts: Prompts) -> list[Task]:
 def urban1k(files: Files, prompts: Prompts) -> list[Task]:
     """image/{n}.jpg and the first line of caption/{n}.txt."""
     folder = files.root.folder
-    with_image = {p.stem for p in folder.glob("image/*.jpg")}
-    with_caption = {p.stem for p in folder.glob("caption/*.txt")}
-    if not with_image & with_caption:
+    image_of, caption_of = files.named("image", ".jpg"), files.named("caption", ".txt")
+    pairs = image_of.keys() & caption_of.keys()
+    if not pairs:
         files.wrong(folder, "no image/{n}.jpg with its caption/{n}.txt; unpack the set there")
-    for name in sorted(with_image ^ with_caption):
-        files.wrong(folder, f"image/{name}.jpg or caption/{name}.txt is missing; restore the pair")
+    for name in sorted(image_of.keys() ^ caption_of.keys()):
+        if image_of.get(name, ".jpg").endswith(".jpg"):
+            files.wrong(folder, f"image/{name}.jpg or caption/{name}.txt is missing; restore the pair")
+        else:  # not a name of the set's own
+            files.notes.append(f"{folder / image_of[name]} has no caption; it is left out")
 
     def parse(_, name):
-        with (folder / f"caption/{name}.txt").open(encoding="utf-8") as lines:
+        with (folder / caption_of[name]).open(encoding="utf-8-sig") as lines:
             first = lines.readline(10**6).rstrip("\n")
-        return files.image(f"image/{name}.jpg"), text(first, f"first line of {name}.txt")
+        return files.image(image_of[name]), text(first, f"first line of {name}.txt")
 
-    names = sorted(with_image & with_caption, key=lambda n: (len(n), n))
+    names = sorted(pairs, key=lambda n: (len(n), n))
     images, captions = files.columns(folder, names, parse, 2)
     files.repeated(folder, "caption", captions)
     return both_ways(images, captions, range(len(images)), prompts)
@@ -132,12 +135,12 @@ def urban1k(files: Files, prompts: Prompts) -> list[Task]:
 def flickr30k(files: Files, prompts: Prompts) -> list[Task]:
     """flickr_text.json, a list of captions, five for each of images/{n}.png."""
     path, captions = files.json("flickr_text.json")
-    count = len(list((files.root.folder / "images").glob("*.png")))
-    if count * CAPTIONS != len(captions):
-        problem = f"{len(captions):,} captions for {count:,} images, expected {CAPTIONS} each"
+    named = files.named("images", ".png")
+    if len(named) * CAPTIONS != len(captions):
+        problem = f"{len(captions):,} captions for {len(named):,} images, expected {CAPTIONS} each"
         files.wrong(path, f"{problem}; one of both is incomplete")
-    numbers = range(-(-len(captions) // CAPTIONS))
-    images = dict(files.rows(path, numbers, lambda n, _: (n, files.image(f"images/{n}.png"))))
+    names = [named.get(str(n), f"images/{n}.png") for n in range(-(-len(captions) // CAPTIONS))]
+    images = dict(files.rows(path, names, lambda n, name: (n, files.image(name))))
     row_of = {n: row for row, n in enumerate(images)}
     texts = files.rows(path, captions, lambda n, c: (text(c, "caption"), n // CAPTIONS))
     known = [(caption, row_of[n]) for caption, n in texts if n in row_of]

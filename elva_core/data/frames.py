@@ -34,8 +34,8 @@ class Clip:
 class Frames:
     """What was decoded of a file.
 
-    pixels: (n, 3, H, W) uint8, RGB. indices: which of the file's `total` frames. rate: of the file, per
-    second.
+    pixels: (n, 3, H, W) uint8, RGB, upright. indices: which of the file's `total` frames. rate: of the file,
+    per second.
     """
 
     pixels: np.ndarray
@@ -75,16 +75,14 @@ def read(clip: Clip) -> Frames:
         total, rate = _measured(clip.path)
         indices = sampled(total, clip.frames)
         wanted = set(indices)
-        found = {
-            i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(_decoded(clip.path)) if i in wanted
-        }
+        pixels = {i: _upright(frame) for i, frame in enumerate(_decoded(clip.path)) if i in wanted}
     except ElvaDataError:
         raise
     except FileNotFoundError:
         raise ElvaDataError(f"video {clip.path} is missing; restore the file or drop the record") from None
     except Exception as error:  # a decoder given random bytes raises whatever its parser stumbles over
         raise ElvaDataError(f"video {clip.path} cannot be decoded ({error}); replace the file") from None
-    return Frames(np.stack([found[i] for i in indices]).transpose(0, 3, 1, 2), indices, total, rate)
+    return Frames(np.stack([pixels[i] for i in indices]).transpose(0, 3, 1, 2), indices, total, rate)
 
 
 def _opened(path: Path) -> av.container.InputContainer:
@@ -94,6 +92,27 @@ def _opened(path: Path) -> av.container.InputContainer:
 def _decoded(path: Path) -> Iterator[av.VideoFrame]:
     with _opened(path) as container:
         yield from container.decode(video=0)
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) uint8, RGB, turned and mirrored as the file's display matrix says.
+
+    Of its nine numbers four, (a, b, c, d), send a pixel at (x, y) to (a x + c y, b x + d y); a telephone
+    held upright writes those of a quarter turn (ISO/IEC 14496-12, 8.3.2). Other angles count as the nearest
+    quarter.
+    """
+    pixels = frame.to_ndarray(format="rgb24")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV has no name for something else that comes with the frame
+        return np.rot90(pixels, round(frame.rotation / 90))
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(np.int64)
+    along, down = a, d  # what x and y of the upright frame are counted by
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, along, down = pixels.transpose(1, 0, 2), c, b
+    return pixels[:: -1 if down < 0 else 1, :: -1 if along < 0 else 1]
 
 
 def _measured(path: Path) -> tuple[int, float]:

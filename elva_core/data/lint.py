@@ -171,6 +171,8 @@ def _judge(query: Query, local: Known, everything: Known, prompts: dict) -> Iter
             yield f"positive {did} is not in the local pool"
         if modality is None:
             yield f"positive {did} is not in the global pool"
+    if local is not everything and not any(did.startswith(f"{dataset}:") for did in query.positives):
+        yield f"no positive is of dataset {dataset}, so the local pool holds none"
     for modality in sorted(set(modalities.values()) - {None}):
         if TASKS.get((query.modality, modality)) != query.task:
             yield f"task_id {query.task} does not fit {query.modality} -> {modality}"

@@ -10,6 +10,7 @@ so a pool of millions never becomes millions of objects.
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import hashlib
 import json
@@ -49,7 +50,9 @@ R = TypeVar("R", Query, Candidate)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, byte offset, line) of a file, streamed.
+    """(line number from 1, byte offset, line) of a file, streamed, without byte order mark and blank end.
+
+    Of blank lines before another line only the first is given: nothing that is read here has any.
 
     Raises:
         ElvaDataError: missing file, or a line that is too long to be a record; names file and line.
@@ -57,14 +60,22 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     if not path.is_file():
         raise ElvaDataError(f"{path} is missing; an M-BEIR root needs it, check the unit and split")
     with path.open("rb") as lines:
-        offset = 0
+        offset, blank = 0, None
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             if len(line) > MAX_LINE:
                 raise ElvaDataError(
                     f"{path}:{number}: the line has more than {MAX_LINE:,} bytes; repair or remove it"
                 )
-            yield number, offset, line
-            offset += len(line)
+            start, offset = offset, offset + len(line)
+            if number == 1 and line.startswith(codecs.BOM_UTF8):
+                start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                blank = blank or (number, start, line)
+                continue
+            if blank:
+                yield blank
+                blank = None
+            yield number, start, line
 
 
 def parsed(path: Path, number: int, line: bytes, parse: Callable[[dict], R]) -> R:
@@ -305,13 +316,18 @@ class Root:
         return normalise(normalise(prompts[index % len(prompts)]) + " " + (query.text or ""))
 
     def image_path(self, relative: str) -> Path:
-        """Absolute path of an image named in a record. Raises ElvaDataError if it leaves the root."""
-        path = (self.folder / relative).resolve() if "\0" not in relative else None
-        if path is None or not path.is_relative_to(self.folder.resolve()):
+        """Absolute path of an image named in a record; a symbolic link in the root may lead anywhere.
+
+        Raises:
+            ElvaDataError: the name itself is absolute or holds "..".
+        """
+        name = Path(relative)
+        if name.is_absolute() or ".." in name.parts or "\0" in relative:
             raise ElvaDataError(
-                f"image path {relative!r} leaves the root {self.folder}; paths are relative to the root"
+                f"image path {relative!r} leaves the root {self.folder}; paths are relative to the root, "
+                'without ".."'
             )
-        return path
+        return self.folder.resolve() / name
 
 
 def stable_hash(*parts: object) -> int:

@@ -28,7 +28,7 @@ TASKS = {
 }
 MODALITIES_OF = {task: pair for pair, task in TASKS.items()}  # of query and candidate
 CANDIDATE_MODALITY = {task: pair[1] for pair, task in TASKS.items()}
-ID = re.compile(r"(\d{1,6}):([1-9]\d{0,8})", re.ASCII)
+ID = re.compile(r"(0|[1-9]\d{0,5}):([1-9]\d{0,8})", re.ASCII)  # one way to write each number
 
 
 def normalise(text: str | None) -> str:
@@ -52,7 +52,7 @@ def split_id(identifier: str) -> tuple[int, int]:
     """
     match = ID.fullmatch(identifier)
     if not match:
-        raise ElvaDataError(f'id {identifier[:80]!r} is not "dataset_id:n" with n counted from 1')
+        raise ElvaDataError(f'id {identifier[:80]!r} is not "dataset_id:n", n from 1, without leading zeros')
     return int(match[1]), int(match[2])
 
 

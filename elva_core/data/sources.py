@@ -12,7 +12,7 @@ import pandas as pd
 
 from elva_core import files
 from elva_core.config import DataSettings, Settings
-from elva_core.data import emoji, emoji_variants, mbeir
+from elva_core.data import benchmark_files, emoji, emoji_variants, mbeir
 
 NLI_COLUMNS = ["sent0", "sent1", "hard_neg"]
 
@@ -87,22 +87,18 @@ def read_nli(path: Path) -> pd.DataFrame:
     The columns are sent0 (premise), sent1 (entailed) and hard_neg (contradicted).
 
     Raises:
-        ElvaDataError: missing file, missing column, or an empty cell; names the line.
+        ElvaDataError: missing file, missing column, an empty cell, or a row with more or fewer cells than
+            the header; names the line.
     """
     if not path.is_file():
         raise files.ElvaDataError(
             f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection"
         )
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (ValueError, pd.errors.ParserError) as error:
-        raise files.ElvaDataError(f"{path}: not readable as CSV ({error})") from None
-    if missing := [c for c in NLI_COLUMNS if c not in table]:
-        raise files.ElvaDataError(f"{path}:1: columns {missing} are missing; expected {NLI_COLUMNS}")
-    empty = (table[NLI_COLUMNS] == "").any(axis=1)
+    table = benchmark_files.read_csv(path, NLI_COLUMNS)
+    empty = (table == "").any(axis=1)
     if empty.any():
-        raise files.ElvaDataError(f"{path}:{int(empty.idxmax()) + 2}: an empty cell; remove the row")
-    return table[NLI_COLUMNS]
+        raise files.ElvaDataError(f"{path}:{empty.idxmax()}: an empty cell; remove the row")
+    return table.reset_index(drop=True)
 
 
 def locate(folder: Path) -> tuple[mbeir.Root, Path]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable, Sequence
+from glob import glob
 from pathlib import Path
 
 import pandas as pd
 
+from elva_core.data.benchmark_files import read_csv
 from elva_core.data.caption_sets import Task, asked
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
@@ -36,18 +38,17 @@ def msrvtt(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
     """
     table, records = root / "MSRVTT_JSFUSION_test.csv", root / "msrvtt_test_1k.json"
     if table.is_file():
-        path, columns, first = table, ["video_id", "sentence"], 2
-        values = _opened(table, lambda path: pd.read_csv(path, dtype=str, keep_default_na=False))
+        path, values = table, read_csv(table, ["video_id", "sentence"])
     elif records.is_file():
-        path, columns, first = records, ["video_id", "caption"], 1
+        path, columns = records, ["video_id", "caption"]
         values = pd.DataFrame(_opened(records, lambda path: json.loads(path.read_bytes())))
+        if lost := [c for c in columns if c not in values]:
+            raise ElvaDataError(f"{path}: {lost} is missing; expected {columns}")
+        values = values[columns].set_axis(range(1, len(values) + 1))
     else:
         missing = f"neither {table.name} nor {records.name} is there"
         raise ElvaDataError(f"{root}: {missing}; unpack the annotations of MSR-VTT 1k-A there")
-    if lost := [c for c in columns if c not in values]:
-        raise ElvaDataError(f"{path}: {lost} is missing; expected {columns}")
-    lines = values[columns].itertuples(index=False)
-    rows = [(f"{path}:{n}", *row) for n, row in enumerate(lines, start=first)]
+    rows = [(f"{path}:{line}", *row) for line, *row in values.itertuples()]
     return _task("MSR-VTT", root, rows, frames, instruction)
 
 
@@ -62,7 +63,8 @@ def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
         ElvaDataError: as `msrvtt` has it, and a pickle with more in it than lists of words.
     """
     listed, path = root / "test_list.txt", root / "raw-captions.pkl"
-    ids = [line.strip() for line in _opened(listed, lambda p: p.read_text(encoding="utf-8")).splitlines()]
+    lines = _opened(listed, lambda p: p.read_text(encoding="utf-8-sig")).rstrip().splitlines()
+    ids = [line.strip() for line in lines]
     captions = _opened(path, lambda p: _Plain(p.open("rb")).load())
     rows = []
     for number, name in enumerate(ids, start=1):
@@ -97,7 +99,9 @@ def _task(
     name: str, root: Path, rows: Sequence[tuple[str, object, object]], frames: int, instruction: str
 ) -> Task:
     """Rows (where it stands, video id, caption) as a task; each distinct video is one candidate."""
-    paths = sorted((root / "videos").rglob("*"), reverse=True)
+    folder = root / "videos"
+    names = glob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207 - rglob follows no linked folder
+    paths = sorted((folder / name for name in names), reverse=True)
     files = {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES}
     place: dict[str, int] = {}
     for where, video, caption in rows:
@@ -106,7 +110,7 @@ def _task(
                 f"{where}: the caption of video {video!r} is {caption!r}; repair or remove it"
             )
         if video not in files:
-            problem = f"video {video!r} is not below {root / 'videos'}"
+            problem = f"video {video!r} is not below {folder}"
             raise ElvaDataError(f"{where}: {problem}; unpack the videos there")
         place.setdefault(video, len(place))
     if not rows:

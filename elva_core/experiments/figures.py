@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from elva_core.config import RewardSettings
-from elva_core.experiments.pictures import contact_sheet, image_grid, retrieved  # noqa: F401
+from elva_core.experiments.pictures import PlainFigure, contact_sheet, image_grid, retrieved  # noqa: F401
 from elva_core.training import rewards
 
 GREY, BLUE, AMBER, RED, GREEN = "#9aa0a6", "#4c78a8", "#e4a23a", "#c43d4b", "#2e8b57"
@@ -32,7 +32,7 @@ INTERVAL = ["value", "ci_low", "ci_high"]
 def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4)):
     """A figure of `size` inches and its (rows, columns) axes in the style of this package."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = PlainFigure(figsize=size, layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -7,8 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from elva_core.data import images
+
+FORMULA = r"$\mathdefault{"  # how matplotlib writes the ticks of a logarithmic axis
+
+
+class PlainFigure(Figure):
+    """A figure in which `$` starts no formula: its titles, legends and labels hold captions and names."""
+
+    def draw(self, renderer) -> None:
+        for axes in self.axes:  # asking for labels makes them; otherwise some are made while they are drawn
+            axes.get_xticklabels(), axes.get_yticklabels()
+        for text in self.findobj(Text):
+            text.set_parse_math(text.get_text().startswith(FORMULA))
+        super().draw(renderer)
 
 
 def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], title: str) -> Figure:
@@ -72,7 +86,7 @@ def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, col
 
 def _bare_axes(rows: int, columns: int, size: tuple[float, float], title: str):
     """A figure of `size` inches and its (rows, columns) axes without ticks and frames."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = PlainFigure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -93,6 +107,6 @@ def _cell(axis, caption: str, image: Path | None, fontsize: float) -> None:
 
 
 def _wrapped(text: str) -> str:
-    """The first four lines of a text, none of them wider than a cell; `$` starts no formula."""
+    """The first four lines of a text, none of them wider than a cell."""
     lines = textwrap.wrap(text, 22, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines[:4]).replace("$", r"\$")
+    return "\n".join(lines[:4])

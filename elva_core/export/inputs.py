@@ -13,15 +13,15 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from elva_core.data.images import upright_rgb
 from elva_core.data.items import Item
 
 Picture = Image.Image | Path | str
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # what a PNG holds without loss
 
 
 @contextmanager
 def items(pairs: Sequence[tuple[str, Picture | None]]) -> Iterator[list[Item]]:
-    """Items of (text, image) pairs. Images in memory lie in a temporary folder meanwhile, without loss.
+    """Items of (text, image) pairs. Images in memory lie in a temporary folder meanwhile, as upright RGB.
 
     Raises:
         ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
@@ -43,7 +43,7 @@ def _file(image: object, path: Path) -> Path | None:
     if image is None:
         return None
     if isinstance(image, Image.Image):
-        (image if image.mode in PNG_MODES else image.convert("RGB")).save(path, compress_level=1)
+        upright_rgb(image).save(path, compress_level=1)
         return path
     if not isinstance(image, str | Path) or str(image).startswith(("http://", "https://", "data:")):
         name, kind = str(image)[:80], type(image).__name__

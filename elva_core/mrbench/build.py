@@ -86,8 +86,7 @@ def build(
         pool.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root.pool_path(unit, split), pool)
         row = {"unit": unit, "queries": len(queries), "annotated": annotated, "multi-grain": len(multi)}
-        with pool.open("rb") as lines:
-            row |= {"unreadable": unreadable, "drawn": len(drawn), "pool": sum(1 for _ in lines)}
+        row |= {"unreadable": unreadable, "drawn": len(drawn), "pool": sum(1 for _ in mbeir.read_lines(pool))}
         counts.append(row)
         sheet += [_sheet_row(unit, q) for q in drawn]
     complete(bench, root, split)
@@ -122,7 +121,7 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            os.link(source, target)
+            os.link(source.resolve(), target)  # of what a symbolic link leads to
         except OSError:  # another file system
             shutil.copyfile(source, target)
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from elva_core import files
 from elva_core.data import images, mbeir
+from elva_core.data.benchmark_files import read_csv
 
 ERROR_RATE = 0.05  # of every interval and of the stop rule
 KEY = ["unit", "qid", "grains"]  # what an answer is about; other grains of the query are another question
@@ -25,16 +26,11 @@ def answers(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The sheet with the answers that `path` holds; those to other queries or other grains are left out.
 
     Raises:
-        ElvaDataError: a file that is no such sheet.
+        ElvaDataError: a file that is no such sheet, or a row of it with more or fewer cells than the header.
     """
     if not path.is_file():
         return rows.assign(accept="")
-    known = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if lost := {*KEY, "accept"} - set(known.columns):
-        raise files.ElvaDataError(
-            f"{path}: columns {sorted(lost)} are missing; remove the file to begin anew"
-        )
-    known = known.drop_duplicates(KEY)[[*KEY, "accept"]]
+    known = read_csv(path, [*KEY, "accept"]).drop_duplicates(KEY)
     accept = rows[KEY].astype(str).merge(known, how="left", on=KEY)["accept"]
     return rows.assign(accept=accept.fillna("").to_numpy())
 

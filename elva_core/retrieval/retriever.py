@@ -211,7 +211,8 @@ class Searcher:
             sample: at most so many queries, in their order, chosen by a stable hash: fewer are part of more.
 
         Raises:
-            ElvaDataError: no query, one without judgement, or (global pool) a judged did that the pool lacks.
+            ElvaDataError: no query, a query without judgement or without a positive in the pool, or (global pool)
+                a judged did that the pool lacks.
         """
         source = root or self.root
         queries, path = source.queries(unit, self.split), source.query_path(unit, self.split)
@@ -219,11 +220,13 @@ class Searcher:
             raise files.ElvaDataError(f"{path} has no queries; restore the file, or leave the unit out")
         judged = source.qrels(unit, self.split)
         candidates = source.pool(unit, self.split, pool)
+        places = list(range(len(queries)))
         if sample is not None:
-            order = sorted(range(len(queries)), key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
-            queries = [queries[i] for i in sorted(order[:sample])]
+            places.sort(key=lambda i: mbeir.stable_hash("sample", queries[i].qid))
+            places = sorted(places[:sample])
+            queries = [queries[i] for i in places]
         relevant, path = [], source.qrels_path(unit, self.split)
-        for query in queries:
+        for place, query in zip(places, queries, strict=True):
             if query.qid not in judged:
                 raise files.ElvaDataError(f"{path}: query {query.qid} has no judgement")
             dataset = query.qid.partition(":")[0]  # all that a local pool holds
@@ -234,6 +237,10 @@ class Searcher:
                     f"{path}: {query.qid} is judged with {dids[rows.index(None)]}, "
                     f"which the {pool} pool lacks; run lint"
                 )
+            if not rows:
+                line = f"{source.query_path(unit, self.split)}:{place + 1}"
+                problem = f"query {query.qid} has no positive in the {pool} pool"
+                raise files.ElvaDataError(f"{line}: {problem}; remove it, or take the global pool")
             relevant.append(rows)
         query_vectors = self.vectors(self.query(query, unit, prompt_index) for query in queries)
         pool_vectors = self.embed_pool(candidate_item(self.root, candidate) for candidate in candidates)

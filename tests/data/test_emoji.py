@@ -55,6 +55,7 @@ def test_held_out_compositions_are_in_no_training_row(root, emojis, tmp_path):
     ec.write_triplets(ec.sample(emojis, 60), path, held_out_share=0.15)
     names = {mbeir.normalise(e.name) for e in emojis if e.codes in unseen}
     table = sources.read_nli(path)
+    pd.testing.assert_frame_equal(table, pd.read_csv(path, dtype=str, keep_default_na=False)[sources.NLI_COLUMNS])
     assert not names & set(pd.concat([table.sent0, table.hard_neg]))
 
 
@@ -96,6 +97,11 @@ def test_a_profile_without_data_or_with_an_unknown_language_is_refused(tmp_path)
         sources.write(config.DataSettings(name="x", root=str(tmp_path / "no"), nli=str(tmp_path / "no.csv")), tmp_path, seed=0)
 
 
+def test_triplets_are_read_with_a_mark_in_front_and_a_blank_end_and_other_columns(tmp_path):
+    (tmp_path / "n.csv").write_bytes(b'\xef\xbb\xbfsent0,x,hard_neg,sent1\r\n"a, ""b""",1,"c\nd",NA\r\n \r\n\r\n')
+    assert sources.read_nli(tmp_path / "n.csv").to_numpy().tolist() == [['a, "b"', "NA", "c\nd"]]
+
+
 def test_any_mbeir_folder_is_linked_and_read(root, tmp_path):
     (tmp_path / "n.csv").write_text("sent0,sent1,hard_neg\na,b,c\n")
     linked, triplets = sources.write(
@@ -104,7 +110,19 @@ def test_any_mbeir_folder_is_linked_and_read(root, tmp_path):
     assert linked.units("test") == root.units("test") and len(sources.read_nli(triplets)) == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("a,b\n1,2\n", "columns"), ("sent0,sent1,hard_neg\nx,y,z\nx,,z\n", r":3: an empty cell")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n", "columns"),
+        ("sent0,sent1,hard_neg\nx,y,z\nx,,z\n", r":3: an empty cell"),
+        ('sent0,sent1,hard_neg\n"x\n",y,z\n\nx,,z\n', r":5: an empty cell"),
+        ("sent0,sent1,hard_neg\nx,y,z,w\nx,y,z,w\n", r":2: 4 cells, the header has 3"),
+        ("sent0,sent1,hard_neg\nx,y,z\nx,a comma, y,z\n", r":3: 4 cells, the header has 3"),
+        ("sent0,sent1,hard_neg\nx,y,z\nx,y\n", r":3: 2 cells, the header has 3"),
+        ('sent0,sent1,hard_neg\nx,y,z\n"x,y,z\n', r"behind line 2 "),
+        ("", "columns"),
+    ],
+)
 def test_broken_triplets_are_named(tmp_path, text, message):
     (tmp_path / "n.csv").write_text(text)
     with pytest.raises(files.ElvaDataError, match=message):

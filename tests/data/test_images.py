@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from elva_core.data import images
+from elva_core.export import inputs
+from elva_core.models import chat
+from elva_core.mrbench import annotate, verify
 
 # what an image with this orientation tag needs to stand upright: EXIF 2.32, 4.6.4
 TURNS = {
@@ -46,6 +52,34 @@ def test_every_orientation_of_every_format_stands_upright_from_file_and_from_mem
             assert image.mode == "RGB" and image.size == expected.shape[1::-1]
             assert np.abs(np.asarray(image).astype(int) - expected).max() <= (12 if kind == "jpg" else 0)
             assert image.getexif().get(0x0112, 1) == 1  # nobody turns it again
+
+
+def sent(pixels: bytes | str) -> np.ndarray:
+    """What a PNG holds, as bytes or in a data URL."""
+    data = base64.b64decode(pixels.partition(",")[2]) if isinstance(pixels, str) else pixels
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def handed_in(image) -> np.ndarray:
+    """What the model sees of an image that sentence-transformers or mteb hands over."""
+    with inputs.items([("", image)]) as (item,):
+        return np.asarray(images.open_image(item.image))
+
+
+WAYS_IN = {
+    "sentence-transformers, mteb: in memory": lambda path: handed_in(Image.open(path)),
+    "sentence-transformers: path": lambda path: handed_in(str(path)),
+    "verification and explorer": lambda path: sent(verify.thumbnail(path)),
+    "annotator behind a server": lambda path: sent(annotate._data_url(path)["image_url"]["url"]),
+    "models of other families": lambda path: np.asarray(chat.pictures(path)[0]),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_every_way_in_sees_an_image_upright(way, orientation, tmp_path):
+    Image.fromarray(drawing()).save(tmp_path / "p.png", exif=tagged(orientation))
+    assert np.array_equal(WAYS_IN[way](tmp_path / "p.png"), TURNS[orientation](drawing()))
 
 
 def test_a_broken_exif_block_does_not_refuse_the_picture(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import tracemalloc
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from PIL import Image
 
 from elva_core.data import images, lint, mbeir
 from elva_core.files import ElvaDataError
+from elva_core.mrbench import annotate, build
 from elva_core.training import contrastive
 
 VECTORS = {
@@ -50,7 +52,7 @@ def test_ids_that_spill_or_are_fillers_are_refused():
         mbeir.hashed_query_id("9:500000")
     with pytest.raises(ElvaDataError, match="fewer hits"):
         mbeir.unhashed_candidate_id(-1)
-    for bad in ("9", "9:0", "x:1", "9:1:2", "²:1"):
+    for bad in ("9", "9:0", "x:1", "9:1:2", "²:1", "09:1", "00:1", "9:01"):
         with pytest.raises(ElvaDataError, match="dataset_id:n"):
             mbeir.split_id(bad)
 
@@ -135,8 +137,69 @@ def test_image_problems_are_named(own_root):
     assert all(any(str(p) in line for line in problems) for p in (missing, truncated, wide))
 
 
+def test_a_link_in_the_root_is_followed_wherever_it_leads(own_root, smoke, tmp_path):
+    """Of a folder, of one picture through a second link, and of a file of the layout."""
+    whole = {c.did: np.asarray(images.open_image(own_root.image_path(c.image))) for c in own_root.pool("", "test", "global") if c.image}
+    (own_root.folder / "mbeir_images").rename(tmp_path / "disk")
+    (own_root.folder / "mbeir_images").symlink_to(tmp_path / "disk")
+    picture, query = (
+        own_root.image_path(next(c.image for c in own_root.pool("", "test", "global") if c.image)),
+        own_root.query_path("emoji_task0", "test"),
+    )
+    for n, path in enumerate((picture, query)):
+        path.rename(tmp_path / f"blob{n}")
+        (tmp_path / f"link{n}").symlink_to(f"blob{n}")
+        path.symlink_to(tmp_path / f"link{n}")
+    assert lint.check(own_root) == []
+    seen = {c.did: np.asarray(images.open_image(own_root.image_path(c.image))) for c in own_root.pool("", "test", "global") if c.image}
+    assert seen.keys() == whole.keys() and all(np.array_equal(seen[did], whole[did]) for did in whole)
+    bench = build.build(own_root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)[0]
+    assert lint.check(bench) == [] and not [p for p in bench.folder.rglob("*") if p.is_symlink()]
+
+
+def test_a_byte_order_mark_and_a_blank_end_are_harmless_in_every_file(own_root, smoke, tmp_path):
+    plain = [list(own_root.queries(unit, "test")) for unit in own_root.units("test")]
+    judged, prompts = own_root.qrels("emoji_task0", "test"), own_root.instructions
+    texts = [p for kind in ("jsonl", "txt", "tsv") for p in own_root.folder.rglob(f"*.{kind}")]
+    assert {p.suffix for p in texts} == {".jsonl", ".txt", ".tsv"}
+    for path in texts:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n \n")
+    marked = mbeir.Root(own_root.folder)
+    assert lint.check(marked) == []
+    assert [list(marked.queries(unit, "test")) for unit in marked.units("test")] == plain
+    assert [marked.queries(unit, "test")[:] for unit in marked.units("test")] == plain
+    assert marked.qrels("emoji_task0", "test") == judged and marked.instructions == prompts
+    _, counts, _ = build.build(marked, smoke.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)
+    assert counts["pool"].tolist() == [len(marked.pool(unit, "test")) for unit in counts["unit"]]
+
+
+def test_a_blank_line_before_another_is_named(own_root):
+    path = own_root.query_path("emoji_task0", "test")
+    replace_line(path, 2, "\n")
+    with pytest.raises(ElvaDataError, match=rf"{path.name}:2: not a JSON object"):
+        own_root.queries("emoji_task0", "test")
+
+
+def test_a_query_without_a_positive_in_its_local_pool_is_named(own_root):
+    path = own_root.query_path("emoji_task0", "test")
+    record = json.loads(path.read_text().splitlines()[2])
+    replace_line(path, 3, json.dumps(record | {"pos_cand_list": ["9:1"]}))
+    everything = own_root.pool_path("", "test", "global")
+    everything.write_text(
+        everything.read_text() + json.dumps({"did": "9:1", "txt": None, "img_path": record_image(own_root), "modality": "image"}) + "\n"
+    )
+    qrels = own_root.qrels_path("emoji_task0", "test")
+    lines = [line for line in qrels.read_text().splitlines() if line.split()[0] != record["qid"]]
+    qrels.write_text("\n".join([*lines, f"{record['qid']} 0 9:1 1 0"]) + "\n")
+    assert lint.check(own_root) == [f"{path}:3: no positive is of dataset 10, so the local pool holds none"]
+
+
+def record_image(root) -> str:
+    return next(c.image for c in root.pool("emoji_task0", "test") if c.image)
+
+
 def test_a_path_may_not_leave_the_root(own_root):
-    for outside in ("../../x.png", "/etc/passwd", "mbeir_images/../../x.png"):
+    for outside in ("../../x.png", "/etc/passwd", "mbeir_images/../../x.png", "mbeir_images/../mbeir_images/x.png"):
         with pytest.raises(ElvaDataError, match="leaves the root"):
             own_root.image_path(outside)
     path = own_root.pool_path("emoji_task0", "test")

@@ -379,6 +379,37 @@ def test_what_is_broken_is_named_with_file_and_entry_and_refused(tmp_path, name,
             caption_sets.load(name, tmp_path)
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_a_byte_order_mark_and_a_blank_end_are_harmless(tmp_path, name):
+    WRITERS[name](tmp_path)
+    before = caption_sets.load(name, tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".json", ".txt"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n\r\n")
+    assert caption_sets.lint(name, tmp_path) == ([], []) and caption_sets.load(name, tmp_path) == before
+
+
+def test_urban1k_reads_capital_suffixes_and_passes_over_hidden_files(tmp_path):
+    write_urban1k(tmp_path)
+    picture(tmp_path / "image/3.JPG")
+    picture(tmp_path / "image/4.JPG")  # without a caption
+    put(tmp_path / "caption/3.txt", "street 3")
+    for name in ("image/._1.jpg", "caption/._1.txt"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7 of macOS \xff")
+    t2i, _ = caption_sets.load("urban1k", tmp_path)
+    assert files(t2i.candidates) == ["1.jpg", "2.jpg", "3.JPG", "10.jpg"] and t2i.queries[2].text.endswith("Street 3.")
+    problems, (note,) = caption_sets.lint("urban1k", tmp_path)
+    assert not problems and "4.JPG has no caption" in note
+
+
+def test_flickr30k_passes_over_hidden_files(tmp_path):
+    write_flickr30k(tmp_path)
+    (tmp_path / "images/._0.png").write_bytes(b"of macOS")
+    (tmp_path / "images/1.png").rename(tmp_path / "images/1.PNG")
+    t2i, _ = caption_sets.load("flickr30k", tmp_path)
+    assert files(t2i.candidates) == ["0.png", "1.PNG"]
+
+
 def test_the_linter_goes_on_after_the_first_problem(tmp_path):
     write_sugarcrepe(tmp_path)
     (tmp_path / "val2017/0.jpg").unlink()

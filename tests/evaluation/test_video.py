@@ -317,6 +317,26 @@ def test_a_file_that_cannot_be_read_is_named(kind, says, tmp_path):
         clips.read(Clip(path, 0))
 
 
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_clip_with_a_display_matrix_is_read_upright(quarters, mirrored, tmp_path):
+    """All eight orientations; the matrix rotates counterclockwise, then mirrors."""
+    import av
+
+    drawn = pictures(3, size=(96, 48))
+    clips.write(tmp_path / "plain.mp4", drawn, rate=2)
+    with av.open(str(tmp_path / "turned.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2, options=clips.QUALITY)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+        stream.set_display_rotation(90 * quarters, hflip=mirrored)
+        for frame in drawn:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    expected = np.rot90(clips.read(Clip(tmp_path / "plain.mp4", 3)).pixels, quarters, axes=(2, 3))
+    seen = clips.read(Clip(tmp_path / "turned.mp4", 3)).pixels
+    assert np.array_equal(seen, expected[..., ::-1] if mirrored else expected)
+
+
 def test_an_index_at_the_front_does_not_hide_a_cut(tmp_path):
     """Then the file opens, and only the number of frames tells."""
     import av
@@ -329,7 +349,9 @@ def test_an_index_at_the_front_does_not_hide_a_cut(tmp_path):
         for frame in pictures(40):
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: int(0.7 * whole.stat().st_size)])
+    with av.open(str(whole)) as container:  # between two frames: half of one does not decode
+        ends = [packet.pos + packet.size for packet in container.demux(video=0) if packet.size]
+    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: ends[27]])
     assert clips.read(Clip(whole, 4)).total == 40
     with pytest.raises(files.ElvaDataError, match=r"is truncated: .* its header declares 40"):
         clips.read(Clip(tmp_path / "cut.mp4", 4))
@@ -376,6 +398,22 @@ def test_every_caption_of_msvd_asks_for_its_video(tmp_path):
     assert task.positives == [[0], [0], [1]]
 
 
+def test_sets_are_read_with_marks_blank_ends_hidden_files_and_linked_folders(tmp_path):
+    first, second = write_msrvtt(tmp_path / "a", [("video1", "a")]), write_msvd(tmp_path / "b", {"one": ["a b"]})
+    before = video_sets.msrvtt(first, 4), video_sets.msvd(second, 4)
+    for path in (first / "MSRVTT_JSFUSION_test.csv", second / "test_list.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n")
+    for folder in (first, second):
+        (folder / "videos").rename(folder / "disk")
+        (folder / "videos").mkdir()
+        (folder / "videos/part").symlink_to(folder / "disk")
+        (folder / "disk/._one.avi").write_bytes(b"of macOS")
+    after = video_sets.msrvtt(first, 4), video_sets.msvd(second, 4)
+    for old, new in zip(before, after, strict=True):
+        assert new.queries == old.queries and new.positives == old.positives
+        assert [c.clips[0].path.name for c in new.candidates] == [c.clips[0].path.name for c in old.candidates]
+
+
 class Call:
     """A pickle of it would make a folder where it is loaded."""
 
@@ -386,9 +424,11 @@ class Call:
         return Path.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("damage", ["annotations", "column", "empty", "video", "noise", "no captions", "not words", "call", "nothing"])
+@pytest.mark.parametrize(
+    "damage", ["annotations", "column", "cells", "empty", "video", "noise", "no captions", "not words", "call", "nothing"]
+)
 def test_a_set_that_is_not_whole_is_refused_with_its_place(damage, tmp_path):
-    if damage in ("annotations", "column", "empty", "video", "nothing"):
+    if damage in ("annotations", "column", "cells", "empty", "video", "nothing"):
         root, read = write_msrvtt(tmp_path, [("video1", "a"), ("video2", "b")]), video_sets.msrvtt
     else:
         root, read = write_msvd(tmp_path, {"one": ["a b"], "two": ["c"]}), video_sets.msvd
@@ -397,6 +437,8 @@ def test_a_set_that_is_not_whole_is_refused_with_its_place(damage, tmp_path):
         table.unlink()
     elif damage == "column":
         table.write_text(table.read_text().replace("sentence", "text"))
+    elif damage == "cells":
+        table.write_text(table.read_text().replace("video1,a", "video1,a, then b"))
     elif damage == "empty":
         table.write_text(table.read_text().replace("video2,b", "video2,"))
     elif damage == "nothing":
@@ -412,6 +454,7 @@ def test_a_set_that_is_not_whole_is_refused_with_its_place(damage, tmp_path):
     says = {
         "annotations": f"{root}: neither MSRVTT_JSFUSION_test.csv",
         "column": f"{table}: ['sentence'] is missing",
+        "cells": f"{table}:2: 5 cells, the header has 4",
         "empty": f"{table}:3: the caption of video 'video2' is ''",
         "video": f"{table}:3: video 'video2' is not below {root / 'videos'}",
         "nothing": f"{root}: no rows",

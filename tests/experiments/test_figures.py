@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from elva_core.experiments import figures
 
@@ -34,8 +35,66 @@ def test_an_interval_ends_at_ci_low_and_ci_high(figure, axis, factor):
     assert {(0.4 * factor, 0.7 * factor), (0.1 * factor, 0.4 * factor)} <= ends
 
 
-def test_every_positive_is_framed_and_a_dollar_starts_no_formula():
-    rows = [("costs $5_{", None, [("stage 3", [("a $x", None, True), ("b", None, False)]), ("stage 2", [("b", None, False)])])]
+PRICE, SHOP = "from $20 to $30", "Ba$$in"
+TITLE = r"$5_{ or \$6$"
+SHOPS = TABLE.join(NAMES).assign(**{name: [PRICE, SHOP] for name in ("model", "run", "arm", "motion", "way", "row", "unit")})
+COSTS = SHOPS.assign(
+    seconds=[0.1, np.nan], rounds=5, **{"per second": [2, 5], "lower quartile": 0.1, "upper quartile": 0.2}, lowest=1, highest=6
+)
+COSTS = COSTS.assign(**{f"hit@{k}{end}": 50.0 for k in (1, 5) for end in ("", " low", " high")})
+GRAINS = pd.DataFrame({"qid": ["10:1", "10:2"] * 2, "kind": [PRICE, SHOP] * 2, "model": ["stage 2"] * 2 + ["stage 3"] * 2})
+SPEED = pd.DataFrame(
+    {"comparison": [PRICE, SHOP], "ours per s": [2, 3], "theirs per s": [1, 2], "ratio": [2, 1.5], "rounds": 5, "target": 1}
+)
+SPEED = SPEED.assign(**{"lowest ratio": 1, "highest ratio": 3})
+POINTS = pd.DataFrame({"x": [0.0, 1.0], "y": [0.0, 1.0], "role": ["query", "positive"]})
+CELLS = [(PRICE, None), (SHOP, None)]
+WITH_PRICES = {  # what is drawn, and which words must be in it as they are
+    "counts": (lambda: figures.counts(SHOPS, "n", "arm", TITLE, PRICE), [PRICE, SHOP, TITLE]),
+    "histogram": (lambda: figures.histogram(pd.Series([1, 2]), TITLE, PRICE), [PRICE, TITLE]),
+    "curves": (lambda: figures.curves(SHOPS.assign(step=1), [("value", PRICE)], TITLE), [PRICE, SHOP, TITLE]),
+    "model_bars": (lambda: figures.model_bars(SHOPS, TITLE, PRICE), [PRICE, SHOP, TITLE]),
+    "arms": (lambda: figures.arms(SHOPS, TITLE, PRICE), [PRICE, SHOP, TITLE]),
+    "efficiency": (lambda: figures.efficiency(SHOPS.assign(queries=1, seconds=3.0), TITLE), [PRICE, SHOP, TITLE]),
+    "generalisation": (lambda: figures.generalisation(SHOPS, TITLE), [PRICE, SHOP, TITLE]),
+    "frames_seen": (lambda: figures.frames_seen(SHOPS, TITLE), [PRICE, SHOP, TITLE]),
+    "grain_distances": (lambda: figures.grain_distances(GRAINS.assign(distance=[0.1, 0.2] * 2), {SHOP: 0.3}, TITLE), [PRICE, SHOP, TITLE]),
+    "error_bars": (lambda: figures.error_bars(GRAINS.assign(wrong=[0, 1] * 2), TITLE), [PRICE, SHOP, TITLE]),
+    "neighbourhoods": (lambda: figures.neighbourhoods({PRICE: POINTS, SHOP: POINTS}, TITLE), [PRICE, SHOP, TITLE]),
+    "speed_ratios": (lambda: figures.speed_ratios(SPEED), [PRICE, SHOP]),
+    "search_costs": (
+        lambda: figures.search_costs(
+            SPEED, pd.DataFrame({"pool": [1000, 2000], "seconds": [1.0, 2.0]}), pd.DataFrame({"pool": [1], "peak": [2]}, index=[1000])
+        ),
+        [PRICE, SHOP],
+    ),
+    "quality_against_speed": (lambda: figures.quality_against_speed(COSTS, TITLE), [PRICE, SHOP, TITLE]),
+    "second_look": (lambda: figures.second_look(COSTS, PRICE, TITLE), [PRICE, SHOP, TITLE]),
+    "image_grid": (lambda: figures.image_grid([(PRICE, CELLS)], TITLE), [PRICE, SHOP, TITLE]),
+    "retrieved": (lambda: figures.retrieved([(PRICE, None, [(SHOP, [(PRICE, None, True)])])], TITLE), [PRICE, SHOP, TITLE]),
+    "contact_sheet": (lambda: figures.contact_sheet([(PRICE, None, SHOP), (SHOP, None, PRICE)], TITLE), [PRICE, SHOP, TITLE]),
+}
+
+
+@pytest.mark.parametrize("name", WITH_PRICES)
+def test_text_is_text_in_every_figure(name):
+    draw, words = WITH_PRICES[name]
+    figure = draw()
+    figure.savefig(io.BytesIO(), format="png")
+    texts = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert not [text.get_text() for text in texts if text.get_parse_math()]
+    together = " ".join(" ".join(text.get_text().split()) for text in texts)
+    assert all(word in together for word in words)
+
+
+def test_ticks_of_a_logarithmic_axis_stay_powers():
+    figure, _ = figures.rank_weights([1, 10, 100], 0.5)
+    figure.savefig(io.BytesIO(), format="png")
+    ticks = [text for axis in figure.axes for text in axis.get_xticklabels() if "$" in text.get_text()]
+    assert ticks and all(text.get_parse_math() for text in ticks)
+
+
+def test_every_positive_is_framed():
+    rows = [("costs", None, [("stage 3", [("a", None, True), ("b", None, False)]), ("stage 2", [("b", None, False)])])]
     figure = figures.retrieved(rows, "t")
     assert [a.spines["top"].get_visible() for a in figure.axes] == [False, True, False, False, False, False]
-    figure.savefig(io.BytesIO())

@@ -53,8 +53,11 @@ def forms(items, smoke, tmp_path_factory):
     clear = tmp_path_factory.mktemp("clear") / "half.png"
     pixels = np.random.default_rng(1).integers(0, 256, (72, 72, 4), np.uint8)
     Image.fromarray(pixels, "RGBA").save(clear)
+    lying, exif = clear.with_name("lying.png"), Image.Exif()
+    exif[0x0112] = 6  # a telephone held upright
+    Image.fromarray(pixels[:40, :, :3]).save(lying, exif=exif)
     long = "A woman is running. " * smoke.encoder.max_text_tokens
-    everything = [*items, data_items.Item(long), data_items.Item(long, clear), data_items.Item("", clear)]
+    everything = [*items, data_items.Item(long), data_items.Item(long, clear), data_items.Item("", clear), data_items.Item("", lying)]
     pairs = []
     for item in everything:
         if item.image is None:

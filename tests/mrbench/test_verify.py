@@ -128,6 +128,9 @@ def test_the_sheet_goes_on_at_the_first_open_row_and_forgets_answers_to_other_gr
     changed = rows.assign(grains=["entity: wolf", *rows["grains"][1:]])
     assert verify.answers(changed, path)["accept"].tolist() == ["", "no", ""]
     assert "1 of 3" in opened((changed, root, path))[2].value
+    path.write_text(path.read_text().replace(",no", ",no,or yes"))
+    with pytest.raises(files.ElvaDataError, match=r":3: \d cells, the header has"):
+        verify.answers(rows, path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(files.ElvaDataError, match="accept"):
         verify.answers(rows, path)

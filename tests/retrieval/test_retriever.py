@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from elva_core import files
+from elva_core.data import lint
 from elva_core.data.items import Item
 from elva_core.retrieval import cache, retriever
 
@@ -48,6 +51,31 @@ def test_a_judgement_the_pool_lacks_and_a_query_without_judgement_fail_loudly(ti
     path.write_text("\n".join(rest) + "\n")
     with pytest.raises(files.ElvaDataError, match="has no judgement"):
         searcher.evaluate("emoji_task0")
+
+
+def test_a_query_without_a_positive_in_its_local_pool_is_refused_with_file_and_line(tiny, own_root, smoke):
+    searcher = retriever.Searcher(tiny, own_root, "test", smoke.evaluation, template="eol")
+    path, qrels = own_root.query_path("emoji_task0", "test"), own_root.qrels_path("emoji_task0", "test")
+    lines = path.read_text().splitlines()
+    qid = json.loads(lines[2])["qid"]
+    judged = [line for line in qrels.read_text().splitlines() if line.split()[0] != qid]
+    qrels.write_text("\n".join([*judged, f"{qid} 0 9:1 1 0"]) + "\n")
+    for sample in (None, len(lines)):
+        with pytest.raises(files.ElvaDataError, match=rf"{path}:3: query {qid} has no positive in the local pool; "):
+            searcher.embedded("emoji_task0", sample=sample)
+
+
+@pytest.mark.parametrize("part", ["qid", "did", "judgement"])
+def test_an_id_with_leading_zeros_is_refused_with_file_and_line(tiny, own_root, smoke, part):
+    """The same number would have two names, and a local pool is told by the dataset's."""
+    searcher = retriever.Searcher(tiny, own_root, "test", smoke.evaluation, template="eol")
+    path, qrels = own_root.query_path("emoji_task0", "test"), own_root.qrels_path("emoji_task0", "test")
+    changed = qrels if part == "judgement" else own_root.pool_path("emoji_task0", "test") if part == "did" else path
+    first, *rest = changed.read_text().splitlines()
+    changed.write_text("\n".join([first.replace("10:", "010:", 1), *rest]) + "\n")
+    with pytest.raises(files.ElvaDataError, match=rf"{changed}:1: .*010:"):
+        searcher.evaluate("emoji_task0")
+    assert any(p.startswith(f"{changed}:1: ") and "010:" in p for p in lint.check(own_root, decode_images=False))
 
 
 def test_what_was_embedded_has_a_hash_wherever_the_vectors_are(tiny, root, smoke, tmp_path):
