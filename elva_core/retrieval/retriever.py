@@ -211,8 +211,8 @@ class Searcher:
             sample: at most so many queries, in their order, chosen by a stable hash: fewer are part of more.
 
         Raises:
-            ElvaDataError: no query, a query without judgement or without a positive in the pool, or (global pool)
-                a judged did that the pool lacks.
+            ElvaDataError: no query, a query without judgement or without a positive in the pool, or (global
+                pool) a judged did that the pool lacks.
         """
         source = root or self.root
         queries, path = source.queries(unit, self.split), source.query_path(unit, self.split)
