@@ -74,7 +74,7 @@ def test_a_kill_at_any_moment_loses_and_swaps_nothing_that_was_kept(opened, embe
     rng = np.random.default_rng(0)
     kept_by_kills = 0
     for trial in range(20):
-        done = FORK.Array("i", 2)
+        done = FORK.RawArray("i", 2)  # no lock, which a killed process would keep
 
         def work(place, trial=trial, done=done):
             store = opened(str(trial))
