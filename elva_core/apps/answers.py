@@ -90,8 +90,14 @@ def search(
         template: how the query is read; None reads it as the pool was.
 
     Raises:
-        ValueError: no text and no image, or k below 1. ElvaDataError: an image that cannot be read.
+        ValueError: no text and no image, a text that is no Unicode, or k below 1. ElvaDataError: an image that cannot be read.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start + 1} of the text {text!r} is no Unicode; leave it out"
+        ) from None
     query = Item(mbeir.normalise(text), image)
     if not query.text and image is None:
         raise ValueError("nothing to search for: give a text, an image, or both")
