@@ -16,9 +16,9 @@ from typing import Annotated, Literal, get_args
 import typer
 from rich.console import Console
 from typer import Argument, Option
-from typer.core import TyperCommand
 
 from elva_core import config, files
+from elva_core.command_options import ManyValues
 from elva_core.experiments import chain, lock, stages
 
 app = typer.Typer(
@@ -46,22 +46,6 @@ Out = Annotated[Path, Option(help="folder of the results")]
 PoolModel = Annotated[Path | None, Option(help="the model that embeds the candidates; default: --model")]
 READ = "read at \\[RET] after a summary, or in one pass; default: as the model's elva.json says"
 Template = Annotated[Literal["summary", "eol"] | None, Option(help=READ)]
-
-
-class ManyValues(TyperCommand):
-    """A command whose repeatable options take several values after one flag: `--unit a b`."""
-
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
-        words, flag = [], None
-        for word in args:
-            if word.startswith("-"):
-                flag = word if word in repeatable else None
-            if flag is None:
-                words.append(word)
-            elif word != flag:
-                words += [flag, word]
-        return super().parse_args(ctx, words)
 
 
 @app.command(rich_help_panel=WORKBOOK)

@@ -90,7 +90,8 @@ def search(
         template: how the query is read; None reads it as the pool was.
 
     Raises:
-        ValueError: no text and no image, a text that is no Unicode, or k below 1. ElvaDataError: an image that cannot be read.
+        ValueError: no text and no image, a text that is no Unicode, or k below 1.
+        ElvaDataError: an image that cannot be read.
     """
     try:
         text.encode()

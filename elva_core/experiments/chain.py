@@ -203,9 +203,7 @@ def run(
         _print_claims(stage_folder(profile_name, REPORT), console)
 
 
-def _run_stages(
-    stages: list[str], profile: config.Settings, seed: int, force: bool, console: Console
-) -> None:
+def _run_stages(stages: list[str], profile: config.Settings, seed: int, force: bool, console) -> None:
     """Runs the notebooks of some stages in their order, with a line before and after each."""
     profile_name, expected = profile.profile, expected_seconds(profile.profile)
     for place, stage in enumerate(stages):
