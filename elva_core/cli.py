@@ -374,10 +374,7 @@ def _pool_encoder(folder: Path, queries, settings: config.Settings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does one command and returns its exit status.
-
-    It is 1 for what went wrong, in one line; 2 for a wrong command; 130 for an interrupt.
-    """
+    """Exit status of one command: 1 for what went wrong, in one line; 2 for a wrong one; 130 interrupted."""
     try:
         status = _status(arguments)
         sys.stdout.flush()
@@ -394,9 +391,9 @@ def _status(arguments: Sequence[str] | None) -> int:
         app(args=arguments)
     except SystemExit as end:
         return end.code or 0
-    except BrokenPipeError:
-        raise
     except EXPECTED as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         known = isinstance(error, OSError) and error.filename is not None
         print(f"error: {f'{error.filename}: {error.strerror}' if known else error}", file=sys.stderr)
     return 1

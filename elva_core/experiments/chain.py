@@ -117,7 +117,7 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], ma
             kernel_name="python3",
             kernel_manager_class=ThisInterpreter,
             store_widget_state=False,  # a widget of a finished run has nothing behind its buttons
-            extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of local TCP at every start
+            extra_arguments=["--IPKernelApp.log_level=50"],  # it warns of local TCP, and of an interrupt
         )
     except papermill.PapermillExecutionError as error:
         last = (error.evalue.strip().splitlines() or [""])[-1]
