@@ -53,8 +53,9 @@ def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
     assert "nowhere.yaml is missing" in printed and printed.startswith("error: ") and printed.count("\n") == 1
 
 
-def test_a_reader_that_has_read_enough_ends_lint_without_a_word(own_root):
-    for picture in own_root.folder.rglob("*.png"):
+@pytest.mark.parametrize("problems", ["none", "more than a pipe holds"])
+def test_a_reader_that_has_read_enough_ends_lint_without_a_word(own_root, problems):
+    for picture in own_root.folder.rglob("*.png") if problems != "none" else ():
         picture.unlink()
     lint = subprocess.Popen(
         [sys.executable, "-m", "elva_core", "lint", str(own_root.folder)],

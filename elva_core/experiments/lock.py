@@ -51,9 +51,12 @@ def take(profile: str) -> bool:
             return False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free, holder = True, _read(file)
+            free = True
         except BlockingIOError:
-            free, holder = False, _read(file)
+            free = False
+        except OSError:  # a file system without locks
+            free = not _alive(_read(file), host)
+        holder = _read(file)
         if not free or (holder and holder.split()[0] != host):
             file.close()
             raise LockedError(_refusal(profile, holder, free))
@@ -75,6 +78,17 @@ def _read(file: TextIO) -> str:
     return file.read().strip()
 
 
+def _alive(holder: str, host: str) -> bool:
+    """Whether the process that a lock file names runs on this host."""
+    name, _, process = holder.partition(" ")
+    try:
+        return name == host and os.kill(int(process), 0) is None
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+
+
 def _refusal(profile: str, holder: str, free: bool) -> str:
     host, _, process = (holder or "this-host ?").partition(" ")
     where = f"outputs/{profile} is in use by process {process} on host {host}"
@@ -87,7 +101,8 @@ def give_back(profile: str) -> None:
     """Frees the lock, if this process has it."""
     if file := _held.pop(_path(profile), None):
         _path(profile).unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_UN)  # also for processes that were forked from this one
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for processes that were forked from this one
         file.close()
     if not _held:
         os.environ.pop(HOLDER, None)

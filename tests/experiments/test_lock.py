@@ -105,6 +105,20 @@ def test_a_lock_whose_process_was_killed_is_taken_over_with_its_work(outputs):
         lock.give_back("smoke")
 
 
+def test_where_a_file_system_has_no_locks_the_process_in_the_file_is_looked_for(outputs, monkeypatch):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with kernel(outputs) as holder:
+        with pytest.raises(lock.LockedError, match=f"process {holder.pid} on host"):
+            lock.take("smoke")
+        holder.kill()
+        holder.wait()
+        assert lock.take("smoke")
+        lock.give_back("smoke")
+
+
 def test_a_lock_of_another_host_is_taken_over_only_after_its_file_was_deleted(outputs, capsys):
     path = outputs / "smoke/.lock"
     files.write_whole(path, "far-away 123")
