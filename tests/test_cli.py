@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,7 @@ def test_a_reader_that_has_read_enough_ends_lint_without_a_word(own_root, proble
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=files.REPOSITORY,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
     )
     lint.stdout.close()
     assert (lint.stderr.read(), lint.wait()) == (b"", 1)
