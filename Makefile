@@ -33,7 +33,7 @@ smoke: ## the chain at plumbing size
 test: .venv/ready ## unit tests, then every notebook at smoke size
 	rm -rf outputs/smoke
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-kernel-name python3 --no-header
+	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-current-env --no-header
 
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere: make test-browser CHROMIUM=/path/to/it
@@ -55,6 +55,8 @@ lint: .venv/ready ## style of code and notebooks
 lab: .venv/ready ## JupyterLab in the notebooks folder
 	$(BIN)/jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
+# the kernelspec python3 of .venv comes before any of that name elsewhere
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter:$(JUPYTER_PATH)
 # transformers announces its next major version in every kernel
 export PYTHONWARNINGS := ignore::FutureWarning
 export TQDM_DISABLE := 1

@@ -7,6 +7,7 @@ python -m elva_core run smoke
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Annotated, Literal, get_args
 import typer
 from rich.console import Console
 from typer import Argument, Option
-from typer.core import TyperCommand
 
 from elva_core import config, files
-from elva_core.experiments import chain, stages
+from elva_core.command_options import ManyValues
+from elva_core.experiments import chain, lock, stages
 
 app = typer.Typer(
     help="The ELVA workbook: its notebooks, training, evaluation and use of what was trained.",
@@ -29,7 +30,7 @@ app = typer.Typer(
 WORKBOOK, TRAINING, EVALUATION = "Workbook", "Training", "Data and evaluation"
 USE = "Use and sharing of a trained model"
 # what ends a command with one line
-EXPECTED = (chain.ChainError, stages.MissingStageError, FileNotFoundError, ValueError)
+EXPECTED = (chain.ChainError, stages.MissingStageError, lock.LockedError, OSError, ValueError)
 PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
 
 # Arguments that several commands share
@@ -37,7 +38,7 @@ Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 Profile = Annotated[
     str, Argument(metavar="PROFILE", help="a file of params/", autocompletion=lambda: PROFILES)
 ]
-Seed = Annotated[int, Option(help="every generator derives from it")]
+Seed = Annotated[int, Option(min=0, help="every generator derives from it")]
 SettingsFrom = Annotated[str, Option("--profile", help="device and batch", autocompletion=lambda: PROFILES)]
 Model = Annotated[Path, Option(help="folder of a trained model")]
 OptionalModel = Annotated[Path | None, Option(help="folder of a trained model")]
@@ -45,22 +46,6 @@ Out = Annotated[Path, Option(help="folder of the results")]
 PoolModel = Annotated[Path | None, Option(help="the model that embeds the candidates; default: --model")]
 READ = "read at \\[RET] after a summary, or in one pass; default: as the model's elva.json says"
 Template = Annotated[Literal["summary", "eol"] | None, Option(help=READ)]
-
-
-class ManyValues(TyperCommand):
-    """A command whose repeatable options take several values after one flag: `--unit a b`."""
-
-    def parse_args(self, ctx, args: list[str]) -> list[str]:
-        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
-        words, flag = [], None
-        for word in args:
-            if word.startswith("-"):
-                flag = word if word in repeatable else None
-            if flag is None:
-                words.append(word)
-            elif word != flag:
-                words += [flag, word]
-        return super().parse_args(ctx, words)
 
 
 @app.command(rich_help_panel=WORKBOOK)
@@ -127,7 +112,7 @@ def train(
 def plan(
     profile: Profile,
     gpu: Annotated[str | None, Option(help="of params/plan.yaml: H100, A100, H20, L40S, ...")] = None,
-    devices: Annotated[int, Option(help="GPUs that train together")] = 1,
+    devices: Annotated[int, Option(min=1, help="GPUs that train together")] = 1,
 ) -> None:
     """Say what a profile costs before it is started: sequences, FLOPs, hours, memory, disk. Writes nothing.
 
@@ -192,7 +177,7 @@ def video(
     root: Annotated[Path, Option(help="annotations and videos/, as elva_core/data/video_sets.py says")],
     model: Model,
     out: Out,
-    frames: Annotated[int | None, Option(help="of each video; default: as LamRA on MSVD")] = None,
+    frames: Annotated[int | None, Option(min=1, help="of each video; default: as LamRA on MSVD")] = None,
     template: Template = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
@@ -258,7 +243,7 @@ def search(
     root: Annotated[Path | None, Option(help="an M-BEIR folder")] = None,
     unit: Annotated[str | None, Option(help="whose pool is searched")] = None,
     index: Annotated[Path | None, Option(help="of `export --index`, for --model, --root and --unit")] = None,
-    k: Annotated[int, Option(help="how many answers")] = 10,
+    k: Annotated[int, Option(min=1, help="how many answers")] = 10,
     template: Template = None,
     pool_model: PoolModel = None,
     no_pictures: Annotated[bool, Option("--no-pictures", help="write no contact sheet here")] = False,
@@ -389,11 +374,26 @@ def _pool_encoder(folder: Path, queries, settings: config.Settings):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does one command; the exit status is 1 for what went wrong, in one line, and 2 for a wrong command."""
+    """Exit status of one command: 1 for what went wrong, in one line; 2 for a wrong one; 130 interrupted."""
+    try:
+        status = _status(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if status == 130:
+        print("interrupted", file=sys.stderr)
+    return status
+
+
+def _status(arguments: Sequence[str] | None) -> int:
     try:
         app(args=arguments)
     except SystemExit as end:
         return end.code or 0
     except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            raise
+        known = isinstance(error, OSError) and error.filename is not None
+        print(f"error: {f'{error.filename}: {error.strerror}' if known else error}", file=sys.stderr)
     return 1

@@ -1,7 +1,8 @@
-"""Settings: params/<profile>.yaml -> one frozen tree of pydantic models. Imports nothing of ours.
+"""Settings: params/<profile>.yaml -> one frozen tree of pydantic models.
 
 A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another
-profile and changes single keys. Unknown keys and wrong types are refused with file and key.
+profile and changes single keys. Unknown keys and wrong types are refused with file and key. Relative paths
+are meant from the repository.
 
     settings = load("smoke")
 """
@@ -12,22 +13,23 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-PARAMS = Path(__file__).resolve().parent.parent / "params"
+from elva_core import files
+from elva_core.values import (
+    NonNegative,
+    NonNegativeFloat,
+    Place,
+    Positive,
+    PositiveFloat,
+    Share,
+    merged,
+    problems,
+)
+
+PARAMS = files.REPOSITORY / "params"
 NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
 SUMMARIES_AT_ONCE = 256  # written in one call: without a graph they take less memory than a chunk with one
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-
-# former keys of a profile and today's, which are those of TRL's GRPOConfig
-RENAMED = {
-    "stage3.rollouts": "num_generations",
-    "stage3.kl_weight": "beta",
-    "stage3.advantage": "scale_rewards",
-    "stage3.aggregation": "loss_type (sequence is grpo now)",
-}
 
 
 class ProfileError(ValueError):
@@ -35,7 +37,7 @@ class ProfileError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EmojiSettings(Section):
@@ -46,15 +48,15 @@ class EmojiSettings(Section):
     vendors: dict[Literal["train", "val", "test"], tuple[str, ...]]
     held_out_share: Share
     queries_per_unit: dict[Literal["train", "val", "test"], Positive]
-    up_sample: int
+    up_sample: NonNegative
 
 
 class DataSettings(Section):
     """Exactly one source: an M-BEIR folder with an NLI file, or the embedded collection."""
 
     name: str
-    root: str | None = None
-    nli: str | None = None
+    root: Place | None = None
+    nli: Place | None = None
     emoji: EmojiSettings | None = None
     exclude_units: tuple[str, ...] = ()  # units, or patterns of units, whose queries no training sees
 
@@ -77,11 +79,11 @@ class TinySettings(Section):
 
 
 class OptimiserSettings(Section):
-    lr: float
+    lr: PositiveFloat
     warmup: Share  # of all steps
     final_lr: Share = 0.0  # of the peak, at the end of the cosine
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
     checkpoint_every: Positive
 
 
@@ -94,8 +96,8 @@ class LoopSettings(Section):
 class TeachSettings(Section):
     """How the small backbone learns to see and to summarise before any stage of the paper."""
 
-    jitter: float  # spread of a random gain and offset of normalised pixels
-    warp: float  # largest random scale, turn and shift of a drawing
+    jitter: NonNegativeFloat  # spread of a random gain and offset of normalised pixels
+    warp: NonNegativeFloat  # largest random scale, turn and shift of a drawing
     vision: LoopSettings
     language: LoopSettings
 
@@ -103,8 +105,8 @@ class TeachSettings(Section):
 class BackboneSettings(Section):
     """A folder or hub name, or a small model taught here."""
 
-    path: str | None = None
-    seed: int = 0
+    path: str | None = None  # as values.model_source reads it
+    seed: NonNegative = 0
     tiny: TinySettings | None = None
     teach: TeachSettings | None = None
 
@@ -116,15 +118,22 @@ class EncoderSettings(Section):
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
-    min_pixels: int | None = None  # of images of Qwen2-VL and Qwen2.5-VL; other processors have their own
-    max_pixels: int | None = None
+    min_pixels: Positive | None = None  # of Qwen2-VL and Qwen2.5-VL; other processors have their own
+    max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+
+    @model_validator(mode="after")
+    def _pixels(self) -> EncoderSettings:
+        low, high = self.min_pixels, self.max_pixels
+        if low and high and low > high:
+            raise ValueError(f"min_pixels = {low} is above max_pixels = {high}; swap them")
+        return self
 
 
 class LoraSettings(Section):
     rank: Positive
-    alpha: float
+    alpha: PositiveFloat
     dropout: Share
 
 
@@ -140,9 +149,9 @@ class ContrastiveSettings(AdapterSettings):
     """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
 
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
-    temperature: Annotated[float, Field(gt=0)]
+    temperature: PositiveFloat
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
-    summary_weight: float  # of the cross-entropy that keeps the model writing its first summaries
+    summary_weight: NonNegativeFloat  # of the cross-entropy that keeps the model writing its first summaries
     one_task_per_batch: bool  # batches of one unit instead of a plain shuffle of the union
     mask_false_negatives: bool
 
@@ -150,8 +159,8 @@ class ContrastiveSettings(AdapterSettings):
 class NegativeSettings(Section):
     """Balanced negatives of stage 3: hard ones below a similarity threshold, and random ones."""
 
-    hard: int
-    random: int
+    hard: NonNegative
+    random: NonNegative
     threshold: float  # absolute cosine; candidates above are dropped as likely positives
     margin: float | None = None  # if set, also drop above cosine(positive) + margin
     pool: Positive | None = None  # hard ones are mined from that many candidates per modality; None is all
@@ -173,7 +182,7 @@ class VllmSettings(Section):
 
     # ours: a second copy of the 7B weights and 12 GB of cache, of 80 GB
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.35
-    drift_bound: float = 0.2  # nats a token, of the guard; ours: bf16 alone gives some 0.05 (TRL issue 6789)
+    drift_bound: PositiveFloat = 0.2  # nats a token; ours: bf16 alone gives some 0.05 (TRL issue 6789)
 
 
 class RlvrSettings(Section):
@@ -186,14 +195,14 @@ class RlvrSettings(Section):
     sampler: Literal["transformers", "vllm"] = "transformers"
     vllm: VllmSettings = VllmSettings()
     candidates: Literal["step", "mined"]  # encoded once per step, or as mining encoded them
-    temperature: Annotated[float, Field(gt=0)]
-    clip: float  # PPO's; never acts, as there is one update per sample and so the ratio is 1 (grpo.py)
-    beta: float  # weight of the KL divergence from the reference policy
+    temperature: PositiveFloat
+    clip: PositiveFloat  # PPO's; never acts: one update per sample, so the ratio is 1 (grpo.py)
+    beta: NonNegativeFloat  # weight of the KL divergence from the reference policy
     scale_rewards: Literal["group", "batch", "none"]
     loss_type: Literal["grpo", "dr_grpo", "dapo"]
     gradient: Literal["score", "pathwise", "full"]  # through sampled tokens, through the embedding, both
     chunk: Positive  # rollouts per forward; bounds the memory of a step
-    kl_bound: float  # the guard stops above it
+    kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings
     reward: RewardSettings
     lora: LoraSettings
@@ -212,8 +221,8 @@ class DistilSettings(AdapterSettings):
     """Distillation of the generative embedding into the EOL pass of the same model; batches of items."""
 
     pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
-    temperature: Annotated[float, Field(gt=0)]  # of the similarities that are matched
-    kl_weight: float  # of their divergence, beside 1 - cosine
+    temperature: PositiveFloat  # of the similarities that are matched
+    kl_weight: NonNegativeFloat  # of their divergence, beside 1 - cosine
 
 
 class RerankSettings(AdapterSettings):
@@ -243,11 +252,11 @@ class AnnotatorSettings(Section):
     """Annotator of grains: the data itself (exact), a model loaded here, or an OpenAI-compatible server."""
 
     kind: Literal["exact", "transformers", "openai"]
-    model: str | None = None  # folder or hub name; for a server the name it serves
+    model: str | None = None  # as values.model_source reads it; for a server the name it serves
     base_url: str | None = None  # of the server, up to and with its /v1
     key_variable: str | None = None  # environment variable that holds the server's key; None sends none
     batch: Positive = 1  # queries per forward, or requests at once
-    retries: Annotated[int, Field(ge=0)] = 0  # of a request that failed, and of an answer that cannot be read
+    retries: NonNegative = 0  # of a request that failed, and of an answer that cannot be read
     max_tokens: Positive = 512  # of an answer
     timeout: Positive = 120  # seconds that a request may take
 
@@ -276,7 +285,7 @@ class MrbenchSettings(Section):
 class EvaluationSettings(Section):
     batch: Positive
     on_disk: bool = False  # embeddings go to disk instead of memory
-    cutoffs: tuple[int, ...]
+    cutoffs: Annotated[tuple[Positive, ...], Field(min_length=1)]
     bootstrap: Positive
     grain_queries: Positive
     tsne_candidates: Positive
@@ -285,7 +294,7 @@ class EvaluationSettings(Section):
 class StudySettings(Section):
     """Which arms of params/arms.yaml are compared, over which training seeds."""
 
-    seeds: tuple[int, ...]
+    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
     units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
@@ -294,7 +303,7 @@ class StudySettings(Section):
 class VideoSettings(Section):
     """Text to video: the sets of the paper's Table 7, or short clips of the collection's drawings."""
 
-    sets: str | None = None  # folder with msrvtt/ and msvd/, or one of them
+    sets: Place | None = None  # folder with msrvtt/ and msvd/, or one of them
     drawings: Positive | None = None  # of the embedded collection, each in every motion
     length: Positive = 16  # frames of a clip
     rate: Positive = 8  # of them in a second
@@ -313,7 +322,7 @@ class VideoSettings(Section):
 class UnseenSettings(Section):
     """Sets that no stage saw: those of the paper's Table 2, or the embedded collection's own rows."""
 
-    sets: str | None = None  # folder of the sets, as their authors publish them
+    sets: Place | None = None  # folder of the sets, as their authors publish them
     language: str | None = None  # of the embedded collection: one that no stage trains on
     queries: Positive | None = None  # of each row
 
@@ -349,7 +358,7 @@ class Settings(Section):
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
-        return Settings(**_merged(self.model_dump(), changes))
+        return Settings.model_validate(merged(self.model_dump(), changes))
 
     def digest(self) -> str:
         """SHA-256 of the values that differ from their defaults: a new key leaves the digests of before."""
@@ -368,17 +377,11 @@ def load(profile: str) -> Settings:
         base = _read(PARAMS / f"{parent}.yaml")
         if "extends" in base:
             raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
-        values = _merged(base, values)
+        values = merged(base, values)
     try:
         return Settings(profile=profile, **values)
     except ValidationError as error:
-        raise ProfileError(f"{path}: " + "; ".join(map(_message, error.errors()))) from None
-
-
-def _message(error: dict) -> str:
-    """One line for an error of pydantic, with the name of today where a key has been renamed."""
-    key = ".".join(map(str, error["loc"]))
-    return f"{key} is called {RENAMED[key]} now" if key in RENAMED else f"{key}: {error['msg']}"
+        raise ProfileError(f"{path}: {problems(error)}") from None
 
 
 def _read(path: Path) -> dict:
@@ -386,14 +389,9 @@ def _read(path: Path) -> dict:
         known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(values, dict):
+        values = files.read_yaml(path)
+    except files.ElvaDataError as error:
+        raise ProfileError(str(error)) from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ProfileError(f"{path}: expected keys and values at the top level")
     return values
-
-
-def _merged(base: dict, changes: dict) -> dict:
-    sections = [key for key in changes if isinstance(changes[key], dict) and isinstance(base.get(key), dict)]
-    return base | changes | {key: _merged(base[key], changes[key]) for key in sections}

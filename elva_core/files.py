@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, their hashes, and where outputs are."""
+"""Files that are written whole or not at all, their hashes, YAML without repeated keys, where outputs are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import yaml
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUTPUTS = REPOSITORY / "outputs"
@@ -42,3 +44,31 @@ def write_whole(path: Path, text: str) -> None:
 
 class ElvaDataError(ValueError):
     """Bad input data. The message says what is wrong, in which file and line, and what to do."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML and refuses a mapping that holds a key twice, of which the last would replace the first."""
+
+    def compose_mapping_node(self, anchor):
+        mapping, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in mapping.value:
+            line = key.start_mark.line + 1
+            if (first := lines.setdefault((key.tag, str(key.value)), (line, key))) != (line, key):
+                problem = f"key {key.value} is in line {first[0]} already; keep one of the two"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return mapping
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds.
+
+    Raises:
+        ElvaDataError: it is no YAML, or a mapping holds a key twice; with file and line.
+    """
+    try:
+        with path.open("rb") as file:
+            return yaml.load(file, _UniqueKeys)
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        place = f"{path}, line {mark.line + 1}" if mark else f"{path}"
+        raise ElvaDataError(f"{place}: not readable as YAML: {' '.join(str(problem).split())}") from None

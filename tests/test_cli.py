@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from elva_core import cli, files, tables
+from elva_core.data import mbeir
 from elva_core.retrieval import cache
 
 COMMANDS = ["run", "status", "study", "readme", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
@@ -31,7 +33,17 @@ def test_the_help_lists_every_command_in_groups_and_imports_nothing_heavy():
     assert all(f"│ {command} " in printed for command in COMMANDS) and printed.count("╭") == 1 + 4
 
 
-@pytest.mark.parametrize("arguments", [["nothing"], ["lint"], ["plan", "smoke", "--devices", "two"], ["evaluate", "--root", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nothing"],
+        ["lint"],
+        ["plan", "smoke", "--devices", "two"],
+        ["plan", "smoke", "--devices", "0"],
+        ["run", "smoke", "--seed", "-1"],
+        ["evaluate", "--root", "x"],
+    ],
+)
 def test_a_wrong_command_has_status_2(arguments, capsys):
     assert cli.main(arguments) == 2
     assert "Usage" in capsys.readouterr().err
@@ -41,6 +53,39 @@ def test_an_unknown_profile_ends_with_one_line_and_status_1(capsys):
     assert cli.main(["run", "nowhere"]) == 1
     printed = capsys.readouterr().err
     assert "nowhere.yaml is missing" in printed and printed.startswith("error: ") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("problems", ["none", "more than a pipe holds"])
+def test_a_reader_that_has_read_enough_ends_lint_without_a_word(own_root, problems):
+    for picture in own_root.folder.rglob("*.png") if problems != "none" else ():
+        picture.unlink()
+    lint = subprocess.Popen(
+        [sys.executable, "-m", "elva_core", "lint", str(own_root.folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=files.REPOSITORY,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+    lint.stdout.close()
+    assert (lint.stderr.read(), lint.wait()) == (b"", 1)
+
+
+def test_what_cannot_be_read_or_written_ends_with_one_line(tiny, root, tmp_path, monkeypatch, capsys):
+    """An output that is a file, one below a file, and a disk that may not be written."""
+    tiny.save(tmp_path / "model", stage="test", parent="none")
+    (tmp_path / "file").write_text("")
+    common = ["--model", str(tmp_path / "model"), "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke"]
+    for out in (tmp_path / "file", tmp_path / "file/out"):
+        assert cli.main(["evaluate", *common, "--out", str(out)]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1].startswith(f"error: {tmp_path}/file") and not any("Traceback" in line for line in said)
+    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "file")
+    assert cli.main(["run", "smoke"]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/smoke: Not a directory\n"
+    denied = PermissionError(13, "Permission denied", "queries.jsonl")
+    monkeypatch.setattr(mbeir, "Root", lambda folder: (_ for _ in ()).throw(denied))
+    assert cli.main(["lint", "x"]) == 1
+    assert capsys.readouterr().err == "error: queries.jsonl: Permission denied\n"
 
 
 def test_lint_exits_with_1_on_a_bad_root(own_root, capsys):
@@ -75,3 +120,6 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     assert "table.md cannot hold the results (it is a file); name another folder" in printed and printed.count("\n") == 1
     assert cli.main(["search", *common, "--k", "3", "--no-pictures", "woman running"]) == 0
     assert len(capsys.readouterr().out.strip().splitlines()) == 1 + 3
+    assert cli.main(["search", *common, "--no-pictures", "woman \udcff"]) == 1  # a byte of the shell that is no UTF-8
+    said = capsys.readouterr().err
+    assert said.startswith("error: character 7 of the text") and said.count("\n") == 1

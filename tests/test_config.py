@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from elva_core import config
+from elva_core import config, files, values
 from elva_core.config import ProfileError
 
 
@@ -49,12 +49,63 @@ def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params
         ("extends: nowhere\n", r"nowhere\.yaml is missing; profiles are"),
         ("- a\n", "expected keys and values"),
         ("a: [\n", "not readable as YAML"),
+        (
+            "extends: cpu\nstage2: {steps: 1}\nstage3: {beta: 1}\nstage2: {batch: 2}\n",
+            r"x\.yaml, line 4: .*key stage2 is in line 2 already",
+        ),
+        ("extends: cpu\nstage2: {steps: 1, steps: 2}\n", "line 2: .*key steps is in line 2 already"),
+        ("extends: cpu\nevaluation: {cutoffs: [1, -5]}\n", r"x\.yaml: evaluation\.cutoffs\.1: Input should be greater than 0"),
+        ("extends: cpu\nevaluation: {cutoffs: []}\n", r"evaluation\.cutoffs: "),
+        ("extends: cpu\nstudy: {seeds: [-1]}\n", r"study\.seeds\.0: "),
+        ("extends: cpu\nencoder: {max_pixels: -1}\n", r"encoder\.max_pixels: Input should be greater than 0"),
+        ("extends: cpu\nencoder: {min_pixels: 9, max_pixels: 4}\n", "encoder: min_pixels = 9 is above max_pixels = 4"),
+        ("extends: cpu\nstage3: {beta: .nan}\n", r"stage3\.beta: Input should be a finite number"),
+        ("extends: cpu\nstage2: {optimiser: {lr: -1.0}}\n", r"stage2\.optimiser\.lr: "),
+        ("extends: cpu\n7: x\n", "expected keys and values"),
     ],
 )
 def test_bad_profiles_are_named(params, change, message):
     (params / "x.yaml").write_text(change)
     with pytest.raises(ProfileError, match=message):
         config.load("x")
+
+
+PLACES = """extends: cpu
+data: {name: mine, emoji: null, root: data/M-BEIR, nli: ../nli.csv}
+backbone: {path: models/base, tiny: null, teach: null}
+unseen: {sets: data/unseen, language: null, queries: null}
+video: {sets: /far/videos, drawings: null}
+"""
+
+
+def test_paths_of_a_profile_are_meant_from_the_repository_wherever_it_is_loaded(params, monkeypatch):
+    """And its digest does not depend on where that is: it is that of the values as written."""
+    (params / "x.yaml").write_text(PLACES)
+    loaded, digests = [], []
+    for repository in (params / "here", params / "there"):
+        monkeypatch.setattr(files, "REPOSITORY", repository)
+        (repository / "notebooks").mkdir(parents=True)
+        for folder in (repository, repository / "notebooks"):
+            monkeypatch.chdir(folder)
+            read = config.load("x")
+            given = [read.data.root, read.data.nli, read.unseen.sets, read.video.sets]
+            assert given == [f"{repository}/data/M-BEIR", f"{repository}/../nli.csv", f"{repository}/data/unseen", "/far/videos"]
+            loaded.append(read)
+            digests.append(read.digest())
+            assert read.changed({"threads": 2}).changed({"threads": read.threads}) == read
+    assert len(set(digests)) == 1 and loaded[0] == loaded[1] != loaded[2]
+    assert read.model_dump()["data"]["root"] == "data/M-BEIR" and read.model_dump()["video"]["sets"] == "/far/videos"
+
+
+def test_a_model_is_a_folder_where_one_exists_or_a_path_is_meant_and_a_hub_name_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REPOSITORY", tmp_path / "repository")
+    (tmp_path / "repository/Qwen/local").mkdir(parents=True)
+    (tmp_path / "elsewhere/Qwen/Qwen2-VL-2B-Instruct").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")  # a folder of the caller's is not meant
+    assert values.model_source("Qwen/local") == f"{tmp_path}/repository/Qwen/local"
+    assert values.model_source("./nowhere") == f"{tmp_path}/repository/./nowhere"
+    assert values.model_source("/nowhere") == "/nowhere"
+    assert values.model_source("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
 
 
 def test_every_value_of_the_whole_profile_names_its_source():

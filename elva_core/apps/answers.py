@@ -99,11 +99,16 @@ def search(
         template: how the query is read; None reads it as the pool was.
 
     Raises:
-        ValueError: no text and no image, an image that is no path, or k below 1.
+        ValueError: no text and no image, an image that is no path, a text that is no Unicode, or k below 1.
         ElvaDataError: an image that cannot be read.
     """
     if not isinstance(image, Path | str | None):
         raise ValueError(f"an image is {type(image).__name__}; give the path of a file")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start + 1} of the text {text!r} is no Unicode"
+        raise ValueError(f"{problem}; leave it out") from None
     query = Item(mbeir.normalise(text), Path(image) if image else None)
     if not query.text and not query.image:
         raise ValueError("nothing to search for: give a text, an image, or both")

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-import yaml
 
-from elva_core import config, distributed
+from elva_core import config, distributed, files
 from elva_core.retrieval import metrics
 
 
 def reported() -> dict:
     """Every number of the paper, the only figures a person typed."""
-    return yaml.safe_load((config.PARAMS / "reported.yaml").read_text(encoding="utf-8"))
+    return files.read_yaml(config.PARAMS / "reported.yaml")
 
 
 def audit(tables: dict) -> pd.DataFrame:

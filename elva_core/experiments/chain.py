@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elva_core import config, files
+from elva_core.experiments import lock
+from elva_core.experiments.arms import arms
 from elva_core.experiments.stages import STAGES, fingerprint, manifest, numbered, open_stage, stage_folder
 
 REPORT = numbered("90")
@@ -83,16 +85,21 @@ def up_to_date(profile: config.Settings, seed: int, stage: str) -> bool:
 
 
 def run_notebook(source: Path, executed: Path, parameters: dict[str, object], mark: str = "") -> None:
-    """Executes one notebook with papermill; refuses unknown parameters, notices cells that never ran.
+    """Executes one notebook with papermill, by this interpreter whatever kernelspecs there are.
+
+    Unknown parameters are refused, cells that never ran are noticed.
 
     Args:
         executed: where the executed copy is written; paths below the repository are relative in it.
         mark: fingerprint that the stage's manifest will carry.
 
     Raises:
-        ChainError: with notebook, cell, last line of the traceback and the executed copy.
+        ChainError: with notebook, cell, last line of the traceback (or that the kernel died) and the executed
+            copy.
     """
     import papermill
+
+    from elva_core.experiments.kernel import ThisInterpreter
 
     declared = papermill.inspect_notebook(str(source))
     if unknown := sorted(parameters.keys() - declared.keys()):
@@ -108,13 +115,18 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], ma
             progress_bar=False,
             stderr_file=sys.stderr,
             kernel_name="python3",
+            kernel_manager_class=ThisInterpreter,
             store_widget_state=False,  # a widget of a finished run has nothing behind its buttons
-            extra_arguments=["--IPKernelApp.log_level=40"],  # it warns of local TCP at every start
+            extra_arguments=["--IPKernelApp.log_level=50"],  # it warns of local TCP, and of an interrupt
         )
     except papermill.PapermillExecutionError as error:
         last = (error.evalue.strip().splitlines() or [""])[-1]
         cell = f"cell {error.cell_index} ({_heading(executed, error.cell_index)})"
         raise ChainError(f"{source.name}, {cell}: {error.ename}: {last}\nexecuted copy: {executed}") from None
+    except RuntimeError as error:  # nbclient's, of a kernel that died
+        reason = "ended by the system, often for want of memory, or by a crash; see the lines above"
+        place = f"{source.name}, {_last_started(executed)}"
+        raise ChainError(f"{place}: {error}: {reason}\nexecuted copy: {executed}") from None
     finally:
         _relative_paths(executed)
     code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
@@ -127,6 +139,15 @@ def _relative_paths(executed: Path) -> None:
     if executed.is_file():
         place = json.dumps(f"{files.REPOSITORY}{os.sep}", ensure_ascii=False)[1:-1]  # as JSON has it
         files.write_whole(executed, executed.read_text(encoding="utf-8").replace(place, ""))
+
+
+def _last_started(executed: Path) -> str:
+    """The cell that an executed notebook got to."""
+    import nbformat
+
+    cells = nbformat.read(executed, as_version=4).cells
+    begun = [i for i, cell in enumerate(cells) if cell.metadata.papermill.get("start_time")]
+    return f"cell {begun[-1]} ({_heading(executed, begun[-1])})" if begun else "before its first cell"
 
 
 def _heading(executed: Path, index: int) -> str:
@@ -166,13 +187,25 @@ def run(
 
     Raises:
         ChainError: at the first failure; later stages are named as skipped.
+        LockedError: another process runs this profile. ProfileError: it, or an arm of its study, is wrong.
     """
-    console = console or Console(soft_wrap=True)
+    console, began = console or Console(soft_wrap=True), time.monotonic()
     profile = config.load(profile_name)
     stages = [s for s in STAGES if (only is None or s.startswith(only)) and (start is None or s >= start)]
     if not stages:
         raise ChainError(f"no stage starts with {only or start!r}; stages are {', '.join(STAGES)}")
-    expected, began = expected_seconds(profile_name), time.monotonic()
+    if profile.study.in_chain:
+        arms(profile)  # refused before anything trains
+    with lock.held(profile_name):
+        _run_stages(stages, profile, seed, force, console)
+    console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
+    if REPORT in stages:
+        _print_claims(stage_folder(profile_name, REPORT), console)
+
+
+def _run_stages(stages: list[str], profile: config.Settings, seed: int, force: bool, console) -> None:
+    """Runs the notebooks of some stages in their order, with a line before and after each."""
+    profile_name, expected = profile.profile, expected_seconds(profile.profile)
     for place, stage in enumerate(stages):
         if not force and up_to_date(profile, seed, stage):
             console.print(f"[green]up to date[/]  {stage}")
@@ -193,9 +226,6 @@ def run(
             rest = ", ".join(stages[place + 1 :])
             raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None
         console.print(f"[green]done[/]        {stage}  {time.monotonic() - stage_began:.0f} s")
-    console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
-    if REPORT in stages:
-        _print_claims(stage_folder(profile_name, REPORT), console)
 
 
 def _print_claims(report: Path, console: Console) -> None:
@@ -239,23 +269,25 @@ def study(profile_name: str, seed: int) -> None:
     """
     from elva_core import distributed
     from elva_core.data import mbeir, sources
-    from elva_core.experiments import study as arms
+    from elva_core.experiments import study as ablations
 
     profile, ablation = config.load(profile_name), numbered("60")
-    for stage in (numbered("00"), *STAGES[ablation]):
-        run(profile_name, seed=seed, only=stage)
-    os.environ.update(KERNEL_ENVIRONMENT)
-    distributed.start(profile.threads)
-    data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES[ablation])
-    root, triplets = sources.locate(data)
-    backbone, places = arms.backbone_of(trained), arms.folders(profile_name)
-    arms.run(profile, root, triplets, mbeir.Root(bench / "bench"), backbone, *places)
-    for stage in map(numbered, ("60", "82", "90")):
-        if lacking := ", ".join(name for name in STAGES[stage] if manifest(profile_name, name) is None):
-            command = f"python -m elva_core run {profile_name} --seed {seed}"
-            print(f"left out  {stage}, which needs {lacking}; run: {command}")
-        else:
+    arms(profile)  # refused before anything trains
+    with lock.held(profile_name):
+        for stage in (numbered("00"), *STAGES[ablation]):
             run(profile_name, seed=seed, only=stage)
+        os.environ.update(KERNEL_ENVIRONMENT)
+        distributed.start(profile.threads)
+        data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES[ablation])
+        root, triplets = sources.locate(data)
+        backbone, places = ablations.backbone_of(trained), ablations.folders(profile_name)
+        ablations.run(profile, root, triplets, mbeir.Root(bench / "bench"), backbone, *places)
+        for stage in map(numbered, ("60", "82", "90")):
+            if lacking := ", ".join(name for name in STAGES[stage] if manifest(profile_name, name) is None):
+                command = f"python -m elva_core run {profile_name} --seed {seed}"
+                print(f"left out  {stage}, which needs {lacking}; run: {command}")
+            else:
+                run(profile_name, seed=seed, only=stage)
 
 
 def train(stage: str, profile_name: str, seed: int) -> None:
@@ -265,10 +297,11 @@ def train(stage: str, profile_name: str, seed: int) -> None:
 
     profile, notebook = config.load(profile_name), jobs.NOTEBOOKS[stage]
     os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=current_fingerprint(profile, seed, notebook))
-    with distributed.processes().main_process_first():
-        opened = open_stage(notebook, profile_name, seed)
-        job = jobs.following(stage, opened)
-    jobs.run(job)
+    with lock.held_by_launch(profile_name):
+        with distributed.processes().main_process_first():
+            opened = open_stage(notebook, profile_name, seed)
+            job = jobs.following(stage, opened)
+        jobs.run(job)
     if distributed.processes().is_main_process:
         command = f"python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}"
         print(f"{job.model}; goes on with: {command}")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from elva_core import files
 from elva_core.config import PARAMS, ContrastiveSettings, Settings
 from elva_core.experiments import estimate
 from elva_core.experiments.estimate import Cost, Side, Workload
@@ -175,7 +175,7 @@ def _reported(settings: Settings) -> Table:
     [RET]. Their layers are computed again, one forward more, and ours are in the gradient cache as well, two:
     here it is one.
     """
-    runs = yaml.safe_load((PARAMS / "reported.yaml").read_text(encoding="utf-8"))["training_time"]["runs"]
+    runs = files.read_yaml(PARAMS / "reported.yaml")["training_time"]["runs"]
     once = {"gradient_checkpointing": False}
     theirs = settings.changed({"stage1": once, "stage2": once | {"ret_share": 0.0}})
     title = "Beside reported times, with one forward more as theirs, stage 2 without the steps at [RET]"

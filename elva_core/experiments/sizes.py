@@ -21,14 +21,15 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import yaml
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig
 
+from elva_core import files
 from elva_core.config import PARAMS, ProfileError, Section, Settings, TinySettings
 from elva_core.data import mbeir
 from elva_core.experiments import stages
+from elva_core.values import model_source
 
 TABLE = PARAMS / "plan.yaml"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")  # one kind of language layer, and a tower that reads patches in a grid
@@ -92,7 +93,7 @@ class Known(Section):
 
 def known() -> Known:
     try:
-        return Known.model_validate(yaml.safe_load(TABLE.read_text(encoding="utf-8")))
+        return Known.model_validate(files.read_yaml(TABLE))
     except ValidationError as error:
         raise ProfileError(f"{TABLE}: {error}") from None
 
@@ -293,7 +294,7 @@ def of_model(name: str, architectures: Mapping[str, dict]) -> Sizes:
     if name in architectures:
         return of_config(AutoConfig.for_model(**architectures[name]))
     try:
-        return of_config(AutoConfig.from_pretrained(name, local_files_only=True))
+        return of_config(AutoConfig.from_pretrained(model_source(name), local_files_only=True))
     except OSError:
         raise ProfileError(
             f"no entry for {name} in {TABLE}: architectures, and no config.json on this machine; "

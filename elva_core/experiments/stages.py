@@ -22,6 +22,7 @@ from pathlib import Path
 
 from elva_core import config as profiles
 from elva_core import files
+from elva_core.experiments import lock
 from elva_core.files import REPOSITORY, file_hash
 
 # notebook -> the numbers of those it reads, in the order in which they run
@@ -128,7 +129,10 @@ class Stage:
         return Image(filename=folder / f"{name}.png")
 
     def close(self, metrics: dict | None = None) -> dict:
-        """Writes the manifest and moves the folder into place. Nothing may be written after it."""
+        """Writes the manifest, moves the folder into place and frees the profile.
+
+        Nothing may be written after it.
+        """
         shutil.rmtree(self.folder / "work", ignore_errors=True)
         (self.folder / "fingerprint").unlink(missing_ok=True)
         paths = {
@@ -163,6 +167,7 @@ class Stage:
             final.rename(retired)
         self.folder.rename(final)
         shutil.rmtree(retired, ignore_errors=True)
+        lock.give_back(self.settings.profile)
         return {"stage": self.name, "profile": self.settings.profile, "seed": self.seed, "files": len(sizes)}
 
 
@@ -170,9 +175,14 @@ def open_stage(name: str, profile: str, seed: int) -> Stage:
     """Starts a stage in outputs/<profile>/.<stage>.partial.
 
     A partial folder of the same settings and seed is kept, so that interrupted training resumes from
-    <folder>/work; a partial folder of anything else is removed.
+    <folder>/work; a partial folder of anything else is removed. The profile is locked until the stage is
+    closed or this process ends.
+
+    Raises:
+        LockedError: another process runs this profile.
     """
     settings = profiles.load(profile)
+    lock.take(profile)
     folder = files.OUTPUTS / profile / f".{name}.partial"
     mark = f"{settings.digest()} {seed} {os.environ.get('ELVA_FINGERPRINT', '')}"
     if not (folder / "fingerprint").is_file() or (folder / "fingerprint").read_text() != mark:

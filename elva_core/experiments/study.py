@@ -16,48 +16,22 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
-import yaml
-from pydantic import Field
 
 from elva_core import files
-from elva_core.config import PARAMS, ProfileError, Section, Settings
+from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import benchmark, grains
 from elva_core.experiments import jobs
+from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
 from elva_core.training import teach
+from elva_core.values import model_source
 
 log = logging.getLogger("elva")
 NOT_RECORDED = "not recorded"  # the hash of a backbone, in results that are older than its record
-
-
-class Arm(Section):
-    """One row of params/arms.yaml: what is trained after stage 2, and which values of the profile change."""
-
-    group: str  # the table it belongs to
-    trains: Literal["nothing", "stage3", "control"]
-    start: Literal["backbone", "stage2"] = "stage2"
-    template: Literal["summary", "eol"] = "summary"
-    every_seed: bool = False  # else the first seed alone
-    changes: dict = Field(default_factory=dict)
-    against: tuple[str, ...] = ()  # arms that it is compared with, paired
-    curves: tuple[str, ...] = ()  # lines of the sample-efficiency figure that it is a point of
-    units: tuple[str, ...] = ()  # test units, or patterns of them, that it is measured on besides MRBench
-    paper: tuple[str, str] | None = None  # table and row of params/reported.yaml; its last value is compared
-    why: str
-
-    def applied(self, settings: Settings) -> Settings:
-        """The profile with this arm's changes; `all` negatives are as many as it has of both kinds."""
-        both = settings.stage3.negatives.hard + settings.stage3.negatives.random
-        changes, negatives = dict(self.changes), self.changes.get("stage3", {}).get("negatives", {})
-        if negatives:
-            counts = {kind: both if value == "all" else value for kind, value in negatives.items()}
-            changes["stage3"] = changes["stage3"] | {"negatives": counts}
-        return settings.changed(changes)
 
 
 @dataclass(frozen=True)
@@ -73,28 +47,6 @@ class Study:
     units: pd.DataFrame
     distances: pd.DataFrame
     errors: pd.DataFrame
-
-
-def arms(settings: Settings) -> dict[str, Arm]:
-    """The arms a profile asks for, in the order of params/arms.yaml.
-
-    Raises:
-        ProfileError: an unknown name, or a change that is no value of a profile.
-    """
-    path, names = PARAMS / "arms.yaml", settings.study.arms
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {name: Arm.model_validate(values) for name, values in rows.items()}
-    if unknown := sorted(set(names) - set(known)):
-        lacking = f"study.arms names {unknown}; {path} has {sorted(known)}"
-        raise ProfileError(f"params/{settings.profile}.yaml: {lacking}")
-    return {name: arm for name, arm in known.items() if name in names or not names}
-
-
-def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
-    """(name, arm, seed) in the order they run: what has every seed first, seed by seed."""
-    chosen, seeds = arms(settings), settings.study.seeds
-    every = [(name, arm, seed) for seed in seeds for name, arm in chosen.items() if arm.every_seed]
-    return every + [(name, arm, seeds[0]) for name, arm in chosen.items() if not arm.every_seed]
 
 
 def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
@@ -235,7 +187,7 @@ def run(
 def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
     """The model that an arm starts from: the chain's, or the path or architecture that the arm names."""
     if changed.backbone.path:
-        return changed.backbone.path
+        return model_source(changed.backbone.path)
     if changed.backbone.tiny.architecture == "qwen2_vl":
         return backbone
     return teach.ensure(changed.backbone, changed.encoder, root, work, first=backbone)

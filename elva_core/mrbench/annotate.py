@@ -32,6 +32,7 @@ from elva_core import files as artifact_files
 from elva_core.config import AnnotatorSettings, ProfileError, Section, Settings
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
+from elva_core.values import model_source
 
 log = logging.getLogger("elva")
 
@@ -189,9 +190,10 @@ def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
     def parts():
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(settings.model)
+        source = model_source(settings.model)
+        processor = AutoProcessor.from_pretrained(source)
         processor.tokenizer.padding_side = "left"  # an answer starts where its prompt ends
-        model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         return model.to(device).eval(), processor
 
     def ask(talks: Sequence[list[Turn]]) -> Iterator[tuple[int, str | None]]:

@@ -25,6 +25,7 @@ from elva_core.data.items import candidate_item, query_item
 from elva_core.models import chat, encoder, small_models
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop
+from elva_core.values import model_source
 
 VERSION = "1"  # of what the teaching does: another one teaches anew
 
@@ -46,7 +47,7 @@ def ensure(
             None teaches the Qwen2-VL itself.
     """
     if settings.path:
-        return settings.path
+        return model_source(settings.path)
     depends = settings.model_dump_json() + prompts.model_dump_json() + VERSION
     key = hashlib.sha256(depends.encode() + root.union_train_path().read_bytes())
     if first:  # its folder is named by its own hash

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -12,7 +17,7 @@ import pytest
 from elva_core import config, files
 from elva_core.data import mbeir
 from elva_core.data import sources as prepare
-from elva_core.experiments import chain, stages, study
+from elva_core.experiments import arms, chain, stages, study
 from elva_core.experiments.chain import ChainError
 
 
@@ -51,6 +56,87 @@ def test_a_failing_cell_is_named_with_its_heading_and_executed_copy_which_names_
     shown, resolved = next(cell for cell in copy.cells if "print(" in cell.source).outputs
     assert shown.text == "outputs\n" and resolved.data["text/plain"] == "PosixPath('models')"
     assert any("broken.py" in line for o in copy.cells[-1].outputs for line in o.traceback)
+
+
+@pytest.fixture
+def foreign_kernelspec(tmp_path, monkeypatch):
+    """A kernelspec python3 of somebody else's, found before that of this interpreter."""
+    folder = tmp_path / "jupyter/kernels/python3"
+    folder.mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+
+def test_the_chain_runs_notebooks_in_its_own_interpreter_whatever_kernelspecs_there_are(tmp_path, foreign_kernelspec):
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "import sys; print(sys.executable)")
+    chain.run_notebook(book, tmp_path / "out.ipynb", {})
+    assert nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs[0].text == f"{sys.executable}\n"
+
+
+def test_nbval_of_make_test_runs_notebooks_in_the_interpreter_of_the_tests(tmp_path, foreign_kernelspec):
+    makefile = (files.REPOSITORY / "Makefile").read_text()
+    given = next(line for line in makefile.splitlines() if "--nbval" in line).split("-m pytest ")[1].split()
+    book = notebook(tmp_path / "a.ipynb", f"import sys; assert sys.executable == {sys.executable!r}")
+    command = [sys.executable, "-m", "pytest", *[str(book) if word == "notebooks" else word for word in given]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+def test_a_kernel_that_dies_is_one_message_with_notebook_and_cell(tmp_path):
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "x = 1", "import os; os.kill(os.getpid(), 9)", "y = 1")
+    read = nbformat.read(book, 4)
+    read.cells.insert(2, nbformat.v4.new_markdown_cell("## Where it dies"))
+    nbformat.write(read, book)
+    with pytest.raises(ChainError, match=r"^a\.ipynb, cell 3 \(Where it dies\): Kernel died: .*memory.*\nexecuted copy: .*out\.ipynb$"):
+        chain.run_notebook(book, tmp_path / "out.ipynb", {})
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from elva_core import cli, files
+from elva_core.experiments import chain
+files.OUTPUTS, chain.NOTEBOOKS = Path("outputs").resolve(), Path(".").resolve()
+sys.exit(cli.main(["run", "smoke", "--only", "00"]))
+"""
+
+
+def test_an_interrupt_ends_the_chain_with_one_line_status_130_and_no_kernel(tmp_path):
+    slow = "from pathlib import Path\nimport os, time\nPath('pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    notebook(tmp_path / "00_check_environment.ipynb", "profile: str = 'smoke'\nseed: int = 1", slow)
+    environment = os.environ | {"PYTHONPATH": str(files.REPOSITORY)}
+    chained = subprocess.Popen([sys.executable, "-c", INTERRUPTED], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").is_file() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = int((tmp_path / "pid").read_text())
+    chained.send_signal(signal.SIGINT)
+    _, said = chained.communicate(timeout=60)
+    assert (chained.returncode, said) == (130, "interrupted\n")
+    assert not Path(f"/proc/{kernel}").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{group: x, trains: nothing, why: x, changes: {stage3: {bta: 1}}}", r"arms\.yaml: arm mine: stage3\.bta: Extra inputs"),
+        ("{group: x, trains: nothing, why: x, changes: {stage3: 5}}", "arm mine: stage3: "),
+        ("{group: x, trains: stage2, why: x}", "arm mine: trains: "),
+        ("{group: x, trains: nothing, why: x, against: [nobody]}", r"arm mine is compared with \['nobody'\]"),
+        ("{group: x, trains: nothing, why: x}\nmine: {}", r"arms\.yaml, line 2: .*key mine is in line 1"),
+    ],
+)
+@pytest.mark.parametrize("start", [chain.run, chain.study])
+def test_a_wrong_arm_is_refused_before_anything_runs(outputs, tmp_path, monkeypatch, row, message, start):
+    (tmp_path / "arms.yaml").write_text(f"mine: {row}\n")
+    monkeypatch.setattr(arms, "PARAMS", tmp_path)
+    profile = config.load("smoke").changed({"study": {"arms": []}})
+    monkeypatch.setattr(config, "load", lambda name: profile)
+    monkeypatch.setattr(chain, "run_notebook", lambda *given: pytest.fail("a notebook has run"))
+    with pytest.raises(config.ProfileError, match=message) as refused:
+        start("smoke", seed=1)
+    assert "\n" not in str(refused.value)
 
 
 def test_cells_that_never_ran_are_noticed(tmp_path):

@@ -1,0 +1,181 @@
+"""One run at a time of a profile, with processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from conftest import exit_codes, started
+from elva_core import cli, files
+from elva_core.experiments import chain, lock, stages
+
+HOST = socket.gethostname()
+KERNEL = """
+import sys
+from pathlib import Path
+from elva_core import files
+from elva_core.experiments import stages
+files.OUTPUTS = Path(sys.argv[1])
+stage = stages.open_stage("10_prepare_data", "smoke", 1)
+(stage.folder / "work").mkdir(exist_ok=True)
+(stage.folder / "work/checkpoint").write_text("two days")
+print("open", flush=True)
+sys.stdin.readline()
+stage.close()
+print("closed", flush=True)
+sys.stdin.readline()
+"""
+RANK = """
+import contextlib, io, sys
+from pathlib import Path
+from elva_core import cli, distributed, files
+files.OUTPUTS = Path(sys.argv[1])
+distributed.processes()
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    status = cli.main(["train", "stage1", "smoke", "--seed", "2"])
+sys.stdout.write(f"status {status}, lines {said.getvalue().count('is in use by process')}\\n")
+"""
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setenv("ELVA_FINGERPRINT", "")
+    monkeypatch.delenv(lock.HOLDER, raising=False)
+    yield tmp_path / "outputs"
+    lock.give_back("smoke")
+
+
+@contextmanager
+def kernel(outputs):
+    """A process that has opened a stage of smoke, as a kernel of JupyterLab does."""
+    environment = {name: value for name, value in os.environ.items() if name != lock.HOLDER} | {"PYTHONPATH": str(files.REPOSITORY)}
+    command = [sys.executable, "-c", KERNEL, str(outputs)]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "open\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("command", [["run", "smoke", "--seed", "2"], ["train", "stage1", "smoke"], ["study", "smoke"]])
+def test_the_second_run_of_a_profile_is_refused_with_one_line_and_takes_nothing_away(outputs, capsys, command):
+    with kernel(outputs) as holder:
+        assert cli.main(command) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: outputs/smoke is in use by process {holder.pid} on host {HOST}; ") and said.count("\n") == 1
+        assert f"kill {holder.pid}" in said
+        assert (outputs / "smoke/.10_prepare_data.partial/work/checkpoint").read_text() == "two days"
+        lock.give_back("smoke")  # not ours
+        with pytest.raises(lock.LockedError):
+            stages.open_stage("20_build_mrbench", "smoke", 2)
+        lock.take("cpu")  # another profile
+        lock.give_back("cpu")
+
+
+def test_a_stage_that_is_closed_frees_its_profile_while_its_kernel_lives(outputs):
+    with kernel(outputs) as holder:
+        print(file=holder.stdin, flush=True)
+        assert holder.stdout.readline() == "closed\n"
+        assert lock.take("smoke") and not lock.take("smoke")
+        lock.give_back("smoke")
+        assert not (outputs / "smoke/.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_lock_whose_process_was_killed_is_taken_over_with_its_work(outputs):
+    for seed in range(5):
+        with kernel(outputs) as holder:
+            time.sleep(random.Random(seed).random() / 20)
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            assert (outputs / "smoke/.lock").read_text() == f"{HOST} {holder.pid}"
+        assert (outputs / "smoke/.10_prepare_data.partial/work/checkpoint").read_text() == "two days"
+        assert lock.take("smoke") and (outputs / "smoke/.lock").read_text() == f"{HOST} {os.getpid()}"
+        lock.give_back("smoke")
+
+
+def test_where_a_file_system_has_no_locks_the_process_in_the_file_is_looked_for(outputs, monkeypatch):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with kernel(outputs) as holder:
+        with pytest.raises(lock.LockedError, match=f"process {holder.pid} on host"):
+            lock.take("smoke")
+        holder.kill()
+        holder.wait()
+        assert lock.take("smoke")
+        lock.give_back("smoke")
+
+
+def test_a_lock_of_another_host_is_taken_over_only_after_its_file_was_deleted(outputs, capsys):
+    path = outputs / "smoke/.lock"
+    files.write_whole(path, "far-away 123")
+    for _ in range(2):
+        assert cli.main(["run", "smoke"]) == 1
+        said = capsys.readouterr().err
+        assert "process 123 on host far-away" in said and f"delete {path}" in said and said.count("\n") == 1
+    assert path.read_text() == "far-away 123"
+    path.unlink()
+    assert lock.take("smoke")
+
+
+def race(rank, count, port, outputs):
+    """Takes the lock as often as it can for a while; inside, nobody else may be."""
+    files.OUTPUTS, inside, times = outputs, outputs / "inside", 0
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        try:
+            with lock.held("smoke"):
+                inside.mkdir()
+                inside.rmdir()
+                times += 1
+        except lock.LockedError:
+            pass
+    assert times
+
+
+@pytest.mark.slow
+def test_of_many_that_take_and_free_it_one_at_a_time_is_inside(outputs):
+    outputs.mkdir()
+    assert exit_codes(race, 3, outputs, timeout=60) == [0, 0, 0]
+
+
+def test_notebooks_of_the_chain_are_the_same_holder_as_the_chain(outputs, monkeypatch, tmp_path, capsys):
+    from test_chain import notebook
+
+    first = "00_check_environment"
+    opened = "from pathlib import Path\nfrom elva_core import files\nfrom elva_core.experiments import stages\n"
+    opened += f"files.OUTPUTS = Path({str(outputs)!r})"
+    notebook(
+        tmp_path / f"{first}.ipynb",
+        "profile: str = 'smoke'\nseed: int = 1",
+        f"{opened}\nrun = stages.open_stage('{first}', profile, seed)",
+        "run.close()",
+    )
+    monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(files.REPOSITORY))
+    chain.run("smoke", seed=1, only="00")
+    assert stages.manifest("smoke", first)["seed"] == 1 and not (outputs / "smoke/.lock").exists()
+    with kernel(outputs), pytest.raises(lock.LockedError):
+        chain.run("smoke", seed=1, only="00", force=True)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_of_a_launch_whose_profile_is_in_use_every_process_ends_and_one_says_why(outputs, tmp_path):
+    """That the processes of a launch are one holder is what the tests of training on two processes show."""
+    with kernel(outputs):
+        out = started(RANK, outputs, tmp_path, launched_by="cpu.yaml")
+    assert sorted(out.splitlines()) == ["status 1, lines 0", "status 1, lines 1"]
