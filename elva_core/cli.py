@@ -31,7 +31,7 @@ WORKBOOK, TRAINING, EVALUATION = "Workbook", "Training", "Data and evaluation"
 USE = "Use and sharing of a trained model"
 # what ends a command with one line
 EXPECTED = (chain.ChainError, stages.MissingStageError, lock.LockedError, OSError, ValueError)
-PROFILES = sorted(path.stem for path in config.PARAMS.glob("*.yaml"))
+PROFILES = sorted({path.stem for path in config.PARAMS.glob("*.yaml")} - {*config.NO_PROFILES})
 
 # Arguments that several commands share
 Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]

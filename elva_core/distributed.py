@@ -85,7 +85,7 @@ def exchanged(parts: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Every process gets the sum of all gradients; each has computed its own rows of the step.
 
-    Where DeepSpeed shares them, `optimise` sums them.
+    Where DeepSpeed shares them, `loop.train_loop` sums them.
     """
     if processes().num_processes > 1 and not zero.requested():
         sharding.collective_turn(sharding.EXCHANGE)

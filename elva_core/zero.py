@@ -5,7 +5,7 @@ backpropagate as often as a process has work. So the engine holds parameters of 
 and once a step backpropagates sum(parameter * gradient), whose gradient is ours. No loop knows of this, and
 what is computed does not change. Until then each process has the whole gradient of its rows.
 
-    optimiser = zero.SharedAdamW(parameters, settings)    # loop.optimise, in place of AdamW
+    optimiser = zero.SharedAdamW(parameters, settings)    # loop.train_loop, in place of AdamW
     norm = optimiser.reduce()
     optimiser.step()
 """

@@ -130,7 +130,7 @@ def exit_codes(work, count: int, *given, timeout: float) -> list[int | None]:
     return codes
 
 
-def mined(model, root, smoke, queries: int) -> list[hard_negatives.Ranked]:
+def mined(model, root, smoke, queries: int) -> list[hard_negatives.TrainingQuery]:
     """`queries` train queries with the negatives that the model chooses."""
     settings = smoke.stage3.model_copy(update={"queries": queries})
     return hard_negatives.assemble(hard_negatives.select(model, root, settings, batch=32, seed=1), root, 1)

@@ -60,7 +60,7 @@ def with_a_gap(folder, fatal):
             distributed.sum_gradients(parameters.values())
             return {}
 
-        return parameters, loop.optimise(parameters, step_fn, 6, settings, folder)
+        return parameters, loop.train_loop(parameters, step_fn, 6, settings, folder)
 
     with pytest.raises(loop.DivergedError, match=f"step {fatal}: gradient is not finite"):
         run(fatal)

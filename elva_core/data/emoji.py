@@ -25,10 +25,6 @@ from elva_core.data import mbeir
 from elva_core.files import ElvaDataError
 
 DATASET_ID = 10
-LICENCES = {
-    "Goog": "Noto Emoji, Apache-2.0",
-    "Twtr": "Twemoji, CC BY 4.0",
-}  # the only drawings in committed figures
 _TONE = re.compile(r"(?:(?:medium-light|medium-dark|light|medium|dark) skin tone ?)+")
 _HAIR = re.compile(r"(?:red|curly|white|blond) hair|bald|beard")
 _WHO = re.compile(r"(?:(?:old |pregnant )?(?:man|woman|person)|men|women|people|boy|girl)(?=\s|$)")
@@ -113,11 +109,11 @@ def load(language: str) -> list[Emoji]:
     """Fully qualified emoji that every vendor drew, sorted by code points.
 
     Args:
-        language: language of the translation, one of emoji.LANGUAGES.
+        language: language of the translation, one of LANGUAGES of the package emoji.
     """
     if language not in unicode_names.LANGUAGES:
         raise ElvaDataError(
-            f"language {language!r} is none of {unicode_names.LANGUAGES}; correct data.language"
+            f"language {language!r} is none of {unicode_names.LANGUAGES}; correct language in the profile"
         )
     drawn = set.intersection(
         *({p.stem for p in vendor.glob("*.png")} for vendor in image_folder().iterdir() if vendor.is_dir())

@@ -1,6 +1,6 @@
 """Hit rates on the unseen caption and composition sets of Table 2; every tie counts against the target.
 
-hits = score("sugarcrepe", unseen_sets.load("sugarcrepe", folder), vectors)       # one row per query
+hits = score("sugarcrepe", caption_sets.load("sugarcrepe", folder), vectors)       # one row per query
 rows = table(hits, samples=1000, seed=17)
 """
 

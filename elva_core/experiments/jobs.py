@@ -204,7 +204,7 @@ def mine(spec: Job) -> None:
     distributed.processes().wait_for_everyone()
 
 
-def _mined_by(model: encoder.Encoder, spec: Job) -> list[hard_negatives.Ranked]:
+def _mined_by(model: encoder.Encoder, spec: Job) -> list[hard_negatives.TrainingQuery]:
     """The queries of stage 3 with the negatives that the model of this moment chooses."""
     return hard_negatives.assemble(_select(model, spec), spec.root, spec.seed)
 

@@ -33,7 +33,7 @@ from elva_core.values import model_source
 
 TABLE = PARAMS / "plan.yaml"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")  # one kind of language layer, and a tower that reads patches in a grid
-MASTER_BYTES = 16  # of a trained parameter: float32 weight, gradient and AdamW's two moments
+TRAINED_BYTES = 16  # of a trained parameter: float32 weight, gradient and AdamW's two moments
 COUNTED_TOKENS = 64  # that are run, and twice as many
 COUNTED_SIDE = 16  # patches; a multiple of the side of Qwen2.5-VL's windows
 
@@ -191,7 +191,7 @@ class Sizes:
 
     def training_bytes(self, rank: int) -> int:
         """Adapter and [RET] row with gradient and AdamW's moments; PEFT keeps them in float32."""
-        return MASTER_BYTES * (self.adapter(rank) + self.hidden)
+        return TRAINED_BYTES * (self.adapter(rank) + self.hidden)
 
     def shared_bytes(self, rank: int, processes: int) -> float:
         """The same where zero.py shares moments, float32 copy and summed gradient; the rest stays whole."""

@@ -178,7 +178,7 @@ def _progress(state: dict[str, object], sampled: int) -> str:
 
 
 def thumbnail(path: Path, side: int = 320) -> bytes:
-    """An image as PNG, no longer than `side` pixels. Raises ElvaDataError as `mbeir.open_image`."""
+    """An image as PNG, no longer than `side` pixels. Raises ElvaDataError as `images.open_image`."""
     image, file = images.open_image(path), io.BytesIO()
     image.thumbnail((side, side))
     image.save(file, "PNG")

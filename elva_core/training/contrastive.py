@@ -20,7 +20,7 @@ from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models import generation
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses
-from elva_core.training.hard_negatives import Ranked
+from elva_core.training.hard_negatives import TrainingQuery
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, s
     )
 
 
-def ranked_pairs(ranked: Sequence[Ranked], seed: int) -> Draw:
+def ranked_pairs(ranked: Sequence[TrainingQuery], seed: int) -> Draw:
     """The control of stage 3: its queries with their positive and their own negatives."""
     rows = [Pair(r.item, r.positive, r.positive_did, r.query.positives, r.negatives) for r in ranked]
     return epochs(rows, seed, "stage3")
@@ -208,4 +208,4 @@ def train(
 
     checkpointing = settings.gradient_checkpointing
     with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
-        return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
+        return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

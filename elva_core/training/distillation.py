@@ -85,4 +85,4 @@ def train(
 
     checkpointing = settings.gradient_checkpointing
     with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
-        return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
+        return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -35,7 +35,7 @@ from elva_core.models import generation, vllm_sampler
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses, rewards
 from elva_core.training.contrastive import epochs
-from elva_core.training.hard_negatives import Ranked
+from elva_core.training.hard_negatives import TrainingQuery
 
 COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
 
@@ -69,13 +69,13 @@ def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSett
     return Scored(total, margin, rank, positive, r, rewarded)
 
 
-def sides(ranked: Ranked, which: str) -> list[Item]:
+def sides(ranked: TrainingQuery, which: str) -> list[Item]:
     """Items of a query whose summaries are actions: itself, or itself, its positive and all its negatives."""
     return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
 
 
 def candidates_once(
-    encoder: Encoder, ranked: Sequence[Ranked], chunk: int
+    encoder: Encoder, ranked: Sequence[TrainingQuery], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy embeddings of positives (Q, D) and negatives (Q, N, D); distinct items, `chunk` a forward."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
@@ -88,14 +88,16 @@ def candidates_once(
     return positives, negatives
 
 
-def candidates_as_mined(encoder: Encoder, ranked: Sequence[Ranked]) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates_as_mined(
+    encoder: Encoder, ranked: Sequence[TrainingQuery]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same embeddings, as computed by the model that chose the negatives: no forward at all."""
     vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
     return vectors[:, 0], vectors[:, 1:]
 
 
 def cosines(
-    encoder: Encoder, ranked: Sequence[Ranked], vectors: torch.Tensor, settings: RlvrSettings
+    encoder: Encoder, ranked: Sequence[TrainingQuery], vectors: torch.Tensor, settings: RlvrSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N).
 
@@ -114,7 +116,7 @@ def cosines(
 
 def step(
     encoder: Encoder,
-    ranked: Sequence[Ranked],
+    ranked: Sequence[TrainingQuery],
     settings: RlvrSettings,
     noise: torch.Tensor,
     sampler: generation.Sampler = generation.in_process,
@@ -282,12 +284,12 @@ def sampler_of(
 
 def train(
     encoder: Encoder,
-    ranked: Sequence[Ranked],
+    ranked: Sequence[TrainingQuery],
     settings: RlvrSettings,
     *,
     seed: int,
     folder: Path,
-    mine: Callable[[], Sequence[Ranked]] | None = None,
+    mine: Callable[[], Sequence[TrainingQuery]] | None = None,
 ) -> list[dict[str, float]]:
     """One pass over `ranked` with a fresh adapter, merged at the end. Dropout stays off.
 
@@ -322,6 +324,6 @@ def train(
         encoder.add_lora(settings.lora, seed=seed)
         encoder.model.eval()
         parameters, steps = encoder.trainable(), settings.queries // per_step
-        rows = loop.optimise(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
+        rows = loop.train_loop(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

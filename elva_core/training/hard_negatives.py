@@ -23,7 +23,7 @@ from elva_core.retrieval.retriever import encode
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
+class TrainingQuery:
     """A query of stage 3 with one positive and its N negatives, as one model ranked them.
 
     positive_cosine, cosines: that model's, of the positive and of the negatives. near: (D,) its embedding of
@@ -154,7 +154,7 @@ def _train_item(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
     return query_item(root, query, seed=seed, scope="train/rl")
 
 
-def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[Ranked]:
+def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[TrainingQuery]:
     """The queries with their texts and images, read from the root."""
     queries, pool = root.union_train(), root.pool("", "train", "global")
     ranked = []
@@ -164,7 +164,7 @@ def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[Ranked]:
         negatives = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
         cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
         vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist())
-        ranked.append(Ranked(query, *items, positive.did, negatives, *cosines, *vectors))
+        ranked.append(TrainingQuery(query, *items, positive.did, negatives, *cosines, *vectors))
     return ranked
 
 
@@ -174,7 +174,7 @@ def write(mined: Mined, path: Path) -> None:
         save_file(mined._asdict(), partial)
 
 
-def read(path: Path, root: mbeir.Root, seed: int) -> list[Ranked]:
+def read(path: Path, root: mbeir.Root, seed: int) -> list[TrainingQuery]:
     """The queries with the negatives that `write` has put into `path`."""
     return assemble(Mined(**load_file(path)), root, seed)
 

@@ -51,7 +51,7 @@ class DivergedError(RuntimeError):
     """Training was stopped by its guard; the message names the reason and the checkpoint to resume from."""
 
 
-def optimise(
+def train_loop(
     parameters: dict[str, torch.nn.Parameter],
     step_fn: Callable[[int], dict[str, float]],
     steps: int,

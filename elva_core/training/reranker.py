@@ -27,7 +27,7 @@ from elva_core.data.items import Item
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop
 from elva_core.training.contrastive import epochs
-from elva_core.training.hard_negatives import Ranked
+from elva_core.training.hard_negatives import TrainingQuery
 
 Kind = Literal["pointwise", "listwise"]
 KINDS: tuple[Kind, ...] = ("pointwise", "listwise")
@@ -166,7 +166,9 @@ def score(
     return scores
 
 
-def exercise(ranked: Ranked, kind: Kind, settings: RerankSettings, rng: np.random.Generator) -> list[Prompt]:
+def exercise(
+    ranked: TrainingQuery, kind: Kind, settings: RerankSettings, rng: np.random.Generator
+) -> list[Prompt]:
     """Prompts that a query is trained on.
 
     Pointwise its positive and some of its hard negatives one by one, listwise the positive at a random place
@@ -184,7 +186,7 @@ def exercise(ranked: Ranked, kind: Kind, settings: RerankSettings, rng: np.rando
 
 
 def train(
-    encoder: Encoder, ranked: Sequence[Ranked], settings: RerankSettings, *, seed: int, folder: Path
+    encoder: Encoder, ranked: Sequence[TrainingQuery], settings: RerankSettings, *, seed: int, folder: Path
 ) -> list[dict[str, float]]:
     """Trains a fresh adapter by cross-entropy on the answers, pointwise and listwise in turn, and merges it.
 
@@ -217,4 +219,4 @@ def train(
 
     checkpointing = settings.gradient_checkpointing
     with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
-        return loop.optimise(parameters, step_fn, settings.steps, settings.optimiser, folder)
+        return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -93,7 +93,7 @@ def _learn(
     rate, decay = lesson.optimiser.lr, lesson.optimiser.weight_decay
     muon = torch.optim.Muon(inside, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
-    return loop.optimise(
+    return loop.train_loop(
         parameters, step_fn, lesson.steps, lesson.optimiser, folder, optimisers=[adamw, muon]
     )
 

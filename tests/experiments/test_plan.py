@@ -173,7 +173,7 @@ def pictures(root):
 
 
 @pytest.fixture
-def ranked(tiny, root, smoke, pictures) -> list[hard_negatives.Ranked]:
+def ranked(tiny, root, smoke, pictures) -> list[hard_negatives.TrainingQuery]:
     """Two queries for stage 3 with their positives and negatives, all of them distinct drawings."""
     items = iter(pictures)
     drawn = ((r, next(items), next(items), tuple(islice(items, len(r.negatives)))) for r in mined(tiny, root, smoke, 8)[:2])

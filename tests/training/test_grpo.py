@@ -322,7 +322,7 @@ def test_the_guard_stops_before_the_weights_move_and_the_last_checkpoint_stays(t
     with pytest.raises(
         loop.DivergedError, match=f"step 2: {cause}; the state before it is in .*checkpoint; lower the profile's learning rate"
     ):
-        loop.optimise({"w": weight}, step_fn, 5, settings, tmp_path, lambda row: "too fast" if row["step"] == 2 else None)
+        loop.train_loop({"w": weight}, step_fn, 5, settings, tmp_path, lambda row: "too fast" if row["step"] == 2 else None)
     kept = load_file(tmp_path / "checkpoint/state.safetensors")["weight/w"]
     assert torch.equal(kept, weight) and not torch.equal(kept, torch.ones(2)) and not (tmp_path / "metrics.jsonl").exists()
 
