@@ -1,4 +1,4 @@
-"""`python -m elva_core`: see cli.py."""
+"""`python -m elva_core`: see cli/."""
 
 import sys
 

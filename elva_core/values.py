@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
 from elva_core import files
 
@@ -25,6 +25,10 @@ RENAMED = {
     "stage3.advantage": "scale_rewards",
     "stage3.aggregation": "loss_type (sequence is grpo now)",
 }
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def resolved(path: str) -> str:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 
-from elva_core.config import OptimiserSettings
+from elva_core.training_settings import OptimiserSettings
 
 BUCKET = 2**24  # numbers that are summed at once; more where one parameter is larger
 

@@ -12,11 +12,11 @@ import torch
 
 from conftest import exit_codes, mined
 from elva_core import distributed, zero
-from elva_core.config import OptimiserSettings
 from elva_core.data.items import Item
 from elva_core.experiments import sizes
 from elva_core.models import encoder
 from elva_core.training import contrastive, grpo, loop
+from elva_core.training_settings import OptimiserSettings
 
 pytest.importorskip("deepspeed", reason="pip install -e '.[deepspeed]'")
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from elva_core.config import RerankSettings
 from elva_core.data.items import candidate_item
 from elva_core.evaluation import statistics
 from elva_core.models.encoder import Encoder
@@ -27,6 +26,7 @@ from elva_core.retrieval import metrics, retriever, search
 from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
 from elva_core.training import reranker as rerank
 from elva_core.training.reranker import Asked, Kind
+from elva_core.training_settings import RerankSettings
 
 WEIGHTS = tuple(np.linspace(0, 1, 21).round(2).tolist())  # of the retriever
 FUSED = ", fused"

@@ -15,11 +15,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, field, replace
 
-from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings, ProfileError, Settings
+from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
+from elva_core.training_settings import ContrastiveSettings
 
 
 def task_of(unit: str) -> int:

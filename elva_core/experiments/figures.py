@@ -16,9 +16,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from elva_core.config import RewardSettings
 from elva_core.experiments.pictures import PlainFigure, contact_sheet, image_grid, retrieved  # noqa: F401
 from elva_core.training import rewards
+from elva_core.training_settings import RewardSettings
 
 GREY, BLUE, AMBER, RED, GREEN = "#9aa0a6", "#4c78a8", "#e4a23a", "#c43d4b", "#2e8b57"
 MODEL_COLOURS = {"zero-shot": GREY, "stage 2": BLUE, "InfoNCE control": AMBER, "stage 3": RED}

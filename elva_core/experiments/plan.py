@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from elva_core import files
-from elva_core.config import PARAMS, ContrastiveSettings, Settings
+from elva_core.config import PARAMS, Settings
 from elva_core.experiments import estimate
 from elva_core.experiments.estimate import Cost, Side, Workload
+from elva_core.training_settings import ContrastiveSettings
 
 SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32

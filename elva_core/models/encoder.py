@@ -31,12 +31,13 @@ from torch.distributed.tensor.experimental import implicit_replication
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from elva_core import files, sharding
-from elva_core.config import EncoderSettings, LoraSettings
+from elva_core.config import EncoderSettings
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.models import chat
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
 from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
+from elva_core.training_settings import LoraSettings
 
 POOLING = "last position, L2-normalised"
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them

@@ -30,11 +30,11 @@ from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from elva_core import distributed, sharding
-from elva_core.config import LoraSettings, VllmSettings
 from elva_core.data.images import open_image
 from elva_core.data.items import Item
 from elva_core.models import generation
 from elva_core.models.encoder import SPLICED, Encoder
+from elva_core.training_settings import LoraSettings, VllmSettings
 
 VERSION = "0.33.0"  # whose source this module was written from
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the sizes that vLLM keeps room for

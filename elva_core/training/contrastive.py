@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 
 from elva_core import distributed, files
-from elva_core.config import SUMMARIES_AT_ONCE, ContrastiveSettings
+from elva_core.config import SUMMARIES_AT_ONCE
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models import generation
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses
 from elva_core.training.hard_negatives import TrainingQuery
+from elva_core.training_settings import ContrastiveSettings
 
 
 @dataclass(frozen=True, slots=True)

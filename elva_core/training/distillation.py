@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elva_core import distributed, files
-from elva_core.config import DistilSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import retriever
 from elva_core.training import loop, losses
 from elva_core.training.contrastive import Draw, epochs
+from elva_core.training_settings import DistilSettings
 
 
 def sample(draw: Draw, pairs: int, batch: int) -> list[Item]:

@@ -29,13 +29,13 @@ from typing import NamedTuple
 import torch
 
 from elva_core import distributed
-from elva_core.config import RewardSettings, RlvrSettings
 from elva_core.data.items import Item
 from elva_core.models import generation, vllm_sampler
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses, rewards
 from elva_core.training.contrastive import epochs
 from elva_core.training.hard_negatives import TrainingQuery
+from elva_core.training_settings import RewardSettings, RlvrSettings
 
 COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
 

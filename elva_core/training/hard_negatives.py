@@ -15,11 +15,11 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from elva_core import distributed, files
-from elva_core.config import NegativeSettings, RlvrSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval.retriever import encode
+from elva_core.training_settings import NegativeSettings, RlvrSettings
 
 
 @dataclass(frozen=True, slots=True)

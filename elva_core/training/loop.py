@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from elva_core import zero
-from elva_core.config import OptimiserSettings
 from elva_core.distributed import processes
 from elva_core.files import whole, write_whole
+from elva_core.training_settings import OptimiserSettings
 
 log = logging.getLogger("elva")
 

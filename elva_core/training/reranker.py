@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from elva_core import distributed
-from elva_core.config import RerankSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop
 from elva_core.training.contrastive import epochs
 from elva_core.training.hard_negatives import TrainingQuery
+from elva_core.training_settings import RerankSettings
 
 Kind = Literal["pointwise", "listwise"]
 KINDS: tuple[Kind, ...] = ("pointwise", "listwise")

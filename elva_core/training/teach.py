@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from elva_core import distributed
-from elva_core.config import BackboneSettings, EncoderSettings, LoopSettings, TeachSettings
+from elva_core.config import BackboneSettings, EncoderSettings
 from elva_core.data import mbeir
 from elva_core.data.items import candidate_item, query_item
 from elva_core.models import chat, encoder, small_models
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop
+from elva_core.training_settings import LoopSettings, TeachSettings
 from elva_core.values import model_source
 
 VERSION = "1"  # of what the teaching does: another one teaches anew

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import exit_codes, mined
 from elva_core import distributed, files
-from elva_core.config import NegativeSettings, RlvrSettings
 from elva_core.models import encoder, generation
 from elva_core.training import contrastive, grpo, hard_negatives, loop, rewards
+from elva_core.training_settings import NegativeSettings, RlvrSettings
 
 STEP = 5e-3  # of finite differences, in the units of the weights
 

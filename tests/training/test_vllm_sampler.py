@@ -14,9 +14,9 @@ from transformers import AutoProcessor
 
 import vllm_stand_in
 from conftest import exit_codes, mined
-from elva_core.config import LoraSettings, VllmSettings
 from elva_core.models import encoder, generation, vllm_sampler
 from elva_core.training import grpo, loop, losses
+from elva_core.training_settings import LoraSettings, VllmSettings
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""Commands of the workbook (run, status, study, readme) and of training (train, plan)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from rich.console import Console
+from typer import Argument, Option
+
+from elva_core import config, files
+from elva_core.cli.options import TRAINING, WORKBOOK, Profile, Seed, app
+from elva_core.experiments import chain, stages
+
+Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def run(
+    profile: Profile,
+    seed: Seed = 17,
+    only: Annotated[str | None, Option(metavar="NN", help="only this stage")] = None,
+    start: Annotated[str | None, Option("--from", metavar="NN", help="this one and all after it")] = None,
+    force: Annotated[bool, Option("--force", help="run stages that are up to date, too")] = False,
+) -> None:
+    """Run the chain of notebooks; what is up to date is skipped.
+
+    Example: python -m elva_core run cpu --from 40
+    """
+    chain.run(profile, seed=seed, only=only, start=start, force=force)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def status(profile: Profile, seed: Seed = 17) -> None:
+    """Say which stages are done and current.
+
+    Example: python -m elva_core status cpu
+    """
+    chain.status(profile, seed)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def study(profile: Profile, seed: Seed = 17) -> None:
+    """Train and measure the arms of params/arms.yaml that have no result yet, from the chain's backbone.
+
+    Example: python -m elva_core study cpu
+    """
+    chain.study(profile, seed)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def readme(profile: Profile = "cpu") -> None:
+    """Refresh the tables of README.md with those of a profile's report.
+
+    Example: python -m elva_core readme cpu
+    """
+    from elva_core.experiments import report
+
+    folder = stages.stage_folder(profile, "90_report")
+    tables = {"claims": "table.md", "stages": "stages.md"}
+    blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
+    report.update_readme(files.REPOSITORY / "README.md", blocks)
+
+
+@app.command(rich_help_panel=TRAINING)
+def train(
+    stage: Annotated[Stage, Argument(metavar="STAGE", help=" ".join(get_args(Stage)))],
+    profile: Profile,
+    seed: Seed = 17,
+) -> None:
+    """Train one stage, also under accelerate launch; its notebook finds it done.
+
+    Example: accelerate launch --config_file params/accelerate/fsdp2.yaml -m elva_core train stage2 qwen2vl-2b
+    """
+    chain.train(stage, profile, seed)
+
+
+@app.command(rich_help_panel=TRAINING)
+def plan(
+    profile: Profile,
+    gpu: Annotated[str | None, Option(help="of params/plan.yaml: H100, A100, H20, L40S, ...")] = None,
+    devices: Annotated[int, Option(min=1, help="GPUs that train together")] = 1,
+) -> None:
+    """Say what a profile costs before it is started: sequences, FLOPs, hours, memory, disk. Writes nothing.
+
+    Example: python -m elva_core plan qwen2vl-7b --gpu H20 --devices 8
+    """
+    from elva_core.experiments import plan as costs
+
+    costs.show(config.load(profile), gpu=gpu, devices=devices, console=Console())
