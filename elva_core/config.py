@@ -55,30 +55,10 @@ class DataSettings(Section):
     exclude_units: tuple[str, ...] = ()  # units, or patterns of units, whose queries no training sees
 
 
-class TinySettings(Section):
-    """Sizes of the small model that is built here."""
-
-    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
-    hidden: Positive
-    layers: Positive
-    heads: Positive
-    intermediate: Positive
-    vision_hidden: Positive
-    vision_layers: Positive
-    vision_heads: Positive
-    patch: Positive
-    image_side: Positive
-    vocabulary: Positive
-    spare_rows: Positive
-
-
 class BackboneSettings(Section):
-    """A folder or hub name, or a small model taught here."""
+    """The model that stage 1 starts from."""
 
-    path: str | None = None  # as values.model_source reads it
-    seed: NonNegative = 0
-    tiny: TinySettings | None = None
-    teach: TeachSettings | None = None
+    path: str  # a folder or a name on the hub, as values.model_source reads it
 
 
 class EncoderSettings(Section):
@@ -225,21 +205,39 @@ def load(profile: str) -> Settings:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
     path = PARAMS / f"{profile}.yaml"
-    values = _read(path)
-    if parent := values.pop("extends", None):
-        base = _read(PARAMS / f"{parent}.yaml")
-        if "extends" in base:
-            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
-        values = merged(base, values)
     try:
-        return Settings(profile=profile, **values)
+        return Settings(profile=profile, **_extended(path))
     except ValidationError as error:
         raise ProfileError(f"{path}: {problems(error)}") from None
 
 
+def teaching(name: str) -> TeachSettings:
+    """How a small backbone is made: params/backbone/<name>.yaml.
+
+    Raises:
+        ProfileError: as `load`.
+    """
+    path = PARAMS / "backbone" / f"{name}.yaml"
+    try:
+        return TeachSettings(**_extended(path))
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {problems(error)}") from None
+
+
+def _extended(path: Path) -> dict:
+    """The values of a file, laid over those of the file beside it that it extends."""
+    values = _read(path)
+    if parent := values.pop("extends", None):
+        base = _read(path.with_name(f"{parent}.yaml"))
+        if "extends" in base:
+            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
+        values = merged(base, values)
+    return values
+
+
 def _read(path: Path) -> dict:
     if not path.is_file():
-        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem not in NO_PROFILES)
+        known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")
     try:
         values = files.read_yaml(path)

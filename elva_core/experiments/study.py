@@ -27,7 +27,6 @@ from elva_core.experiments import jobs
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
-from elva_core.training import teach
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
@@ -149,7 +148,7 @@ def run(
 
         # where the arm starts
         earlier = {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
-        start = backbone_for(changed, backbone, root, work)
+        start = model_source(changed.backbone.path) if "backbone" in arm.changes else backbone
         if arm.start == "stage2":
             start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
 
@@ -182,15 +181,6 @@ def run(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
-    """The model that an arm starts from: the chain's, or the path or architecture that the arm names."""
-    if changed.backbone.path:
-        return model_source(changed.backbone.path)
-    if changed.backbone.tiny.architecture == "qwen2_vl":
-        return backbone
-    return teach.ensure(changed.backbone, changed.encoder, root, work, first=backbone)
 
 
 def retriever(
