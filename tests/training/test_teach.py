@@ -23,7 +23,7 @@ from elva_core.values import merged
 @pytest.fixture
 def lessons() -> config.TeachSettings:
     tiny = config.teaching("tiny")
-    changes = {"tower": {"steps": 4}, "joint": {"steps": 5}, "styles": ("openmoji",), "keep": (3,)}
+    changes = {"tower": {"steps": 4, "batch": 16}, "joint": {"steps": 5, "batch": 16}, "styles": ("openmoji",), "keep": (3,)}
     short = {"optimiser": {"checkpoint_every": 2}}
     return config.TeachSettings(**merged(merged(tiny.model_dump(), changes), {"tower": short, "joint": short}))
 
@@ -66,8 +66,8 @@ def test_drawings_that_are_not_redrawn_are_patches_as_the_processor_makes_them(t
     shown = teach.redrawn(stacked, settings.model_copy(update=still), np.random.default_rng(0))
     torch.testing.assert_close(teach.patch_rows(shown, tiny.processor.image_processor), expected, atol=1e-4, rtol=0)
     for key in still:
-        moved = teach.redrawn(stacked, settings.model_copy(update=still | {key: 0.5}), np.random.default_rng(0))
-        assert (moved - shown).abs().mean() > 1e-3 and moved.min() >= 0 and moved.max() <= 1
+        moved = teach.redrawn(stacked, settings.model_copy(update=still | {key: 1.0}), np.random.default_rng(0))
+        assert ((moved - shown).abs() > 0.02).float().mean() > 0.003 and moved.min() >= 0 and moved.max() <= 1
 
 
 def test_no_text_is_unknown_to_the_tokenizer(tiny):
@@ -88,10 +88,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(make, lessons, t
     for name in ("", "-3"):
         one, other = (load_file(tmp_path / f"{run}{name}/model.safetensors") for run in ("whole", "killed"))
         assert all(torch.equal(one[n], other[n]) and one[n].dtype == torch.float16 for n in one)
-    assert not torch.equal(
-        one["model.language_model.embed_tokens.weight"],
-        load_file(whole[1] / "model.safetensors")["model.language_model.embed_tokens.weight"],
-    )
+    final = load_file(whole[1] / "model.safetensors")
+    assert any(not torch.equal(one[n], final[n]) for n in one)  # the copy of three steps is not that of five
     with pytest.raises(FileExistsError, match="whole is there already"):
         make(lessons, "whole")
 
