@@ -17,42 +17,27 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.nn.functional import affine_grid, conv2d, cross_entropy, dropout, grid_sample, pad
+from torch.nn.functional import cross_entropy, dropout
 
 from elva_core import config, distributed, files
 from elva_core.data import mbeir, sources, styles
-from elva_core.data.images import open_image
 from elva_core.data.items import candidate_item, query_item
 from elva_core.models import chat, encoder, small_models
 from elva_core.models.encoder import Encoder
 from elva_core.models.vision import VisionFeatures
 from elva_core.retrieval import retriever
-from elva_core.training import loop
-from elva_core.training_settings import LoopSettings, RedrawSettings, TeachSettings
+from elva_core.training import drawings, loop
+from elva_core.training_settings import LoopSettings, TeachSettings
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
 TURNS = ("image", "text", "image", "image,text")  # one modality per batch: less padding; images are harder
-
-
-@dataclass(frozen=True)
-class Drawings:
-    """What is shown: pictures (N, 3, side, side), uint8, of the files, and the grains of each.
-
-    numbers: code points of an emoji -> those of its drawings.
-    """
-
-    paths: list[Path]
-    pictures: torch.Tensor
-    grains: list[list[tuple[str, str]]]
-    numbers: dict[str, list[int]]
 
 
 def make(
@@ -86,7 +71,7 @@ def make(
 
     taught = _untaught(settings, profile.encoder, root, first)
     taught.model.to(device)
-    shown = drawings(root, settings, work / "styles", packages)
+    shown = drawings.read(root, settings, work / "styles", packages)
     shown = replace(shown, pictures=shown.pictures.to(device))
     log.info("%d drawings of %d emoji", len(shown.paths), len(shown.numbers))
     made = {
@@ -125,79 +110,18 @@ def _untaught(
     return Encoder(model, processor, prompts)
 
 
-def drawings(root: mbeir.Root, settings: TeachSettings, folder: Path, packages: Path | None) -> Drawings:
-    """Drawings of the vendors and styles, of the emoji of the train split; `folder` is for rendered ones."""
-    pool = [c for c in root.pool("", "train", "global") if c.modality == "image" and mbeir.grains(c)]
-    grains = {Path(c.image).stem: mbeir.grains(c) for c in pool}
-    paths = [root.image_path(c.image) for c in pool if Path(c.image).parent.name in settings.vendors]
-    side = settings.sizes.image_side
-    for style in settings.styles:
-        if packages is None:
-            raise files.ElvaDataError(f"style {style}: give --styles, a folder that has it")
-        paths += styles.render(packages, style, grains, folder / style, side=side)
-    pictures = [np.asarray(open_image(p).resize((side, side), Image.Resampling.BICUBIC)) for p in paths]
-    numbers: dict[str, list[int]] = {}
-    for number, path in enumerate(paths):
-        numbers.setdefault(path.stem, []).append(number)
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return Drawings(paths, stacked, [grains[p.stem] for p in paths], numbers)
-
-
-def redrawn(pictures: torch.Tensor, settings: RedrawSettings, rng: np.random.Generator) -> torch.Tensor:
-    """Pictures turned, sheared, scaled, recoloured, blurred or sharpened, some with a hole, at random.
-
-    Args:
-        pictures: (n, 3, side, side), uint8.
-
-    Returns:
-        the same shape, float32 from 0 to 1.
-    """
-    (n, *_, side), device, warp = pictures.shape, pictures.device, settings.warp
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.uniform(low, high, size=(n, *shape)).astype("float32")).to(device)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(size=(n, *shape)).astype("float32")).to(device) * settings.jitter
-
-    turn, shear, right, down = (warp * strength * uniform(-1, 1) for strength in (1.5, 0.8, 0.8, 0.8))
-    scale, aspect = (1 + warp * strength * uniform(-1, 1) for strength in (1.2, 0.7))
-    cos, sin = turn.cos() * scale, turn.sin() * scale
-    rows = [torch.stack([cos * aspect, shear - sin, right], 1), torch.stack([sin, cos / aspect, down], 1)]
-    grid = affine_grid(torch.stack(rows, 1), list(pictures.shape), align_corners=False)
-    # of the negative: what comes in from outside is white
-    image = 1 - grid_sample(1 - pictures.float() / 255, grid, align_corners=False)
-    mean = image.mean((2, 3), keepdim=True)
-    gain = 1 + normal(1, 1, 1) + 0.5 * normal(3, 1, 1)
-    image = (image - mean) * gain + mean + 0.3 * normal(3, 1, 1)
-    kernel = torch.tensor([0.25, 0.5, 0.25], device=device)
-    kernel = torch.outer(kernel, kernel).expand(3, 1, 3, 3)
-    blurred = conv2d(pad(image, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
-    image = image + (blurred - image) * uniform(-0.7, 1, 1, 1, 1) * settings.blur
-    place = torch.linspace(0, 1, side, device=device)
-    high, wide = ((place - uniform(0, 1, 1)).abs() < 0.11 for _ in range(2))
-    hole = high[:, :, None] & wide[:, None, :] & (uniform(0, 1, 1, 1) < settings.holes)
-    return image.masked_fill(hole[:, None], 1.0).clamp(0, 1)
-
-
-def patch_rows(images: torch.Tensor, processor) -> torch.Tensor:
-    """(n, 3, side, side) from 0 to 1 -> (n * patches, values) in the image processor's order: 2x2 blocks."""
-    (n, _, side, _), patch = images.shape, processor.patch_size
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    blocks = side // patch // 2
-    x = ((images - mean) / std).view(n, 3, blocks, 2, patch, blocks, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, patch, patch)  # an image is two equal frames
-    return x.reshape(n * (side // patch) ** 2, -1)
-
-
 def _features(
-    taught: Encoder, shown: Drawings, chosen: Sequence[int], settings: TeachSettings, rng: np.random.Generator
+    taught: Encoder,
+    shown: drawings.Drawings,
+    chosen: Sequence[int],
+    settings: TeachSettings,
+    rng: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tower's features (n, tokens, D) of redrawn drawings, with gradient, and the grid of each image."""
-    images = redrawn(shown.pictures[torch.as_tensor(chosen)], settings.redraw, rng)
+    images = drawings.redrawn(shown.pictures[torch.as_tensor(chosen)], settings.redraw, rng)
     side = settings.sizes.image_side // settings.sizes.patch
     grid = torch.tensor([1, side, side], device=images.device)
-    rows = patch_rows(images, taught.processor.image_processor)
+    rows = drawings.patch_rows(images, taught.processor.image_processor)
     out = taught.backbone.model.get_image_features(rows, grid.expand(len(images), 3))
     return torch.stack(list(out.pooler_output)), grid
 
@@ -244,7 +168,9 @@ def _learn(
     )
 
 
-def teach_tower(taught: Encoder, shown: Drawings, settings: TeachSettings, folder: Path) -> list[dict]:
+def teach_tower(
+    taught: Encoder, shown: drawings.Drawings, settings: TeachSettings, folder: Path
+) -> list[dict]:
     """The tower learns to name the grains of a drawing: softmax over all grain texts, several may be right.
 
     A stand-in for the pretrained tower of Qwen2-VL; the linear readout is thrown away.
@@ -279,7 +205,7 @@ def teach_tower(taught: Encoder, shown: Drawings, settings: TeachSettings, folde
 
 def teach_both(
     taught: Encoder,
-    shown: Drawings,
+    shown: drawings.Drawings,
     root: mbeir.Root,
     settings: TeachSettings,
     folder: Path,

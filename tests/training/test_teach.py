@@ -16,7 +16,7 @@ from elva_core import config, files
 from elva_core.data import images, mbeir, sources
 from elva_core.export import backbone_card
 from elva_core.models import encoder, small_models
-from elva_core.training import loop, teach
+from elva_core.training import drawings, loop, teach
 from elva_core.values import merged
 
 
@@ -63,10 +63,10 @@ def test_drawings_that_are_not_redrawn_are_patches_as_the_processor_makes_them(t
     expected = tiny.processor.image_processor(pictures, return_tensors="pt").pixel_values
     still, settings = {"warp": 0, "jitter": 0, "blur": 0, "holes": 0}, config.teaching("tiny").redraw
     stacked = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
-    shown = teach.redrawn(stacked, settings.model_copy(update=still), np.random.default_rng(0))
-    torch.testing.assert_close(teach.patch_rows(shown, tiny.processor.image_processor), expected, atol=1e-4, rtol=0)
+    shown = drawings.redrawn(stacked, settings.model_copy(update=still), np.random.default_rng(0))
+    torch.testing.assert_close(drawings.patch_rows(shown, tiny.processor.image_processor), expected, atol=1e-4, rtol=0)
     for key in still:
-        moved = teach.redrawn(stacked, settings.model_copy(update=still | {key: 1.0}), np.random.default_rng(0))
+        moved = drawings.redrawn(stacked, settings.model_copy(update=still | {key: 1.0}), np.random.default_rng(0))
         assert ((moved - shown).abs() > 0.02).float().mean() > 0.003 and moved.min() >= 0 and moved.max() <= 1
 
 
@@ -112,7 +112,7 @@ def test_both_lessons_lower_their_loss(root, lessons, smoke, tmp_path):
     longer = {"tower": lessons.tower.model_copy(update={"steps": 100}), "joint": lessons.joint.model_copy(update={"steps": 30}), "keep": ()}
     settings = lessons.model_copy(update=longer | {"styles": ()})
     taught = teach._untaught(settings, smoke.encoder, root, None)
-    shown = teach.drawings(root, settings, tmp_path, None)
+    shown = drawings.read(root, settings, tmp_path, None)
     assert {p.parent.name for p in shown.paths} == {"Appl", "Joy"}  # the train vendors of the tests' root
     tower = teach.teach_tower(taught, shown, settings, tmp_path / "tower")
     both = teach.teach_both(taught, shown, root, settings, tmp_path / "joint", keep=lambda **_: None)
@@ -155,9 +155,9 @@ def test_reading_counts_exact_summaries_and_grains_named_as_whole_words(tiny, ro
 
 def test_a_style_without_its_package_is_named(root, lessons, tmp_path):
     with pytest.raises(files.ElvaDataError, match="npm install @iconify-json/openmoji"):
-        teach.drawings(root, lessons, tmp_path, tmp_path)
+        drawings.read(root, lessons, tmp_path, tmp_path)
     with pytest.raises(files.ElvaDataError, match="--styles"):
-        teach.drawings(root, lessons, tmp_path, None)
+        drawings.read(root, lessons, tmp_path, None)
 
 
 def test_a_summary_names_the_grains_that_the_record_carries(root):
