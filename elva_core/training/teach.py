@@ -289,6 +289,7 @@ def _save(
     taught.processor.save_pretrained(partial_folder)
     written = encoder.load(partial_folder, profile.encoder, device=str(taught.device))
     record = made | {"joint_steps": made["settings"]["joint"]["steps"] if step is None else step}
+    record["sha256"] = encoder.lineage(partial_folder)[-1]["sha256"]
     record["reading"] = reading(written, root, batch=profile.evaluation.batch)
     files.write_whole(partial_folder / "teaching.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     partial_folder.rename(out)
