@@ -257,7 +257,7 @@ def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = 
 def side_by_side(
     measured: Sequence[Measured], unit: str, index: int, depth: int
 ) -> tuple[str, Path | None, list]:
-    """One query with the top answers of several models, for figures.retrieved."""
+    """One query with the top answers of several models, for pictures.retrieved."""
     query, root = measured[0].bench[unit].queries[index], measured[0].searcher.root
 
     def image(row: mbeir.Query | mbeir.Candidate) -> Path | None:

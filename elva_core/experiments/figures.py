@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from elva_core.experiments.pictures import PlainFigure, contact_sheet, image_grid, retrieved  # noqa: F401
+from elva_core.experiments.pictures import PlainFigure
 from elva_core.training import rewards
 from elva_core.training_settings import RewardSettings
 
@@ -370,7 +370,7 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
+def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
     """Hit rates against milliseconds per query, before (`first`) and after reranking; dashed: the oracle.
 
     Args:

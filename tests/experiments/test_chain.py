@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 
 from elva_core import config, files
-from elva_core.data import mbeir
-from elva_core.data import sources as prepare
+from elva_core.data import mbeir, sources
 from elva_core.experiments import arms, chain, stages, study
 from elva_core.experiments.chain import ChainError
 
@@ -222,7 +221,7 @@ def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outp
     monkeypatch.setattr(chain, "run", note)
     monkeypatch.setattr(study, "run", lambda *given: None)
     monkeypatch.setattr(study, "backbone_of", lambda trained: "x")
-    monkeypatch.setattr(prepare, "locate", lambda data: (None, None))
+    monkeypatch.setattr(sources, "locate", lambda data: (None, None))
     monkeypatch.setattr(mbeir, "Root", lambda folder: None)
     chain.study("smoke", 17)
     shown = ["60_ablate", *(["82_transfer", "90_report"] if trained else [])]
