@@ -8,7 +8,7 @@ STRIP := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock reproduce study smoke test test-browser bench lint lab notebooks readme clean
+.PHONY: help setup lock reproduce study smoke test test-browser bench lint lab notebooks readme book clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,9 @@ notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their
 
 readme: .venv/ready ## the README's result table from outputs/cpu/90_report
 	$(BIN)/python -m elva_core readme cpu
+
+book: .venv/ready ## executed notebooks and report as a static site in outputs/PROFILE/book [PROFILE=cpu]
+	$(BIN)/python -m elva_core book $(PROFILE)
 
 clean: ## everything that was computed, except the committed reference run
 	rm -rf outputs/cache outputs/smoke
