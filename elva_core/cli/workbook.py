@@ -1,15 +1,16 @@
-"""Commands of the workbook (run, status, study, readme) and of training (train, plan)."""
+"""Commands of the workbook (run, status, study, readme, clean) and of training (train, plan)."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
+import typer
 from rich.console import Console
 from typer import Argument, Option
 
 from elva_core import config, files
 from elva_core.cli.options import TRAINING, WORKBOOK, Profile, Seed, app
-from elva_core.experiments import chain, stages
+from elva_core.experiments import chain, keys
 
 Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 
@@ -31,7 +32,7 @@ def run(
 
 @app.command(rich_help_panel=WORKBOOK)
 def status(profile: Profile, seed: Seed = 17) -> None:
-    """Say which stages are done and current.
+    """Say which stages are done and current, and which value has changed since where they are not.
 
     Example: python -m elva_core status cpu
     """
@@ -48,17 +49,28 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 
 @app.command(rich_help_panel=WORKBOOK)
-def readme(profile: Profile = "cpu") -> None:
+def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
     """Refresh the tables of README.md with those of a profile's report.
 
     Example: python -m elva_core readme cpu
     """
     from elva_core.experiments import report
 
-    folder = stages.stage_folder(profile, "90_report")
+    folder = keys.stage_folder(profile, seed, "90_report")
     tables = {"claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
     report.update_readme(files.REPOSITORY / "README.md", blocks)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def clean(
+    profile: Profile, yes: Annotated[bool, Option("--yes", help="remove without asking")] = False
+) -> None:
+    """List what was trained with other values of a profile, and remove it after a yes.
+
+    Example: python -m elva_core clean cpu
+    """
+    chain.clean(profile, lambda question: yes or typer.confirm(question))
 
 
 @app.command(rich_help_panel=TRAINING)
