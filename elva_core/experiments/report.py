@@ -160,7 +160,7 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
 
 
 def missing_sets(run: Stage, reported: dict) -> list[str]:
-    """A line on the unseen sets, and one on the videos, that were not in the folder which the profile names."""
+    """A line on the unseen sets, and one on the videos, that the folder of the profile did not have."""
     unseen, video, lines = run.settings.unseen, run.settings.video, []
     videos = {column.partition(" R@")[0] for column in reported["table7"]["columns"]}
     for section, stage, table, names in (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -231,8 +232,9 @@ def leftovers(profile: str) -> Iterator[Path]:
     settings = profiles.load(profile)
     for folder in sorted((files.OUTPUTS / profile).glob("seed-*/.*.*.*")):
         stage, its_key, kind = folder.name[1:].rsplit(".", 2)
-        if stage in STAGES and kind in ("partial", "kept"):
-            now = key(made_from(settings, int(folder.parent.name.removeprefix("seed-")), stage))
+        seed = folder.parent.name.removeprefix("seed-")
+        if stage in STAGES and kind in ("partial", "kept") and seed.isdigit():
+            now = key(made_from(settings, int(seed), stage))
             done = read_manifest(folder.with_name(stage)) or {}
             if its_key != now or done.get("key") == now:
                 yield folder
@@ -241,14 +243,13 @@ def leftovers(profile: str) -> Iterator[Path]:
 def older_layout(profile: str) -> str:
     """One line on the stages of an older layout, without a folder for each seed; empty if there are none."""
     place, names = files.OUTPUTS / profile, ("executed", *STAGES)
-    old = [
-        p.name for p in sorted(place.glob("*")) if p.name.removeprefix(".").removesuffix(".partial") in names
-    ]
+    hidden = {f".{stage}.partial" for stage in STAGES}
+    old = [p.name for p in sorted(place.glob("*")) if p.name in names or p.name in hidden]
     if not old:
         return ""
     seeds = [done["seed"] for name in old if (done := read_manifest(place / name))]
-    target = f"{place}/seed-{seeds[0] if seeds else 17}"
-    moved = f"mkdir -p {target} && cd {place} && mv {' '.join(old)} {target}"
+    target = f"seed-{seeds[0] if seeds else 17}"
+    moved = f"cd {shlex.quote(str(place))} && mkdir -p {target} && mv {' '.join(old)} {target}"
     return f"{place} has stages of an older layout, which are not used; to keep them beside the new: {moved}"
 
 
