@@ -23,7 +23,7 @@ from elva_core import files
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import benchmark, grains
-from elva_core.experiments import jobs
+from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
@@ -134,12 +134,8 @@ def run(
     Raises:
         ValueError: `folder` holds results of another backbone, with which nothing may be compared.
     """
-    weights, before = backbone_hash(backbone), recorded_backbone(folder, settings)
-    if _manifests(folder, settings) and before != weights:
-        raise ValueError(
-            f"{folder} holds results of a backbone with sha256 {before}; {backbone} has {weights}. "
-            "Move that folder away, or give the old backbone"
-        )
+    weights = backbone_hash(backbone)
+    refuse_another_backbone(settings, folder, weights)
     todo = missing(settings, backbone, folder)
     for place, (name, arm, seed) in enumerate(todo, start=1):
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
@@ -182,6 +178,34 @@ def run(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def known_backbone(settings: Settings, trained: Path | None) -> str | None:
+    """sha256 of the weights that the chain starts from, None where only its training will tell.
+
+    Args:
+        trained: its contrastive stage, if that is up to date.
+    """
+    if settings.backbone.path:
+        return backbone_hash(model_source(settings.backbone.path))
+    return chain_backbone(trained) if trained else None
+
+
+def refuse_another_backbone(settings: Settings, folder: Path, weights: str | None) -> None:
+    """Nothing may be compared with results of another backbone, or of one that was not recorded.
+
+    Args:
+        weights: sha256 of the backbone; None where it is not known yet.
+
+    Raises:
+        ValueError: `folder` holds such results.
+    """
+    before = recorded_backbone(folder, settings)
+    if _manifests(folder, settings) and before != weights and (weights or before == NOT_RECORDED):
+        raise ValueError(
+            f"{folder} holds results of a backbone with sha256 {before}; the chain's has "
+            f"{weights or 'one of its own'}. Move that folder away, or give the old backbone"
+        )
 
 
 def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
@@ -247,7 +271,8 @@ def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.
     """
     (folder, work), backbone = folders(settings.profile), backbone_of(trained)
     if settings.study.in_chain:
-        run(settings, root, triplets, bench, backbone, folder, work)
+        with lock.held(f"{settings.profile}/study"):  # other seeds' chains show the same study
+            run(settings, root, triplets, bench, backbone, folder, work)
     elif todo := missing(settings, backbone, folder):
         lacking = f"{len(todo)} of {len(planned(settings))} trainings have no result of these values"
         log.warning("%s; run: python -m elva_core study %s", lacking, settings.profile)

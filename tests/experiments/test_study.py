@@ -147,7 +147,7 @@ def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, mode
     before = recorded or "not recorded"
     assert study.recorded_backbone(folder, only) == before
     with pytest.raises(
-        ValueError, match=f"{folder}.* sha256 {before}; {model_folder} has {weights}.*[Mm]ove that folder away, or give the old"
+        ValueError, match=f"{folder}.* sha256 {before}; the chain's has {weights}.*[Mm]ove that folder away, or give the old"
     ):
         run(only)
 
@@ -168,7 +168,7 @@ def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, 
 
 def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "OUTPUTS", tmp_path)
-    trained = stages.stage_folder("smoke", "30_pretrain_contrastive")
+    trained = stages.stage_folder("smoke", 1, "30_pretrain_contrastive")
     assert study.chain_backbone(trained) == "not recorded"
     stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
     jobs.record_backbone(stage, model_folder)
