@@ -47,8 +47,6 @@ def build(profile: str, seed: int, target: Path) -> Path:
             raise MissingStageError(
                 f"{path} is missing; run: python -m elva_core run {profile} --seed {seed}"
             )
-                f"{path} is missing; run: python -m elva_core run {profile} --seed {seed}"
-            )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, site = Path(folder) / "source", Path(folder) / "site"
