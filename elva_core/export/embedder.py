@@ -113,7 +113,11 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     config = json.loads(Path(folder, "config_sentence_transformers.json").read_text(encoding="utf-8"))
     module = Embedder.load(str(folder), model_kwargs={"dtype": dtype})
     return SentenceTransformer(
-        modules=[module], prompts=config["prompts"], similarity_fn_name="cosine", device=device
+        modules=[module],
+        prompts=config["prompts"],
+        similarity_fn_name="cosine",
+        truncate_dim=config.get("truncate_dim"),
+        device=device,
     )
 
 

@@ -162,6 +162,7 @@ def card(
         encoder=settings,
         ret_row=_row(model, settings.ret_token),
         template=template,
+        dims=content.get("dims", []),
         end=processor.tokenizer.convert_ids_to_tokens(chat.end_of_turn(processor)),
         sized=settings.max_pixels and kind in SPLICED,
         request=json.dumps(settings.eol_request if template == "eol" else settings.summary_request),
@@ -189,7 +190,7 @@ def results_table(path: Path) -> str:
     """
     table = read_table(path)
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
-        rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
+        rows = table[table["metric"].str.fullmatch(r"hit@\d+( dim \d+)?")]
         names, scale, form = ["model", "unit", "pool", "metric"], 100, "{:.1f}"
     elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
         # the averages, gains and distances; units and other cut-offs stay in the file

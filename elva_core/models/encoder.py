@@ -288,19 +288,21 @@ class Encoder:
         parent: str,
         weights: dict[str, torch.Tensor] | None = None,
         template: str = "summary",
+        dims: Sequence[int] = (),
     ) -> None:
-        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents).
+        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents, dims).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its
                 hash alone.
             weights: of a sharded model, from `sharding.full_state_dict`.
             template: the way it wants to be read, "summary" or "eol".
+            dims: prefixes of its embeddings that were trained as embeddings.
         """
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
-        card |= {"stage": stage, "parents": lineage(parent)}
+        card |= {"stage": stage, "parents": lineage(parent)} | ({"dims": list(dims)} if dims else {})
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
 
 
