@@ -47,11 +47,7 @@ def sentence_transformer(
         template = template or card.get("template", "summary")
         if template not in TEMPLATES:
             raise ValueError(f"{model / 'elva.json'}: template {template!r} is none of {TEMPLATES}")
-        if truncate_dim not in (None, *card.get("dims", ())):
-            raise ValueError(
-                f"{model / 'elva.json'}: embeddings were trained at dims {card.get('dims', [])}, not at "
-                f"{truncate_dim}; train with dims in the profile, or truncate at one of these"
-            )
+        check_dim(staged, truncate_dim)
         texts = prompts(root, unit)
         card = {key: card[key] for key in CARD_KEYS if key in card} | {"template": template}
         _write(staged / "elva.json", card)
@@ -61,6 +57,16 @@ def sentence_transformer(
         (staged / "README.md").write_text(readme, encoding="utf-8")
         hub.refuse_local_paths(staged)
         return Path(hub.to_folder(staged, to))
+
+
+def check_dim(model: Path, dim: int | None) -> None:
+    """Raises ValueError where embeddings of a model were not trained to be cut to `dim` numbers."""
+    dims = json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", [])
+    if dim not in (None, *dims):
+        raise ValueError(
+            f"{model.name} was trained at dims {dims}, so {dim} numbers of its embeddings say little; "
+            "truncate at one of these, or train with dims in the profile"
+        )
 
 
 def _write(path: Path, content: object) -> None:
