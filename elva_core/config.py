@@ -1,6 +1,6 @@
 """Settings: params/<profile>.yaml -> one frozen tree of pydantic models.
 
-A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another
+A profile carries values only; no code asks which profile runs. `extends: NAME` takes another
 profile and changes single keys. Unknown keys and wrong types are refused with file and key. Relative paths
 are meant from the repository.
 
@@ -85,6 +85,8 @@ class EncoderSettings(Section):
     """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both."""
 
     ret_token: str = "[RET]"
+    # the system's turn of an item without an instruction; None: no such turn, instructions precede the text
+    system_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
@@ -224,17 +226,19 @@ def load(profile: str) -> Settings:
     Raises:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
-    path = PARAMS / f"{profile}.yaml"
-    values = _read(path)
-    if parent := values.pop("extends", None):
-        base = _read(PARAMS / f"{parent}.yaml")
-        if "extends" in base:
-            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
-        values = merged(base, values)
     try:
-        return Settings(profile=profile, **values)
+        return Settings(profile=profile, **_extended(profile))
     except ValidationError as error:
-        raise ProfileError(f"{path}: {problems(error)}") from None
+        raise ProfileError(f"{PARAMS / f'{profile}.yaml'}: {problems(error)}") from None
+
+
+def _extended(profile: str, *below: str) -> dict:
+    """Values of a profile over those of the one it extends; `below` are those that extend it."""
+    values = _read(path := PARAMS / f"{profile}.yaml")
+    parent = values.pop("extends", None)
+    if parent in (profile, *below):
+        raise ProfileError(f"{path}: extends {parent}, which is this profile or extends it; name another one")
+    return values if parent is None else merged(_extended(parent, profile, *below), values)
 
 
 def _read(path: Path) -> dict:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from elva_core.values import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
+from elva_core.values import Dims, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
 
 
 class OptimiserSettings(Section):
@@ -56,6 +56,7 @@ class ContrastiveSettings(AdapterSettings):
     summary_weight: NonNegativeFloat  # of the cross-entropy that keeps the model writing its first summaries
     one_task_per_batch: bool  # batches of one unit instead of a plain shuffle of the union
     mask_false_negatives: bool
+    dims: Dims = ()  # the loss is the mean over these prefixes of the embeddings; list the whole size, too
 
 
 class NegativeSettings(Section):
@@ -104,6 +105,7 @@ class RlvrSettings(Section):
     loss_type: Literal["grpo", "dr_grpo", "dapo"]
     gradient: Literal["score", "pathwise", "full"]  # through sampled tokens, through the embedding, both
     chunk: Positive  # rollouts per forward; bounds the memory of a step
+    dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings
     reward: RewardSettings
@@ -125,6 +127,7 @@ class DistilSettings(AdapterSettings):
     pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
     temperature: PositiveFloat  # of the similarities that are matched
     kl_weight: NonNegativeFloat  # of their divergence, beside 1 - cosine
+    dims: Dims = ()  # as in ContrastiveSettings; of student, teacher and bank
 
 
 class RerankSettings(AdapterSettings):

@@ -184,7 +184,9 @@ def run(spec: Job) -> None:
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"
-        model.save(unfinished, stage=spec.name, parent=spec.start, weights=weights, template=template)
+        dims = getattr(getattr(settings, spec.name), "dims", ())  # the reranker has none
+        how = {"weights": weights, "template": template, "dims": dims}
+        model.save(unfinished, stage=spec.name, parent=spec.start, **how)
         unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
 

@@ -187,7 +187,9 @@ def train(
             best = (queries @ candidates.T).detach()
             best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
-            return losses.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
+            nested = zip(*(losses.nested(side, settings.dims) for side in (queries, candidates)), strict=True)
+            how = {"temperature": settings.temperature, "ignore": ignore}
+            return torch.stack([losses.infonce(*sides, **how) for sides in nested]).mean()
 
         # the gradient, with the embeddings of all processes as each other's negatives
         alone = distributed.processes().num_processes == 1

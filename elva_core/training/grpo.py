@@ -98,20 +98,26 @@ def candidates_as_mined(
 
 def cosines(
     encoder: Encoder, ranked: Sequence[TrainingQuery], vectors: torch.Tensor, settings: RlvrSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N).
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N), for each of `dims`.
 
     Args:
         vectors: (Q, sides, G, D) embeddings of the rollouts; the paper's action is a rollout of all sides.
     """
-    queries = vectors[:, 0]
     if settings.rollout_sides == "all":
-        return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
+        rollouts = losses.nested(vectors, settings.dims)
+        return [
+            ((v[:, 0] * v[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", v[:, 0], v[:, 2:])) for v in rollouts
+        ]
     if settings.candidates == "mined":
         positives, negatives = candidates_as_mined(encoder, ranked)
     else:
         positives, negatives = candidates_once(encoder, ranked, settings.chunk)
-    return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
+    nested = (losses.nested(x, settings.dims) for x in (vectors[:, 0], positives, negatives))
+    return [
+        (torch.einsum("qgd,qd->qg", q, p), torch.einsum("qgd,qnd->qgn", q, n))
+        for q, p, n in zip(*nested, strict=True)
+    ]
 
 
 def step(
@@ -141,7 +147,8 @@ def step(
     # rewards, and their derivative by the embeddings, which the pathwise gradient needs
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     grouped = vectors.unflatten(0, (len(mine), -1))
-    scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
+    by_dim = [reward(*sides, settings.reward) for sides in cosines(encoder, mine, grouped, settings)]
+    scored = Scored(*(torch.stack(x).float().mean(0) for x in zip(*by_dim, strict=True)))
     (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
     scored = Scored(*(x.detach() for x in scored))
 

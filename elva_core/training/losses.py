@@ -13,6 +13,22 @@ import torch
 ADVANTAGE_EPSILON = 1e-4  # TRL's and UME-R1's; keeps a zero-variance group at advantage 0
 
 
+def nested(vectors: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
+    """Prefixes of embeddings (..., D), one (..., dim) per dim, L2-normalised anew; all of them without dims.
+
+    Source: Kusupati et al. 2022, Matryoshka Representation Learning.
+
+    Raises:
+        ValueError: a dim exceeds D.
+
+    >>> [part.tolist() for part in nested(torch.tensor([[0.6, 0.0, 0.8]]), [1, 3])]
+    [[[1.0]], [[0.6000000238418579, 0.0, 0.800000011920929]]]
+    """
+    if max(dims, default=0) > vectors.shape[-1]:
+        raise ValueError(f"dims = {list(dims)}, but embeddings have {vectors.shape[-1]} numbers; lower them")
+    return [torch.nn.functional.normalize(vectors[..., :dim], dim=-1) for dim in dims] or [vectors]
+
+
 def infonce(
     queries: torch.Tensor, candidates: torch.Tensor, *, temperature: float, ignore: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -57,7 +57,8 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
     shape = (2, len(grpo.sides(asked[0], sides)), 3, asked[0].vectors.shape[1])
     v = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
-    total = grpo.reward(*grpo.cosines(tiny, asked, v, settings), settings.reward).total
+    ((positive, negatives),) = grpo.cosines(tiny, asked, v, settings)
+    total = grpo.reward(positive, negatives, settings.reward).total
 
     def by_definition(query, positive, negatives):
         s_p, s_n, r = query @ positive, negatives @ query, settings.reward
