@@ -100,9 +100,9 @@ def differences(study: Study, pairs: Sequence[tuple[str, str]], k: int, samples:
     return pd.DataFrame(rows, columns=[*columns, "by seed", "n", "seeds", "seed"])
 
 
-def pairs(chosen: dict[str, Arm], group: str) -> list[tuple[str, str]]:
-    """(new, old) of every comparison that the arms of a group ask for, among the arms there are."""
-    members = {name: arm for name, arm in chosen.items() if arm.group == group}
+def pairs(chosen: dict[str, Arm], *groups: str) -> list[tuple[str, str]]:
+    """(new, old) of every comparison that the arms of these groups ask for, among the arms there are."""
+    members = {name: arm for name, arm in chosen.items() if arm.group in groups}
     return [(name, old) for name, arm in members.items() for old in arm.against if old in chosen]
 
 
