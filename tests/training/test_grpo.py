@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import exit_codes, mined
 from elva_core import distributed
 from elva_core.models import encoder, generation
-from elva_core.training import contrastive, grpo, loop, losses, rewards
+from elva_core.training import contrastive, grpo, loop, rewards
 from elva_core.training_settings import NegativeSettings, RlvrSettings
 
 STEP = 5e-3  # of finite differences, in the units of the weights
@@ -81,7 +81,7 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
 
     Two queries, nine summaries of two words. A frozen copy of the model reads the summaries, so that the reward is a function of the
     sampled words alone: one of them is the positive, the others are the negatives. A reward rises only if the policy learns to write it.
-    With `rollout_sides="both"` it is that of the candidates' steps: one of the nine summaries of a positive is its query's vector.
+    With "both" sides it is that of the candidates' steps: one of nine summaries of a positive is its query's vector.
     """
     prompts = smoke.encoder.model_copy(update={"max_summary_tokens": 2})
     reader = encoder.load(model_folder, prompts)
@@ -145,51 +145,6 @@ def test_the_margin_weighs_as_much_as_a_query_is_solved():
     alpha, epsilon = rewards.adaptive_weights(torch.tensor([[1, 1, 1, 1], [1, 4, 2, 1], [3, 2, 2, 9]]), alpha=0.4, epsilon=0.6)
     assert alpha.flatten().tolist() == pytest.approx([1.0, 0.5, 0.0])
     assert (alpha + epsilon).flatten().tolist() == pytest.approx([1.0] * 3)
-
-
-def gradient_of(model_folder, smoke, asked, settings, *given):
-    """Of one step, and what it logs."""
-    model = encoder.load(model_folder, smoke.encoder)
-    model.add_lora(settings.lora, seed=0)
-    row = grpo.step(model, asked, settings, *given)
-    return torch.cat([p.grad.flatten() for p in model.trainable().values() if p.grad is not None]), row
-
-
-@pytest.mark.parametrize("sides", ["query", "all"])
-def test_a_group_without_spread_gives_way_to_the_next_query(model_folder, smoke, tiny, ranked, sides):
-    """As if the other query had been drawn in its place; without another one with spread it stays, and is counted."""
-    settings = stage3(smoke, rollout_sides=sides, candidates="mined", scale_rewards="none", chunk=5, resample=2)
-    uniform, flat, fresh = (noise(tiny, ranked[:3], settings, seed) for seed in range(3))
-    uniform[1] = flat[:] = uniform[1, :1, :1]  # the same summary in all rollouts
-    spare, drawn = ranked[3:6], [ranked[0], ranked[2], ranked[4]]
-    given = uniform, generation.in_process, [(spare[::-1], flat), (spare, fresh)]
-    found, row = gradient_of(model_folder, smoke, ranked[:3], settings, *given)
-    wanted, plain = gradient_of(model_folder, smoke, drawn, settings, torch.stack([uniform[0], uniform[2], fresh[1]]))
-    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
-    assert row.pop("resampled") == pytest.approx(2 / 3) and row == pytest.approx(plain, rel=1e-4, abs=1e-6)
-    _, row = gradient_of(model_folder, smoke, ranked[:3], settings, uniform, generation.in_process, [(spare, flat)])
-    assert row["resampled"] == row["frac_reward_zero_std"] == pytest.approx(1 / 3)
-
-
-def test_gated_raises_infonce_of_the_rollouts_below_their_mean_alone(tiny, ranked, smoke):
-    settings = stage3(smoke, gradient="gated", candidates="mined", infonce_weight=0.5)
-    groups = grpo.rolled_out(tiny, ranked[:2], [0, 1], noise(tiny, ranked[:2], settings), settings, generation.in_process)
-    vectors = torch.cat([s.embeddings for s in groups.sampled]).requires_grad_()
-    total, low = torch.zeros(()), groups.scored.total < groups.scored.total.mean(1, keepdim=True)
-    for q, g in low.nonzero().tolist():
-        total = total - losses.infonce(vectors[q, g][None], torch.from_numpy(ranked[q].vectors), temperature=0.05)
-    (wanted,) = torch.autograd.grad(0.5 * total / low.numel(), vectors)
-    torch.testing.assert_close(groups.slope, wanted, atol=1e-6, rtol=1e-4)
-    assert 0 < low.sum() < low.numel()
-
-
-def test_a_token_costs(tiny, ranked, smoke):
-    settings = stage3(smoke, candidates="mined")
-    paying = settings.model_copy(update={"reward": settings.reward.model_copy(update={"token_cost": 0.25})})
-    given = ranked[:2], [0, 1], noise(tiny, ranked[:2], settings)
-    free, costly = (grpo.rolled_out(tiny, *given, s, generation.in_process) for s in (settings, paying))
-    words = [[len(summary) for summary in group] for s in free.sampled for group in s.summaries(tiny.end_id)]
-    torch.testing.assert_close(free.scored.total - costly.scored.total, 0.25 * torch.tensor(words).float())
 
 
 def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
@@ -380,10 +335,11 @@ def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_st
 @pytest.mark.slow
 def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
     settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
-    start = multiprocessing.get_context("spawn")
 
     def run(name, fatal_step):
-        one = start.Process(target=train_in_a_process, args=(tmp_path / name, model_folder, smoke.encoder, ranked, settings, fatal_step))
+        one = multiprocessing.get_context("spawn").Process(
+            target=train_in_a_process, args=(tmp_path / name, model_folder, smoke.encoder, ranked, settings, fatal_step)
+        )
         one.start()
         one.join()
         return one.exitcode
