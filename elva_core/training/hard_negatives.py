@@ -185,17 +185,25 @@ def _train_item(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
 def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[TrainingQuery]:
     """The queries with their texts and images, read from the root."""
     queries, pool = root.union_train(), root.pool("", "train", "global")
+    # of many negatives few are distinct
+    distinct = {int(row): pool[row] for row in np.unique([*mined.positives, *mined.negatives.flat])}
+    items = {row: candidate_item(root, candidate) for row, candidate in distinct.items()}
+    texts = {row: _grains(candidate) for row, candidate in distinct.items()}
     ranked = []
     for i, row in enumerate(mined.queries):
-        query, positive = queries[row], pool[mined.positives[i]]
-        others = [pool[r] for r in mined.negatives[i]]
-        items = _train_item(root, query, seed), candidate_item(root, positive)
-        negatives = tuple(candidate_item(root, other) for other in others)
+        query, positive, others = queries[row], int(mined.positives[i]), mined.negatives[i].tolist()
+        pair = _train_item(root, query, seed), items[positive]
+        negatives = tuple(items[other] for other in others)
         cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
         vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist()), mined.asking[i]
-        grains = tuple(frozenset(text for _, text in mbeir.grains(r)) for r in (query, positive, *others))
-        ranked.append(TrainingQuery(query, *items, positive.did, negatives, *cosines, *vectors, grains))
+        grains = _grains(query), *(texts[r] for r in (positive, *others))
+        did = distinct[positive].did
+        ranked.append(TrainingQuery(query, *pair, did, negatives, *cosines, *vectors, grains))
     return ranked
+
+
+def _grains(record: mbeir.Query | mbeir.Candidate) -> frozenset[str]:
+    return frozenset(text for _, text in mbeir.grains(record))
 
 
 def exchanged(ranked: Sequence[TrainingQuery], settings: NegativeSettings, seed: int) -> list[TrainingQuery]:
