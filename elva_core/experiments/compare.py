@@ -125,6 +125,20 @@ def beside_paper(table: pd.DataFrame, chosen: dict[str, Arm]) -> pd.DataFrame:
     return table.assign(paper=paper, experiment=sources.where(paper.notna(), OTHER))
 
 
+def speeds(study: Study) -> pd.DataFrame:
+    """Arms whose queries were timed: what a summary costs beside what it finds, means over seeds.
+
+    Returns:
+        arm, hit@5 (%), passes (of the language model that a query waits for, 2 without a summary), queries a
+        second, seeds.
+    """
+    columns = {"hit@5": "hit@5", "passes": "query_passes", "queries a second": "queries_s"}
+    runs = study.runs.reindex(columns=["arm", "seed", *columns.values()]).dropna()
+    means = {name: runs.groupby("arm", sort=False)[column].mean() for name, column in columns.items()}
+    table = pd.DataFrame(means | {"seeds": runs.groupby("arm", sort=False)["seed"].count()})
+    return table.assign(**{"hit@5": 100 * table["hit@5"]}).reset_index()
+
+
 def on_units(study: Study) -> Study:
     """The study with the queries of the units that arms name in the place of MRBench's."""
     return replace(study, hits=study.units)

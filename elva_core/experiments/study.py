@@ -31,6 +31,7 @@ from elva_core.training import teach
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
+TIMED = 32  # queries of a timed arm whose seconds are measured
 NOT_RECORDED = "not recorded"  # the hash of a backbone, in results that are older than its record
 
 
@@ -218,8 +219,8 @@ def measure(
     """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
 
     Returns:
-        {"hit@5"}: the average over MRBench's tasks; of a timed arm also queries per second and the passes of
-        the language model that a query waits for, one more than it writes tokens.
+        {"hit@5"}: the average over MRBench's tasks; of a timed arm also queries per second, one at a time,
+        and the passes of the language model that a query waits for: 2 where it writes nothing.
     """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
@@ -240,8 +241,8 @@ def measure(
     record = {"hit@5": float(measured.hits.groupby("unit")["hit@5"].mean().mean())}
     if arm.timed:
         asked = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
-        ways, batches = {"": throughput.Way(model, arm.template)}, [settings.evaluation.batch]
-        (speed,) = throughput.measure(ways, {"queries": asked}, batches=batches).to_dict("records")
+        ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": asked}
+        (speed,) = throughput.measure(ways, sides, batches=[1], least=TIMED).to_dict("records")
         record |= {"queries_s": speed["per second"], "query_passes": speed["forwards"]}
     return record
 
