@@ -240,8 +240,8 @@ def measure(
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
     record = {"hit@5": float(measured.hits.groupby("unit")["hit@5"].mean().mean())}
     if arm.timed:
-        asked = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
-        ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": asked}
+        items = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
+        ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": items}
         (speed,) = throughput.measure(ways, sides, batches=[1], least=TIMED).to_dict("records")
         record |= {"queries_s": speed["per second"], "query_passes": speed["forwards"]}
     return record

@@ -171,7 +171,7 @@ def select(
 
     if settings.negatives.difficulty:
         kept = _share_of(hard, queries, settings.negatives.difficulty)
-        chosen = [found for found in chosen if found[0] in kept]
+        chosen = [columns for columns in chosen if columns[0] in kept]
     order = distributed.rng_for(seed, "stage3 order").permutation(len(chosen))
     columns = zip(*(chosen[i] for i in order), strict=True)
     return Mined(*map(np.array, columns), np.concatenate(banks))
