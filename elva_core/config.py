@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from elva_core import files
 from elva_core.training_settings import (
     ContrastiveSettings,
+    ControlSettings,
     DistilSettings,
     RerankSettings,
     RlvrSettings,
@@ -94,6 +95,15 @@ class EncoderSettings(Section):
     max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+    read_out: Literal["ret", "before"] = (
+        "ret"  # the state that is the embedding: at [RET], or one token before
+    )
+    candidate_summaries: bool = True  # False: candidates are read at [RET] without one
+
+    @property
+    def pool_template(self) -> str:
+        """How candidates are read where queries are read after a summary (retriever.encode)."""
+        return "summary" if self.candidate_summaries else "bare"
 
     @model_validator(mode="after")
     def _pixels(self) -> EncoderSettings:
@@ -202,7 +212,7 @@ class Settings(Section):
     stage1: ContrastiveSettings
     stage2: ContrastiveSettings
     stage3: RlvrSettings
-    control: ContrastiveSettings
+    control: ControlSettings
     distil: DistilSettings | None = None
     rerank: RerankSettings | None = None
     mrbench: MrbenchSettings
@@ -210,6 +220,17 @@ class Settings(Section):
     study: StudySettings
     video: VideoSettings | None = None
     unseen: UnseenSettings | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        control, mined = self.control, self.stage3.negatives
+        if control.hard is not None and (control.hard > mined.hard or control.random > mined.random):
+            asked, there = f"{control.hard} + {control.random}", f"{mined.hard} + {mined.random}"
+            raise ValueError(f"control.hard + random = {asked} are more than stage3.negatives has: {there}")
+        if self.stage3.rollout_sides != "query" and not self.encoder.candidate_summaries:
+            sides = f"stage3.rollout_sides: {self.stage3.rollout_sides}"
+            raise ValueError(f"{sides} rolls candidates out; set encoder.candidate_summaries: true")
+        return self
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""

@@ -99,6 +99,8 @@ def searcher_of(
     store = None
     if settings.on_disk:
         store = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+    if template == "summary" != encoder.settings.pool_template and embed_pool is None:
+        embed_pool = searcher_of(encoder, root, split, settings, encoder.settings.pool_template).vectors
     return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 

@@ -173,7 +173,7 @@ def run(spec: Job) -> None:
     else:
         ranked = hard_negatives.read(spec.mined, spec.root, seed)
         if spec.name == "control":
-            pairs = contrastive.ranked_pairs(ranked, seed)
+            pairs = contrastive.ranked_pairs(ranked, seed, settings.control)
             contrastive.train(model, pairs, settings.control, seed=seed, folder=folder)
         elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)

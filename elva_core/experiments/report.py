@@ -146,6 +146,12 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         out.append(
             f"{sides}: the literal reading samples every candidate as well; it is an arm of the study."
         )
+    if stage3.rollout_sides == "both":
+        sides = "Summaries of queries and of positives are actions in turns (`rollout_sides: both`)"
+        out.append(f"{sides}, those of negatives are not: all at once are an arm of the study.")
+    if stage3.resample or stage3.negatives.difficulty:
+        chosen = f"difficulty {stage3.negatives.difficulty}, resample {stage3.resample}"
+        out.append(f"Stage 3 prefers queries that teach it ({chosen}): the paper takes what it has drawn.")
     for key, printed in reported["hyperparameters"]["stage3"].items():
         value = stage3
         for part in key.split("."):

@@ -22,7 +22,7 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import benchmark, grains
+from elva_core.evaluation import benchmark, grains, throughput
 from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
@@ -31,6 +31,7 @@ from elva_core.training import teach
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
+TIMED = 32  # queries of a timed arm whose seconds are measured
 NOT_RECORDED = "not recorded"  # the hash of a backbone, in results that are older than its record
 
 
@@ -52,7 +53,7 @@ class Study:
 def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     """What the result of an arm depends on, besides the code: the values that it uses, no others."""
     used = {"data", "encoder", "mrbench", "dtype", "device"}
-    used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
+    used |= {"stage1", "stage2"} if arm.start != "backbone" else set()
     used |= {arm.trains} if arm.trains != "nothing" else set()
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
     used |= {"backbone"} if "backbone" in arm.changes else set()
@@ -144,9 +145,10 @@ def run(
         scratch = work / _hash(mark, weights)  # checkpoints of other weights are not gone on with
 
         # where the arm starts
-        earlier = {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
+        parts = ("data", "stage1", "stage2", *(["encoder"] if arm.start == "own stage 2" else []))
+        earlier = {part: arm.changes[part] for part in parts if part in arm.changes}
         start = backbone_for(changed, backbone, root, work)
-        if arm.start == "stage2":
+        if arm.start != "backbone":
             start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
 
         # what it trains
@@ -241,7 +243,8 @@ def measure(
     """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
 
     Returns:
-        {"hit@5"}: the average over MRBench's tasks.
+        {"hit@5"}: the average over MRBench's tasks; of a timed arm also queries per second, one at a time,
+        and the passes of the language model that a query waits for: 2 where it writes nothing.
     """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
@@ -259,8 +262,13 @@ def measure(
     errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
-    at5 = measured.hits.groupby("unit")["hit@5"].mean()
-    return {"hit@5": float(at5.mean())}
+    record = {"hit@5": float(measured.hits.groupby("unit")["hit@5"].mean().mean())}
+    if arm.timed:
+        items = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
+        ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": items}
+        (speed,) = throughput.measure(ways, sides, batches=[1], least=TIMED).to_dict("records")
+        record |= {"queries_s": speed["per second"], "query_passes": speed["forwards"]}
+    return record
 
 
 def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:

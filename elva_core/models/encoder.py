@@ -227,7 +227,8 @@ class Encoder:
         written = labels != -100
         # a token is written from the state before it; the last state is that of [RET]
         logits = self.logits(states[:, -labels.shape[1] - 1 : -1][written])
-        return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[written])
+        state = states[:, -1 if self.settings.read_out == "ret" else -2]
+        return normalised(state), torch.nn.functional.cross_entropy(logits, labels[written])
 
     def add_lora(self, lora: LoraSettings, *, seed: int) -> None:
         """Puts a fresh adapter on the language model's linear layers; it and the [RET] row alone train."""
