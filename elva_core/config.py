@@ -142,6 +142,7 @@ class EvaluationSettings(Section):
     bootstrap: Positive
     grain_queries: Positive
     tsne_candidates: Positive
+    headroom_queries: Positive | None = None  # of each MRBench unit; None takes all
 
 
 class StudySettings(Section):
@@ -150,6 +151,7 @@ class StudySettings(Section):
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
     units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
+    reading: tuple[str, ...] = ()  # profiles that differ in the backbone alone, which reads more or less well
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 

@@ -22,7 +22,7 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import benchmark, grains
+from elva_core.evaluation import benchmark, grains, headroom
 from elva_core.experiments import jobs
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
@@ -217,7 +217,8 @@ def measure(
     """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
 
     Returns:
-        {"hit@5"}: the average over MRBench's tasks.
+        {"hit@5"}: the average over MRBench's tasks; {"reading"} where the arm writes summaries and they
+        are kept: `headroom.reading`.
     """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
@@ -236,7 +237,8 @@ def measure(
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
     at5 = measured.hits.groupby("unit")["hit@5"].mean()
-    return {"hit@5": float(at5.mean())}
+    reading = headroom.reading(measured.searcher, bench) if arm.template == "summary" else None
+    return {"hit@5": float(at5.mean())} | ({} if reading is None else {"reading": reading})
 
 
 def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:
