@@ -184,7 +184,8 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     """
     growth, words = distance[distance["baseline"] == "stage 2"].iloc[0], []
     moved = "grows" if growth["ci_low"] > 0 else "shrinks" if growth["ci_high"] < 0 else "does not change"
-    by = "{value:+.3f} [{ci_low:.3f}, {ci_high:.3f}]".format(**growth)
+    rounded = {name: round(growth[name], 3) + 0.0 for name in ("value", "ci_low", "ci_high")}  # no -0.000
+    by = "{value:+.3f} [{ci_low:.3f}, {ci_high:.3f}]".format(**rounded)
     words.append(f"From stage 2 to stage 3 the grain distance {moved}: {by} (n = {growth['n']:,} queries)")
     row = twins[twins["group"] == "any grain"].iloc[0]
     fewer = "fewer" if row["ci_high"] < 0 else "more" if row["ci_low"] > 0 else "as many"
