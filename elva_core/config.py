@@ -143,6 +143,7 @@ class EvaluationSettings(Section):
     grain_queries: Positive
     tsne_candidates: Positive
     headroom_queries: Positive | None = None  # of each MRBench unit; None takes all
+    headroom_samples: Positive = 8  # summaries of each query
 
 
 class StudySettings(Section):

@@ -117,7 +117,7 @@ def study_table(run: Stage, name: str) -> pd.DataFrame:
 def gain(run: Stage) -> str:
     """The section on where the gain over the EOL baseline comes from, and on what it leaves."""
     steps = study_table(run, "decomposition")
-    folder, drawn = run.require("70_analyse_grains"), run.settings.stage3.num_generations
+    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
     room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
     by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
     cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by)
