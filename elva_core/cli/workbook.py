@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from rich.console import Console
@@ -59,6 +60,22 @@ def readme(profile: Profile = "cpu") -> None:
     tables = {"claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
     report.update_readme(files.REPOSITORY / "README.md", blocks)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def book(
+    profile: Profile = "cpu",
+    to: Annotated[
+        Path | None, Option(help="folder that is written anew; default: outputs/PROFILE/book")
+    ] = None,
+) -> None:
+    """Make a static site of a run's executed notebooks and report, to be read without a server.
+
+    Example: python -m elva_core book cpu
+    """
+    from elva_core.experiments import book as site
+
+    print(site.build(profile, to or files.OUTPUTS / profile / "book"))
 
 
 @app.command(rich_help_panel=TRAINING)
