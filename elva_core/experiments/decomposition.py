@@ -92,17 +92,19 @@ def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.Dat
                 rows.append(names | where | pair | {name: 100 * pair[name] for name in percent})
     columns = ["step", "new", "old", "unit", "group", "metric", "old value", "new value", *results.NUMBERS]
     columns += ["relative", "relative low", "relative high", "n", "seeds"]
-    return _beside_paper(pd.DataFrame(rows, columns=columns).assign(missing=lacking))
+    return _beside_paper(pd.DataFrame(rows, columns=columns).assign(missing=lacking), settings.evidence)
 
 
-def _beside_paper(rows: pd.DataFrame) -> pd.DataFrame:
-    """With the paper's gain on MRBench, which is over EOL at hit@5, and the verdict on it."""
+def _beside_paper(rows: pd.DataFrame, evidence: bool) -> pd.DataFrame:
+    """With the paper's gain on MRBench, which is over EOL at hit@5, and, of a run that is evidence, the
+    verdict on it.
+    """
     average = (rows["unit"] == "") & (rows["group"] == "")
     printed = average & (rows["step"] == "all") & (rows["metric"] == "hit@5")
     rows["paper"] = np.where(printed, statistics.reported()["mrbench_gain"]["value"], np.nan)
     rows["verdict"] = [
         statistics.verdict(r["paper"], r["relative low"], r["relative high"], difference=True)
-        if r["paper"] == r["paper"] and r["value"] == r["value"]
+        if evidence and r["paper"] == r["paper"] and r["value"] == r["value"]
         else ""
         for r in rows.to_dict("records")
     ]
@@ -112,6 +114,11 @@ def _beside_paper(rows: pd.DataFrame) -> pd.DataFrame:
 def average(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of `table` on MRBench's average, those of missing arms among them."""
     return rows[(rows["unit"] == "") & (rows["group"] == "")]
+
+
+def at_cutoff(rows: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The rows of `table` on MRBench's average at one cut-off, by step."""
+    return average(rows)[lambda table: table["metric"] == f"hit@{k}"].set_index("step")
 
 
 def overview(rows: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +144,7 @@ def _interval(row: Mapping, value: str, low: str, high: str) -> str:
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
     """What the average shows at one cut-off, in words, and what has not been run, with its command."""
-    steps = average(rows).query("metric == @metric", local_dict={"metric": f"hit@{k}"}).set_index("step")
+    steps = at_cutoff(rows, k)
     listed = [f"{step} {_interval(steps.loc[step], *results.NUMBERS)}" for step in STEPS]
     whole, words = steps.loc["all"], []
     if whole["value"] == whole["value"]:
@@ -195,7 +202,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     """
     drawn, axes = _panels((9.6, 3.7))
     for axis, k in zip(axes, CUTOFFS, strict=True):
-        steps = average(rows).query("metric == @metric", local_dict={"metric": f"hit@{k}"}).set_index("step")
+        steps = at_cutoff(rows, k)
         level, names = 0.0, [*STEPS, "all"]
         for place, step in enumerate(names):
             row = steps.loc[step]
@@ -211,7 +218,8 @@ def figure(rows: pd.DataFrame) -> Figure:
             axis.annotate(f"{row['value']:+.1f}", (place + 0.34, end), fontsize=8, va="center")
             level = end if step != "all" else level
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(ylabel=f"points of hit@{k} over {EOL}", xlim=(-0.6, len(names) - 0.1))
+        there = steps.loc[names].dropna(subset="value")["old"].tolist()  # the first has no bar before it
+        axis.set(ylabel=f"points of hit@{k} over {(there or [EOL])[0]}", xlim=(-0.6, len(names) - 0.1))
         axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
         axis.margins(y=0.12)
     counted = _counted(average(rows)).strip(" ()") or "no result yet"

@@ -46,7 +46,7 @@ def without(*arms):
 
 @pytest.fixture
 def settings(smoke):
-    return smoke.changed({"study": {"seeds": [17, 18]}})
+    return smoke.changed({"evidence": True, "study": {"seeds": [17, 18]}})
 
 
 @pytest.fixture
@@ -83,10 +83,12 @@ def test_tasks_and_grain_kinds_have_rows_of_their_own(table):
     assert row["value"] == pytest.approx((0 + 75) / 2) and row["n"] == 3
 
 
-def test_only_the_gain_over_eol_at_five_has_the_papers_figure_and_a_verdict(table):
+def test_only_the_gain_over_eol_at_five_has_the_papers_figure_and_a_verdict(table, settings):
     judged = table.dropna(subset="paper")
     assert judged[["step", "metric", "paper"]].values.tolist() == [["all", "hit@5", statistics.reported()["mrbench_gain"]["value"]]]
     assert judged["verdict"].item() == "reproduced" and (table["verdict"] != "").sum() == 1
+    plumbing = decomposition.table(made(), None, settings.changed({"evidence": False}))
+    assert set(plumbing["verdict"]) == {""}
 
 
 def test_the_sentence_names_the_gain_its_steps_n_and_seeds(table):
