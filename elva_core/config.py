@@ -154,6 +154,8 @@ class EvaluationSettings(Section):
     bootstrap: Positive
     grain_queries: Positive
     tsne_candidates: Positive
+    headroom_queries: Positive | None = None  # of each MRBench unit; None takes all
+    headroom_samples: Positive = 8  # summaries of each query
 
 
 class StudySettings(Section):
@@ -162,6 +164,7 @@ class StudySettings(Section):
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
     units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
+    reading: tuple[str, ...] = ()  # profiles that differ in the backbone alone, which reads more or less well
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 

@@ -16,11 +16,11 @@ from elva_core import files
 from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
-from elva_core.evaluation import captions, statistics
-from elva_core.experiments import claims
+from elva_core.evaluation import captions, headroom, statistics
+from elva_core.experiments import claims, decomposition
 from elva_core.experiments.keys import STAGES, manifest
 from elva_core.experiments.stages import Stage
-from elva_core.tables import read_table
+from elva_core.tables import markdown_table, read_table
 from elva_core.values import as_written
 
 REPORT = "90_report"
@@ -110,9 +110,33 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
 
 
 def study_table(run: Stage, name: str) -> pd.DataFrame:
-    """A table that a notebook made from the study, its tuples of seeds read back."""
+    """A table that a notebook made from the study, its tuples of seeds read back, and "" for empty texts."""
     tuples = dict.fromkeys(("seeds", "by seed"), ast.literal_eval)
-    return pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
+    table = pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
+    texts = {"unit", "group", "missing", "verdict"} & set(table)
+    return table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
+
+
+def gain(run: Stage) -> str:
+    """The section on where the gain over the EOL baseline comes from, and on what it leaves."""
+    steps = study_table(run, "decomposition")
+    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
+    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
+    by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
+    cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by)
+    cells = cells.loc[list(dict.fromkeys(room["summaries"]))]
+    cells.columns = [f"{metric}, {model}" for metric, model in cells.columns]
+    return f"""{decomposition.sentence(steps, run.settings.profile)}
+
+![Points after each step](figures/decomposition.png)
+
+{markdown_table(decomposition.overview(steps))}
+What others report, each on its own benchmark:
+
+{markdown_table(decomposition.public_work())}
+Summaries of another origin, in percent. {headroom.sentence(room, shares, drawn)}
+
+{markdown_table(cells.reset_index())}"""
 
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
@@ -196,6 +220,8 @@ def write(
     if not settings.evidence:
         note += " This profile tests plumbing; its numbers are no evidence."
     block = claims.markdown(table, reported, note)
+    steps = decomposition.sentence(study_table(run, "decomposition"), settings.profile)
+    block += f"\n\nWhere the gain comes from, over {settings.profile}'s study. {steps}"
     files.write_whole(run.folder / "table.md", block + "\n")
     files.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
 
@@ -223,6 +249,9 @@ def write(
 {block}
 
 ![Paired differences on MRBench](figures/differences.png)
+
+## Where the gain comes from
+{gain(run)}
 
 ## Deviations from the paper
 {_list(deviations(settings, reported))}

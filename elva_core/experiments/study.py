@@ -22,7 +22,7 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import benchmark, grains, throughput
+from elva_core.evaluation import benchmark, grains, headroom, throughput
 from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
@@ -243,8 +243,9 @@ def measure(
     """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
 
     Returns:
-        {"hit@5"}: the average over MRBench's tasks; of a timed arm also queries per second, one at a time,
-        and the passes of the language model that a query waits for: 2 where it writes nothing.
+        {"hit@5"}: the average over MRBench's tasks; of an arm that writes summaries "reading"
+        (`headroom.reading`), where they are kept; of a timed arm queries per second, one at a time, and the
+        passes of the language model that a query waits for: 2 where it writes nothing.
     """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
@@ -263,6 +264,9 @@ def measure(
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
     record = {"hit@5": float(measured.hits.groupby("unit")["hit@5"].mean().mean())}
+    reading = headroom.reading(measured.searcher, bench) if arm.template == "summary" else None
+    if reading is not None:
+        record["reading"] = reading
     if arm.timed:
         items = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
         ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": items}
