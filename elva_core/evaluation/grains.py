@@ -183,8 +183,8 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
         distance: `mean_distance`. twins: `twins_ahead`.
     """
     growth, words = distance[distance["baseline"] == "stage 2"].iloc[0], []
-    moved = "grows" if growth["ci_low"] > 0 else "shrinks" if growth["ci_high"] < 0 else "does not change"
     rounded = {name: round(growth[name], 3) + 0.0 for name in ("value", "ci_low", "ci_high")}  # no -0.000
+    moved = "grows" if rounded["ci_low"] > 0 else "shrinks" if rounded["ci_high"] < 0 else "does not change"
     by = "{value:+.3f} [{ci_low:.3f}, {ci_high:.3f}]".format(**rounded)
     words.append(f"From stage 2 to stage 3 the grain distance {moved}: {by} (n = {growth['n']:,} queries)")
     row = twins[twins["group"] == "any grain"].iloc[0]

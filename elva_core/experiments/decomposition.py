@@ -139,7 +139,8 @@ def overview(rows: pd.DataFrame) -> pd.DataFrame:
 def _interval(row: Mapping, value: str, low: str, high: str) -> str:
     if row[value] != row[value]:
         return "not run"
-    return f"{row[value]:+.1f} [{row[low]:.1f}, {row[high]:.1f}]"
+    middle, low, high = (round(row[name], 1) + 0.0 for name in (value, low, high))  # no -0.0
+    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
@@ -293,7 +294,7 @@ def reading_figure(rows: pd.DataFrame) -> Figure:
         for place, step in enumerate(STEPS):
             chosen = rows["step"].eq(step) & rows["metric"].eq(f"hit@{k}")
             part = rows[chosen].sort_values("reading")
-            ends = np.abs(part[["ci_low", "ci_high"]].sub(part["value"], axis=0)).T
+            ends = np.abs(part[["ci_low", "ci_high"]].sub(part["value"], axis=0)).to_numpy().T
             beside = part["reading"] + 0.4 * (place - 1)  # else intervals hide one another
             style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
             axis.errorbar(beside, part["value"], yerr=ends, **style)

@@ -123,7 +123,7 @@ def gain(run: Stage) -> str:
     folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
     room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
     by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
-    cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by)
+    cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by).sort_index(axis=1)
     cells = cells.loc[list(dict.fromkeys(room["summaries"]))]
     cells.columns = [f"{metric}, {model}" for metric, model in cells.columns]
     return f"""{decomposition.sentence(steps, run.settings.profile)}
