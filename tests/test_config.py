@@ -72,7 +72,7 @@ def test_bad_profiles_are_named(params, change, message):
 
 PLACES = """extends: cpu
 data: {name: mine, emoji: null, root: data/M-BEIR, nli: ../nli.csv}
-backbone: {path: models/base, tiny: null, teach: null}
+backbone: {path: models/base}
 unseen: {sets: data/unseen, language: null, queries: null}
 video: {sets: /far/videos, drawings: null}
 """

@@ -103,6 +103,29 @@ def train(
 
 
 @app.command(rich_help_panel=TRAINING)
+def teach(
+    name: Annotated[str, Argument(metavar="NAME", help="a file of params/backbone")],
+    out: Annotated[Path, Option(help="folder of the model; must not be there yet")],
+    packages: Annotated[
+        Path | None, Option("--styles", help="node_modules with the styles' packages")
+    ] = None,
+    device: Annotated[str, Option(help="cpu, cuda")] = "cpu",
+) -> None:
+    """Make a small backbone that reads drawings, as those of outputs/backbone; goes on where it was stopped.
+
+    Example: python -m elva_core teach qwen2vl --out outputs/cache/qwen2vl --styles node_modules --device cuda
+    """
+    from elva_core import distributed
+    from elva_core.export import backbone_card
+    from elva_core.training import teach as teaching
+
+    settings = config.teaching(name)
+    distributed.start(config.load(settings.profile).threads)
+    for folder in teaching.make(settings, out, files.OUTPUTS / "cache", packages=packages, device=device):
+        backbone_card.write(folder)
+
+
+@app.command(rich_help_panel=TRAINING)
 def plan(
     profile: Profile,
     gpu: Annotated[str | None, Option(help="of params/plan.yaml: H100, A100, H20, L40S, ...")] = None,

@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
 from elva_core.training_settings import ContrastiveSettings
@@ -393,8 +393,6 @@ def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Wor
     name = gpu or table.default_gpu[settings.device.partition(":")[0]]
     if name not in table.gpus:
         raise ProfileError(f"no GPU {name!r} in {TABLE}; it has {', '.join(table.gpus)}")
-    sizes = (
-        of_model(model.path, table.architectures) if model.path else of_tiny(model.tiny, table.tiny_tokens)
-    )
+    sizes = of_model(model.path, table.architectures)
     kind = "cpu" if name == "cpu" else "cuda"
     return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices)

@@ -16,9 +16,11 @@ from typing import NamedTuple
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.experiments.arms import arms
+from elva_core.values import model_source
 
 ALL = " ".join(name for name in Settings.model_fields if name != "profile")
 RUNS_ON = "device dtype threads "
+LARGE = 100_000_000  # bytes of weights that take longer to read than `status` may
 
 
 class Notebook(NamedTuple):
@@ -95,6 +97,8 @@ def made_from(settings: Settings, seed: int, stage: str) -> dict:
     inputs = {name: _content(settings.profile, seed, name) for name in STAGES[stage]}
     if stage == "10_prepare_data" and settings.data.root:
         inputs["data.root"] = _hash(_texts(Path(settings.data.root)), _texts(Path(settings.data.nli)))
+    if stage == "30_pretrain_contrastive":
+        inputs["backbone"] = _weights(Path(model_source(settings.backbone.path)))
     if "study" in sections and stage != "00_check_environment":
         rows = arms(settings).items()
         values["arms"] = {
@@ -148,6 +152,13 @@ def _content(profile: str, seed: int, stage: str) -> str:
     }
     # data that the stage only links to are not among its files
     return _hash(taken, done.get("made_from", {}).get("inputs", {}).get("data.root"))
+
+
+def _weights(folder: Path) -> str:
+    """Hash of the weights in a model folder; of large ones the size and time. A hub's model has none here."""
+    paths = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    read = (files.file_hash(p) if s.st_size < LARGE else [s.st_size, s.st_mtime_ns] for p, s in paths)
+    return _hash(list(read))
 
 
 def _texts(place: Path) -> list:
