@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from material import Place, embedder, items, mixed, pairs, ranked
+from material import Place, embedder, items, mixed, pairs, ranked, stock
 
 from elva_core import config
 from elva_core.data.items import Item
@@ -171,12 +171,11 @@ def resumes(place: Place) -> dict:
 def small_chain(place: Place) -> dict:
     """The laptop's backbone: losses of the stages' first steps on the card and on the CPU, and the search's answers."""
     profile, losses, step_s = config.load("smoke" if place.tiny else "cpu"), {}, {}
-    model, processor = small_models.build(["kalo mine puravesi."] * 50, profile.backbone.tiny or config.load("cpu").backbone.tiny, seed=0)
-    encoders.add_ret_token(model, processor.tokenizer, profile.encoder.ret_token)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    first, _ = stock(place, "small", "float32", "cpu")
     for device in dict.fromkeys(("cpu", place.device)):
-        model.load_state_dict(weights)
-        here = Encoder(model.to(device).requires_grad_(False).eval(), processor, profile.encoder)
+        model, processor = stock(place, "small", "float32", device)
+        model.load_state_dict(first.state_dict())
+        here = Encoder(model, processor, profile.encoder)
         rows = {}
         for name, kinds in (("stage1", ("text", "text")), ("stage2", ("image", "text"))):
             s = getattr(profile, name).model_copy(update={"steps": 3})

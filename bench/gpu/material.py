@@ -40,6 +40,11 @@ SMALL = {
         TEXT | {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3},
         {"depth": 2, "embed_dim": 128, "num_heads": 2},
     ),
+    # about the laptop's backbone
+    "small": (
+        TEXT | {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3},
+        {"depth": 3, "embed_dim": 128, "num_heads": 4},
+    ),
     # for tests of this script
     "tiny": (TEXT | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}, {"depth": 1, "embed_dim": 32, "num_heads": 2}),
 }

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from material import Place, Work, counted, embedder, items, mixed, pairs, ranked, stock
+from material import Place, counted, embedder, items, mixed, pairs, ranked, stock
 from PIL import Image
 
 from elva_core.experiments import sizes
@@ -30,9 +30,10 @@ def peak_tflops() -> float | None:
     return next((gpu.tflops for key, gpu in sizes.known().gpus.items() if key in name), None)
 
 
-def mfu(work: Work, seconds: float) -> float | None:
+def mfu(flops: float, seconds: float) -> float | None:
+    """Share of the card's peak."""
     peak = peak_tflops()
-    return work.flops / seconds / (peak * 1e12) if peak else None
+    return flops / seconds / (peak * 1e12) if peak else None
 
 
 def seconds(place: Place, work: Callable[[], object]) -> float:
@@ -63,52 +64,34 @@ class Models:
         self._made = None
 
 
-def steps(place: Place, model: Encoder, name: str, drawn: list[list[Pair]], **changes) -> tuple[list[dict], list[float]]:
-    """Log lines of a contrastive stage's steps, and the FLOPs of each."""
+def steps(place: Place, model: Encoder, name: str, drawn: list[list[Pair]], **changes) -> tuple[list[dict], float]:
+    """Log lines of a contrastive stage's steps, and the FLOPs of one."""
     s = getattr(place.profile, name)
     s = s.model_copy(update={"steps": len(drawn), "batch": len(drawn[0]), **changes})
     s = s.model_copy(update={"optimiser": s.optimiser.model_copy(update={"checkpoint_every": 1000})})
-    flops: list[float] = []
     with counted(model, rank=s.lora.rank, again=s.gradient_checkpointing) as work:
-
-        def draw(step: int, size: int) -> list[Pair]:
-            flops.append(work.flops)
-            return drawn[step]
-
-        rows = contrastive.train(model, draw, s, seed=1, folder=place.folder / f"{name}-{time.time()}")
-        flops.append(work.flops)
-    return rows, [after - before for before, after in itertools.pairwise(flops)]
+        rows = contrastive.train(model, lambda step, size: drawn[step], s, seed=1, folder=place.folder / f"{name}-{time.time()}")
+    return rows, work.flops / len(drawn)
 
 
-def step_facts(rows: list[dict], flops: list[float], which: int) -> dict:
-    took = rows[which]["step_time"]
-    return {
-        "value": took,
-        "unit": "s",
-        "mfu": mfu_of(flops[which], took),
-        "loss": rows[which]["loss"],
-        "steps_s": [r["step_time"] for r in rows],
-    }
-
-
-def mfu_of(flops: float, took: float) -> float | None:
-    work = Work()
-    work.flops = flops
-    return mfu(work, took)
+def step_facts(rows: list[dict], flops: float) -> dict:
+    """Of the last step."""
+    took = [row["step_time"] for row in rows]
+    return {"value": took[-1], "unit": "s", "mfu": mfu(flops, took[-1]), "loss": rows[-1]["loss"], "steps_s": took}
 
 
 def stage1(place: Place, models: Models) -> dict:
     """Four steps; the loop stops where a gradient is not finite."""
     batch = place.profile.stage1.batch
     drawn = [pairs(place, ("text", "text"), batch, seed) for seed in range(4)]
-    return step_facts(*steps(place, models.two(), "stage1", drawn), -1)
+    return step_facts(*steps(place, models.two(), "stage1", drawn))
 
 
 def stage2(place: Place, models: Models, ret: bool) -> dict:
     """A step of the whole batch, after a small one that loads the kernels."""
     model, s = models.two(), place.profile.stage2
     steps(place, model, "stage2", [mixed(place, 2 * s.chunk)], ret_share=float(ret))
-    return step_facts(*steps(place, model, "stage2", [mixed(place, s.batch)], ret_share=float(ret)), 0)
+    return step_facts(*steps(place, model, "stage2", [mixed(place, s.batch)], ret_share=float(ret)))
 
 
 @torch.no_grad()
@@ -126,7 +109,7 @@ def embedding(place: Place, models: Models, kind: str, summary: bool) -> dict:
             done += len(part)
             if took > 8:
                 break
-    return {"value": done / took, "unit": "a second", "n": done, **({} if summary else {"mfu": mfu(work, took)})}
+    return {"value": done / took, "unit": "a second", "n": done, **({} if summary else {"mfu": mfu(work.flops, took)})}
 
 
 @torch.no_grad()
@@ -258,4 +241,4 @@ def seven(place: Place, models: Models) -> dict:
     model = embedder(place, SEVEN, "float32" if place.device == "cpu" else "bfloat16")
     chunk = 2 if place.tiny else 60
     drawn = [mixed(place, 2 * chunk, seed) for seed in range(2)]
-    return step_facts(*steps(place, model, "stage2", drawn, ret_share=0.0, chunk=chunk), -1)
+    return step_facts(*steps(place, model, "stage2", drawn, ret_share=0.0, chunk=chunk))
