@@ -51,15 +51,16 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 @app.command(rich_help_panel=WORKBOOK)
 def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
-    """Refresh the tables of README.md with those of a profile's report.
+    """Refresh the tables of README.md with those of a profile's report and of outputs/gpu.
 
     Example: python -m elva_core readme cpu
     """
-    from elva_core.experiments import report
+    from elva_core.experiments import measured, report, sizes
 
     folder = keys.stage_folder(profile, seed, "90_report")
     tables = {"claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
+    blocks["gpu"] = measured.readme_block(sizes.known())
     report.update_readme(files.REPOSITORY / "README.md", blocks)
 
 

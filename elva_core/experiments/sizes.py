@@ -78,8 +78,23 @@ class Dataset(Section):
     units: dict[str, Unit]
 
 
+class Run1(Section):
+    """What the lines of outputs/gpu/run1.jsonl do not say of themselves."""
+
+    date: str
+    commit: str
+    gpu: str
+    model: str
+    rows: int  # of a step of stage 2, queries and candidates
+    tokens: float  # of a row in its padded chunk
+    images: float  # share of the rows that have one
+    image_pixels: float
+    rank: int
+    summary: int  # tokens
+
+
 class Known(Section):
-    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions."""
+    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions, goals."""
 
     gpus: dict[str, Gpu]
     default_gpu: dict[str, str]
@@ -87,6 +102,13 @@ class Known(Section):
     architectures: dict[str, dict]
     evaluated_models: int
     datasets: dict[str, Dataset]
+    run1: Run1
+    gpu_goals: dict[str, str]  # section of `make gpu` -> what it should reach on an H100
+
+
+def task_of(unit: str) -> int:
+    """The number of a unit's task, which its name ends with."""
+    return int(unit.rpartition("_task")[2])
 
 
 def known() -> Known:
