@@ -104,6 +104,7 @@ class RlvrSettings(Section):
     loss_type: Literal["grpo", "dr_grpo", "dapo"]
     gradient: Literal["score", "pathwise", "full"]  # through sampled tokens, through the embedding, both
     chunk: Positive  # rollouts per forward; bounds the memory of a step
+    decode_rows: Positive | None = None  # rollouts sampled together, without a graph; None is all of a step's
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings
     reward: RewardSettings

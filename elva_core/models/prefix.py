@@ -80,8 +80,8 @@ def fixed(model, prefix: Prefix, rollouts: int, more: int) -> FixedPrefix:
     cache = StaticCache(model.config.get_text_config(), max_cache_len=-(-(length + more) // ROOM) * ROOM)
     for layer, read in zip(cache.layers, prefix.cache.layers, strict=True):
         layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (read.keys, read.values)))
-        for kept, given in ((layer.keys, read.keys), (layer.values, read.values)):
-            kept[:, :, :length].unflatten(0, (-1, rollouts)).copy_(given[:, None])
+        for place, given in ((layer.keys, read.keys), (layer.values, read.values)):
+            place[:, :, :length].unflatten(0, (-1, rollouts)).copy_(given[:, None])
         layer.cumulative_length.fill_(length)
     bias = prefix.last.new_full((rows, 1, 1, cache.max_cache_len), -torch.inf)
     bias[:, 0, 0, :length].masked_fill_(prefix.mask.bool().repeat_interleave(rollouts, dim=0), 0.0)
