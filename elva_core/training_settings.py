@@ -174,6 +174,7 @@ class RlvrSettings(Section):
     infonce_weight: NonNegativeFloat = 0.1  # of gradient: gated, as LREM's
     infonce_temperature: PositiveFloat = 0.05  # that of stages 1 and 2
     chunk: Positive  # rollouts per forward; bounds the memory of a step
+    decode_rows: Positive | None = None  # rollouts sampled together, without a graph; None is all of a step's
     dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings

@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass, field, replace
 from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.experiments import measured
-from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, task_of
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
 from elva_core.training_settings import ContrastiveSettings

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -349,7 +350,7 @@ def sampler_of(
     """Sampler of a run that starts from `encoder`, without an adapter yet; vLLM's files go to `folder`."""
     if settings.sampler == "vllm":
         return closing(vllm_sampler.VllmSampler(encoder, settings.lora, settings.vllm, folder))
-    return nullcontext(generation.in_process)
+    return nullcontext(partial(generation.in_process, decode_rows=settings.decode_rows))
 
 
 def train(
