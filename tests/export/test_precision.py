@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -26,7 +27,7 @@ UNIT = "emoji_task2"
 
 @pytest.fixture(scope="module")
 def made(model_folder, smoke, root, tmp_path_factory):
-    """(model, pool, judged queries, {precision: folder}); several row groups; a dim that is no multiple of eight bits stays as it is."""
+    """(model, pool, judged queries, {precision: folder}); the pool is several row groups."""
     folder = tmp_path_factory.mktemp("precision")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(cache, "EMBEDDINGS", folder / "kept")
@@ -45,7 +46,8 @@ def made(model_folder, smoke, root, tmp_path_factory):
 
 def codes(index) -> np.ndarray:
     """(C, bytes) of an index with ids."""
-    stored = index.index.xb if isinstance(index, faiss.IndexBinaryIDMap) else faiss.downcast_index(index.index).codes
+    binary = isinstance(index, faiss.IndexBinaryIDMap)
+    stored = faiss.downcast_IndexBinary(index.index).xb if binary else faiss.downcast_index(index.index).codes
     return faiss.vector_to_array(stored).reshape(index.ntotal, -1)
 
 
@@ -151,8 +153,8 @@ def test_an_export_is_cut_by_sentence_transformers_when_asked_or_by_itself(made,
     loaded, _, _, _ = made
     texts = ["A dog.", "A woman is running."]
     whole = retriever.encode(loaded, [data_items.Item(text) for text in texts], batch=2)[0]
-    plain = sentence_transformers.sentence_transformer(encoder.Path(loaded.source), tmp_path / "plain")
-    cut = sentence_transformers.sentence_transformer(encoder.Path(loaded.source), tmp_path / "cut", truncate_dim=20)
+    plain = sentence_transformers.sentence_transformer(Path(loaded.source), tmp_path / "plain")
+    cut = sentence_transformers.sentence_transformer(Path(loaded.source), tmp_path / "cut", truncate_dim=20)
     for folder, given, size in ((plain, {}, 48), (plain, {"truncate_dim": 20}, 20), (cut, {}, 20), (cut, {"truncate_dim": 48}, 48)):
         model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **given)
         assert model.get_embedding_dimension() == size
@@ -161,4 +163,4 @@ def test_an_export_is_cut_by_sentence_transformers_when_asked_or_by_itself(made,
     card = json.loads((plain / "elva.json").read_text())
     assert card["dims"] == [20, 48] and "truncate_dim=20" in (plain / "README.md").read_text()
     with pytest.raises(ValueError, match="model was trained at dims"):
-        sentence_transformers.sentence_transformer(encoder.Path(loaded.source), tmp_path / "no", truncate_dim=16)
+        sentence_transformers.sentence_transformer(Path(loaded.source), tmp_path / "no", truncate_dim=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -83,6 +84,10 @@ def test_stage_3_trains_it_and_its_export_asks_as_it_was_trained(folder, profile
     job = jobs.Job("stage3", profile, 1, root, None, str(folder), tmp_path / "stage3", tmp_path / "mined.safetensors")
     jobs.run(job)
     rows = jobs.history(job)
+    long = dataclasses.replace(job, settings=profile.changed({"stage3": {"dims": [64]}}), folder=tmp_path / "long")
+    with pytest.raises(ValueError, match=r"stage3\.dims = \[64\], but embeddings have 32 numbers"):
+        jobs.run(dataclasses.replace(long, mined=tmp_path / "other.safetensors"))
+    assert not (tmp_path / "other.safetensors").exists()
     assert len(rows) == 2 and all(np.isfinite(row["reward"]) for row in rows)
     before, after = (AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (folder, job.model))
     assert any(not torch.equal(before[name], after[name]) for name in before if "language_model.layers" in name)

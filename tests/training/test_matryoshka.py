@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from conftest import mined
-from elva_core import cli
+from elva_core import cli, config
 from elva_core.models import encoder
 from elva_core.retrieval import cache, retriever
 from elva_core.training import contrastive, distillation, grpo, losses
@@ -118,7 +119,7 @@ def test_evaluate_scores_every_dim_that_the_folder_names_and_whole_embeddings_as
         tiny.save(tmp_path / name, stage="test", parent="none", template="eol", dims=dims)
         assert json.loads((tmp_path / name / "elva.json").read_text()).get("dims", []) == list(dims)
         assert cli.main([*common, "--model", str(tmp_path / name), "--out", str(tmp_path / f"of {name}")]) == 0
-        tables[name] = retriever.pd.read_csv(tmp_path / f"of {name}/results.csv").set_index("metric")["value"]
+        tables[name] = pd.read_csv(tmp_path / f"of {name}/results.csv").set_index("metric")["value"]
     whole, nested = tables["whole"], tables["nested"]
     assert nested[whole.index].equals(whole) and "hit@5 dim 8" not in whole
     hits = [name for name in whole.index if name.removeprefix("hit@").isdigit()]
@@ -127,7 +128,7 @@ def test_evaluate_scores_every_dim_that_the_folder_names_and_whole_embeddings_as
 
     # hit rates at 8 numbers from nothing but the embeddings
     queries, pool = root.queries("emoji_task0", "test"), root.pool("emoji_task0", "test", "local")
-    find = retriever.Searcher(tiny, root, "test", retriever.EvaluationSettings.model_construct(batch=16, cutoffs=(5,)), template="eol")
+    find = retriever.Searcher(tiny, root, "test", config.EvaluationSettings.model_construct(batch=16, cutoffs=(5,)), template="eol")
     found = find.embedded("emoji_task0")
     q, c = (np.float16(v).astype(np.float64)[:, :8] for v in (found.query_vectors, found.pool_vectors))
     scores = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (c / np.linalg.norm(c, axis=1, keepdims=True)).T
@@ -137,4 +138,4 @@ def test_evaluate_scores_every_dim_that_the_folder_names_and_whole_embeddings_as
     assert cli.main([*common, "--model", str(tmp_path / "whole"), "--out", str(tmp_path / "asked"), "--dim", "16"]) == 0
     assert "hit@5 dim 16" in capsys.readouterr().out
     assert cli.main([*common, "--model", str(tmp_path / "whole"), "--out", str(tmp_path / "asked"), "--dim", "64"]) == 1
-    assert "64 numbers were asked for of vectors of 48" in capsys.readouterr().err
+    assert "embeddings have 48 numbers, fewer than --dim 64" in capsys.readouterr().err
