@@ -65,6 +65,7 @@ def make(
     key.update(json.dumps(encoder.lineage(first)).encode() if first else b"")
     work = work / f"teach-{key.hexdigest()[:16]}"
     if not (work / "data").is_dir():
+        shutil.rmtree(work / "data.partial", ignore_errors=True)
         sources.write(profile.data, work / "data.partial", seed=settings.seed)
         (work / "data.partial").rename(work / "data")
     root, _ = sources.locate(work / "data")
@@ -74,10 +75,7 @@ def make(
     shown = drawings.read(root, settings, work / "styles", packages)
     shown = replace(shown, pictures=shown.pictures.to(device))
     log.info("%d drawings of %d emoji", len(shown.paths), len(shown.numbers))
-    made = {
-        "settings": settings.model_dump(mode="json"),
-        "made_by": f"elva_core teach, on {device}",
-    }
+    made = {"settings": settings.model_dump(mode="json"), "made_by": f"elva_core teach, on {device}"}
     of_style = {name: sum(p.parent.name == name for p in shown.paths) for name in settings.styles}
     made["styles"] = {name: styles.about(packages, name) | {"drawings": n} for name, n in of_style.items()}
     if not (work / "joint/checkpoint").is_dir():  # which holds the tower, too
@@ -284,12 +282,14 @@ def _save(
     if out.is_dir():
         return
     model, partial_folder = copy.deepcopy(taught.backbone).half(), out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
     words = model.get_input_embeddings().weight
     words[taught.ret_id] = words[: taught.ret_id].mean(0)  # as in a model that has never seen it
     model.save_pretrained(partial_folder)
     taught.processor.save_pretrained(partial_folder)
     written = encoder.load(partial_folder, profile.encoder, device=str(taught.device))
     record = made | {"joint_steps": made["settings"]["joint"]["steps"] if step is None else step}
+    record["sha256"] = encoder.lineage(partial_folder)[-1]["sha256"]
     record["reading"] = reading(written, root, batch=profile.evaluation.batch)
     files.write_whole(partial_folder / "teaching.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     partial_folder.rename(out)

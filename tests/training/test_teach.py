@@ -108,6 +108,35 @@ def test_the_folder_loads_and_its_card_says_what_was_measured(make, lessons, smo
     assert "4 steps of\n  16 drawings" in card and "5 steps of 16" in card
 
 
+@pytest.mark.parametrize("name", ["qwen2vl", "qwen2_5_vl", "tiny"])
+def test_a_backbone_that_ships_is_the_one_that_its_card_and_its_values_describe(name, tmp_path):
+    folder = files.OUTPUTS / "backbone" / name
+    made = json.loads((folder / "teaching.json").read_text())
+    assert made["sha256"] == encoder.lineage(folder)[-1]["sha256"]
+    assert config.TeachSettings(**made["settings"]) == config.teaching(name)
+    (tmp_path / "teaching.json").write_text(json.dumps(made))
+    backbone_card.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
+    assert sum(p.stat().st_size for p in folder.iterdir()) < 12e6
+    kept = load_file(folder / "model.safetensors")
+    assert kept and all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_the_tower_learns_at_its_own_rate(tmp_path, lessons):
+    generator = torch.Generator().manual_seed(0)
+    names = ("visual.blocks.0.w", "visual.b", "layers.0.w", "b")
+    values = {n: torch.nn.Parameter(torch.rand((3, 3) if n.endswith("w") else (3,), generator=generator)) for n in names}
+    before = {name: p.detach().clone() for name, p in values.items()}
+
+    def step_fn(step):
+        loss = sum((p**2).sum() for p in values.values())
+        loss.backward()
+        return {"loss": float(loss.detach())}
+
+    teach._learn(values, step_fn, lessons.joint, tmp_path, tower_rate=0.0)
+    assert [torch.equal(p, before[name]) for name, p in values.items()] == [True, True, False, False]
+
+
 def test_both_lessons_lower_their_loss(root, lessons, smoke, tmp_path):
     longer = {"tower": lessons.tower.model_copy(update={"steps": 100}), "joint": lessons.joint.model_copy(update={"steps": 30}), "keep": ()}
     settings = lessons.model_copy(update=longer | {"styles": ()})
