@@ -40,6 +40,7 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 	rm -rf outputs/smoke
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-current-env --no-header
+	$(BIN)/python -m pytest --no-header tests/experiments/test_keys.py -k smoke_run
 
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere: make test-browser CHROMIUM=/path/to/it
@@ -71,11 +72,11 @@ notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
 	$(STRIP) notebooks/*.ipynb
 
-readme: .venv/ready ## the README's result table from outputs/cpu/90_report
+readme: .venv/ready ## the README's result table from outputs/cpu/seed-17/90_report
 	$(BIN)/python -m elva_core readme cpu
 
-book: .venv/ready ## executed notebooks and report as a static site in outputs/PROFILE/book [PROFILE=cpu]
-	$(BIN)/python -m elva_core book $(PROFILE)
+book: .venv/ready ## executed notebooks and report as a static site [PROFILE=cpu] [SEED=17]
+	$(BIN)/python -m elva_core book $(PROFILE) --seed $(SEED)
 
 clean: ## everything that was computed, except the committed reference run
 	rm -rf outputs/cache outputs/smoke

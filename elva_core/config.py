@@ -1,6 +1,6 @@
 """Settings: params/<profile>.yaml -> one frozen tree of pydantic models.
 
-A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another
+A profile carries values only; no code asks which profile runs. `extends: NAME` takes another
 profile and changes single keys. Unknown keys and wrong types are refused with file and key. Relative paths
 are meant from the repository.
 
@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from elva_core import files
 from elva_core.training_settings import (
     ContrastiveSettings,
+    ControlSettings,
     DistilSettings,
     RerankSettings,
     RlvrSettings,
@@ -85,6 +86,8 @@ class EncoderSettings(Section):
     """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both."""
 
     ret_token: str = "[RET]"
+    # the system's turn of an item without an instruction; None: no such turn, instructions precede the text
+    system_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
@@ -92,6 +95,15 @@ class EncoderSettings(Section):
     max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+    read_out: Literal["ret", "before"] = (
+        "ret"  # the state that is the embedding: at [RET], or one token before
+    )
+    candidate_summaries: bool = True  # False: candidates are read at [RET] without one
+
+    @property
+    def pool_template(self) -> str:
+        """How candidates are read where queries are read after a summary (retriever.encode)."""
+        return "summary" if self.candidate_summaries else "bare"
 
     @model_validator(mode="after")
     def _pixels(self) -> EncoderSettings:
@@ -203,7 +215,7 @@ class Settings(Section):
     stage1: ContrastiveSettings
     stage2: ContrastiveSettings
     stage3: RlvrSettings
-    control: ContrastiveSettings
+    control: ControlSettings
     distil: DistilSettings | None = None
     rerank: RerankSettings | None = None
     mrbench: MrbenchSettings
@@ -211,6 +223,17 @@ class Settings(Section):
     study: StudySettings
     video: VideoSettings | None = None
     unseen: UnseenSettings | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        control, mined = self.control, self.stage3.negatives
+        if control.hard is not None and (control.hard > mined.hard or control.random > mined.random):
+            asked, there = f"{control.hard} + {control.random}", f"{mined.hard} + {mined.random}"
+            raise ValueError(f"control.hard + random = {asked} are more than stage3.negatives has: {there}")
+        if self.stage3.rollout_sides != "query" and not self.encoder.candidate_summaries:
+            sides = f"stage3.rollout_sides: {self.stage3.rollout_sides}"
+            raise ValueError(f"{sides} rolls candidates out; set encoder.candidate_summaries: true")
+        return self
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
@@ -227,17 +250,19 @@ def load(profile: str) -> Settings:
     Raises:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
-    path = PARAMS / f"{profile}.yaml"
-    values = _read(path)
-    if parent := values.pop("extends", None):
-        base = _read(PARAMS / f"{parent}.yaml")
-        if "extends" in base:
-            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
-        values = merged(base, values)
     try:
-        return Settings(profile=profile, **values)
+        return Settings(profile=profile, **_extended(profile))
     except ValidationError as error:
-        raise ProfileError(f"{path}: {problems(error)}") from None
+        raise ProfileError(f"{PARAMS / f'{profile}.yaml'}: {problems(error)}") from None
+
+
+def _extended(profile: str, *below: str) -> dict:
+    """Values of a profile over those of the one it extends; `below` are those that extend it."""
+    values = _read(path := PARAMS / f"{profile}.yaml")
+    parent = values.pop("extends", None)
+    if parent in (profile, *below):
+        raise ProfileError(f"{path}: extends {parent}, which is this profile or extends it; name another one")
+    return values if parent is None else merged(_extended(parent, profile, *below), values)
 
 
 def _read(path: Path) -> dict:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -115,7 +116,12 @@ def search(
     if k < 1:
         raise ValueError(f"k = {k}; ask for at least one answer")
     vector, (summary,) = retriever.encode(loaded, [query], batch=1, template=template or pool.template)
-    depth = min(k, len(pool.candidates))
-    ranking = searching.exact(vector, pool.vectors, depth, device=loaded.device)
-    candidates = [pool.candidates[int(row)] for row in ranking.rows[0]]
+    if (dim := pool.vectors[:1].shape[1]) < vector.shape[1]:  # the pool keeps less of a vector
+        vector = searching.Prefixes(vector, dim)[:]
+    depth, vectors, rows = min(k, len(pool.candidates)), pool.vectors, np.arange(len(pool.candidates))
+    if pool.first:
+        (rows,) = pool.first(vector, depth)
+        vectors = pool.vectors[rows]
+    ranking = searching.exact(vector, vectors, depth, device=loaded.device)
+    candidates = [pool.candidates[int(rows[place])] for place in ranking.rows[0]]
     return Answers(query, summary, candidates, ranking.scores[0].tolist(), pool)

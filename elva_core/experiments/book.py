@@ -1,6 +1,6 @@
 """The executed notebooks and the report of one run as a static site, built by Sphinx; nothing is executed.
 
-build("cpu", Path("outputs/cpu/book"))
+build("cpu", 17, Path("outputs/cpu/seed-17/book"))
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from elva_core import files
-from elva_core.experiments.stages import STAGES, MissingStageError, numbered, stage_folder
+from elva_core.experiments.keys import STAGES, stage_folder
+from elva_core.experiments.stages import MissingStageError, numbered
 
 # for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
 FOOTER = '{% extends "furo/page.html" %}{% block footer %}{% endblock %}'
@@ -31,7 +32,7 @@ SPHINX = {
 }
 
 
-def build(profile: str, target: Path) -> Path:
+def build(profile: str, seed: int, target: Path) -> Path:
     """Writes the site of a profile's run into `target`, whole; returns its first page.
 
     Raises:
@@ -39,11 +40,13 @@ def build(profile: str, target: Path) -> Path:
     """
     from sphinx.cmd.build import build_main
 
-    report = stage_folder(profile, numbered("90"))
+    report = stage_folder(profile, seed, numbered("90"))
     notebooks = [report.parent / "executed" / f"{stage}.ipynb" for stage in STAGES]
     for path in (report / "report.md", *notebooks):
         if not path.is_file():
-            raise MissingStageError(f"{path} is missing; run: python -m elva_core run {profile}")
+            raise MissingStageError(
+                f"{path} is missing; run: python -m elva_core run {profile} --seed {seed}"
+            )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, site = Path(folder) / "source", Path(folder) / "site"

@@ -334,8 +334,8 @@ class Workload:
         s, everything = self.settings.stage3, self.data.train_pool
         again, pool = s.negatives.again_every, s.negatives.pool or everything
         rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
-        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.queries
-        return (self.embed(candidates, "candidate") + self.embed(s.queries, "query")) * rounds
+        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.mined_queries
+        return (self.embed(candidates, "candidate") + self.embed(s.mined_queries, "query")) * rounds
 
     def evaluation(self) -> Cost:
         """One model: every test query and every candidate once, whatever pool asks for it."""

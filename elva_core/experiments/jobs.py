@@ -173,7 +173,7 @@ def run(spec: Job) -> None:
     else:
         ranked = hard_negatives.read(spec.mined, spec.root, seed)
         if spec.name == "control":
-            pairs = contrastive.ranked_pairs(ranked, seed)
+            pairs = contrastive.ranked_pairs(ranked, seed, settings.control)
             contrastive.train(model, pairs, settings.control, seed=seed, folder=folder)
         elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
@@ -184,7 +184,9 @@ def run(spec: Job) -> None:
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"
-        model.save(unfinished, stage=spec.name, parent=spec.start, weights=weights, template=template)
+        dims = getattr(getattr(settings, spec.name), "dims", ())  # the reranker has none
+        how = {"weights": weights, "template": template, "dims": dims}
+        model.save(unfinished, stage=spec.name, parent=spec.start, **how)
         unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
 

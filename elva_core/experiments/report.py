@@ -15,10 +15,13 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.data import mbeir
+from elva_core.data.caption_sets import SETS
 from elva_core.evaluation import captions, headroom, statistics
 from elva_core.experiments import claims, decomposition
-from elva_core.experiments.stages import STAGES, Stage, manifest
+from elva_core.experiments.keys import STAGES, manifest
+from elva_core.experiments.stages import Stage
 from elva_core.tables import markdown_table, read_table
+from elva_core.values import as_written
 
 REPORT = "90_report"
 PLAIN = (
@@ -38,7 +41,7 @@ def gather(run: Stage) -> Mapping[str, dict]:
     """Manifests of every stage before this one, each verified."""
     for stage in STAGES[REPORT]:
         run.require(stage)
-    return {stage: manifest(run.settings.profile, stage) for stage in STAGES[REPORT]}
+    return {stage: manifest(run.settings.profile, run.seed, stage) for stage in STAGES[REPORT]}
 
 
 def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
@@ -167,6 +170,12 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         out.append(
             f"{sides}: the literal reading samples every candidate as well; it is an arm of the study."
         )
+    if stage3.rollout_sides == "both":
+        sides = "Summaries of queries and of positives are actions in turns (`rollout_sides: both`)"
+        out.append(f"{sides}, those of negatives are not: all at once are an arm of the study.")
+    if stage3.resample or stage3.negatives.difficulty:
+        chosen = f"difficulty {stage3.negatives.difficulty}, resample {stage3.resample}"
+        out.append(f"Stage 3 prefers queries that teach it ({chosen}): the paper takes what it has drawn.")
     for key, printed in reported["hyperparameters"]["stage3"].items():
         value = stage3
         for part in key.split("."):
@@ -178,6 +187,24 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         "stage 2 at [RET] is the harder one."
     )
     return out
+
+
+def missing_sets(run: Stage, reported: dict) -> list[str]:
+    """A line on the unseen sets, and one on the videos, that the folder of the profile did not have."""
+    unseen, video, lines = run.settings.unseen, run.settings.video, []
+    videos = {column.partition(" R@")[0] for column in reported["table7"]["columns"]}
+    for section, stage, table, names in (
+        (unseen, "80_generalise", "unseen.csv", SETS),
+        (video, "82_transfer", "clips.csv", videos),
+    ):
+        if section is None or section.sets is None:
+            continue
+        scored = read_table(run.require(stage) / table)["set"]
+        if lacking := ", ".join(sorted(set(names) - set(scored))):
+            again = f"run {run.settings.profile} --seed {run.seed} --only {stage[:2]} --force"
+            place = f"{lacking}: not in {as_written(section.sets)} when {stage} ran"
+            lines.append(f"{place}; put it there, then: python -m elva_core {again}")
+    return lines
 
 
 def write(
@@ -207,6 +234,7 @@ def write(
         _folded(source, rows) for source, rows in others[others["paper"].isna()].groupby("source", sort=True)
     )
     missing = table[table["ours"].isna()].groupby(["source", "baseline"], sort=False)
+    not_run = [f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing]
     minutes, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
     packages = installed["package"] + " " + installed["installed"]
@@ -229,7 +257,7 @@ def write(
 {_list(deviations(settings, reported))}
 
 ## What was not run
-{_list(f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing)}
+{_list([*missing_sets(run, reported), *not_run])}
 
 ## What else the paper has a figure for, at this size
 {claims.listed(beside)}

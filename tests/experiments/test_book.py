@@ -30,7 +30,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    return book.build("cpu", tmp_path_factory.mktemp("book") / "site").parent
+    return book.build("cpu", 17, tmp_path_factory.mktemp("book") / "site").parent
 
 
 def test_every_link_of_the_book_leads_to_a_page_and_anchor_of_it(site):
@@ -60,5 +60,5 @@ def test_the_book_has_every_notebook_with_its_figures_and_a_search(site):
 
 def test_a_book_of_a_run_that_is_not_there_names_its_command(tmp_path):
     with pytest.raises(stages.MissingStageError, match="python -m elva_core run qwen2vl-2b"):
-        book.build("qwen2vl-2b", tmp_path / "site")
+        book.build("qwen2vl-2b", 17, tmp_path / "site")
     assert not list(tmp_path.iterdir())
