@@ -187,7 +187,7 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
     for share in shares.to_dict("records"):
         before, after = (100 * at[share["metric"], model, GREEDY] for model in ("stage 2", "stage 3"))
         best = 100 * at[share["metric"], "stage 2", BEST]
-        part = "no room to take a share of"
+        part = "no share of it, for there may be none"
         if share["value"] == share["value"]:
             percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
             part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}] of that room".format(**percent)
