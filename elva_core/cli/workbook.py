@@ -51,10 +51,11 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 @app.command(rich_help_panel=WORKBOOK)
 def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
-    """Refresh the tables of README.md with those of a profile's report and of outputs/gpu.
+    """Refresh the tables of README.md by a profile's report and outputs/gpu, and the model that ships.
 
     Example: python -m elva_core readme cpu
     """
+    from elva_core.apps import reference
     from elva_core.experiments import measured, report, sizes
 
     folder = keys.stage_folder(profile, seed, "90_report")
@@ -62,6 +63,8 @@ def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
     blocks["gpu"] = measured.readme_block(sizes.known())
     report.update_readme(files.REPOSITORY / "README.md", blocks)
+    if (profile, seed) == (reference.PROFILE, reference.SEED):
+        print(reference.ship())
 
 
 @app.command(rich_help_panel=WORKBOOK)

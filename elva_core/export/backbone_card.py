@@ -19,7 +19,8 @@ VENDORS = {
 }
 CARD = """# A small {family} that reads drawings of emoji
 
-{sizes[layers]} layers of width {sizes[hidden]}; a tower of {sizes[vision_layers]} layers of width {sizes[vision_hidden]};
+{sizes[layers]} layers of width {sizes[hidden]}; \
+a tower of {sizes[vision_layers]} layers of width {sizes[vision_hidden]};
 images of {sizes[image_side]} x {sizes[image_side]} pixels; float16.
 It plays the part of a pretrained model in the ELVA workbook, whose stages 1 to 3 start from it. It knows the
 names of emoji and nothing else.

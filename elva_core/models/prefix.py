@@ -83,14 +83,14 @@ def fixed(model, prefix: Prefix, rollouts: int, more: int) -> FixedPrefix:
         for place, given in ((layer.keys, read.keys), (layer.values, read.values)):
             place[:, :, :length].unflatten(0, (-1, rollouts)).copy_(given[:, None])
         layer.cumulative_length.fill_(length)
-    bias = prefix.last.new_full((rows, 1, 1, cache.max_cache_len), -torch.inf)
+    bias = prefix.last.new_full((rows, 1, 1, cache.layers[0].max_cache_len), -torch.inf)
     bias[:, 0, 0, :length].masked_fill_(prefix.mask.bool().repeat_interleave(rollouts, dim=0), 0.0)
     return FixedPrefix(cache, bias, prefix.position.repeat_interleave(rollouts, dim=-2))
 
 
 def kept(model, prefix: FixedPrefix, rows: torch.Tensor) -> FixedPrefix:
     """The rows (n,) int64 of it, in new tensors."""
-    cache = StaticCache(model.config.get_text_config(), max_cache_len=prefix.cache.max_cache_len)
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=prefix.cache.layers[0].max_cache_len)
     for layer, whole in zip(cache.layers, prefix.cache.layers, strict=True):
         layer.lazy_initialization(*(x[:1].expand(len(rows), -1, -1, -1) for x in (whole.keys, whole.values)))
         torch.index_select(whole.keys, 0, rows, out=layer.keys)
