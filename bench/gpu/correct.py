@@ -16,8 +16,7 @@ from material import Place, embedder, items, mixed, pairs, ranked, stock
 
 from elva_core import config
 from elva_core.data.items import Item
-from elva_core.models import encoder as encoders
-from elva_core.models import generation, small_models
+from elva_core.models import generation
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import search
 from elva_core.training import contrastive, grpo, loop
