@@ -23,11 +23,9 @@ def on_card(value) -> bool:
     return isinstance(value, torch.Tensor) and getattr(value, "_on_card", False)
 
 
-def _wanted(args, kwargs) -> torch.device | None:
-    """The device that a call names, None if it names none."""
-    if kwargs.get("device") is not None:
-        return torch.device(kwargs["device"])
-    return None
+def _real(device: torch.device) -> torch.device:
+    """Where the numbers of a tensor on `device` are; "meta" has none, and stays."""
+    return torch.device("cpu") if device.type == "cuda" else device
 
 
 class PretendCard(TorchFunctionMode):
@@ -62,9 +60,9 @@ class PretendCard(TorchFunctionMode):
             self.reads += 1
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)
-        device = _wanted(args, kwargs)
+        device = None if kwargs.get("device") is None else torch.device(kwargs["device"])
         if device is not None:
-            kwargs["device"] = "cpu"
+            kwargs["device"] = _real(device)
         elif name not in CROSSES:
             self._same_device(name, args, kwargs, tensors)
         target = card if device is None else device.type == "cuda"
@@ -104,10 +102,12 @@ class PretendCard(TorchFunctionMode):
         for place, value in enumerate(rest):
             if isinstance(value, torch.Tensor):
                 goal, rest[place] = on_card(value), value
-            elif isinstance(value, (str, torch.device)) and not isinstance(value, torch.dtype):
-                goal, rest[place] = torch.device(value).type == "cuda", torch.device("cpu")
+            elif isinstance(value, (str, torch.device)):
+                device = torch.device(value)
+                goal, rest[place] = device.type == "cuda", _real(device)
         if kwargs.get("device") is not None:
-            goal, kwargs["device"] = torch.device(kwargs["device"]).type == "cuda", "cpu"
+            device = torch.device(kwargs["device"])
+            goal, kwargs["device"] = device.type == "cuda", _real(device)
         out = func(source, *rest, **kwargs)
         if goal != on_card(source) and out is source:
             out = source.clone()  # another device has a copy

@@ -125,13 +125,13 @@ def embedder(place: Place, name: str, dtype: str, device: str | None = None) -> 
 
 def pictures(place: Place, count: int) -> list[Path]:
     """Different noise in each, as JPEG; kept."""
-    folder, rng = place.folder / "pictures", np.random.default_rng(0)
+    folder, (width, height) = place.folder / "pictures", (64, 48) if place.tiny else SIDES
     folder.mkdir(exist_ok=True)
-    width, height = (64, 48) if place.tiny else SIDES
-    noise = rng.integers(0, 255, (height * 2, width * 2, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (height * 2, width * 2, 3), dtype=np.uint8)
     paths = [folder / f"{i}.jpg" for i in range(count)]
-    for path in paths:
-        if not path.is_file():
+    for i, path in enumerate(paths):
+        if not path.is_file():  # the same in another process and in any order
+            rng = np.random.default_rng([1, i])
             down, right = rng.integers(0, height), rng.integers(0, width)
             Image.fromarray(noise[down : down + height, right : right + width] ^ np.uint8(rng.integers(255))).save(path, quality=88)
     return paths

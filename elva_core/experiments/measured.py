@@ -74,6 +74,8 @@ def readme_block(table: Known) -> str:
     start, goals, rows = run1()["start"], table.gpu_goals, []
     for what, (line, unit, number) in RUN1_ROWS.items():
         entry = run1()[line]
+        if what == MFU:
+            entry["mfu"] = applied(table, table.run1.gpu)[0].assumed.utilisation
         rows.append((what, f"{number(entry):.3g} {unit}", goals.get(what, ""), entry))
     stopped = run1()["stage stage1"]["error"].partition(";")[0]
     head = (

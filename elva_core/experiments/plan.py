@@ -248,6 +248,8 @@ def budgets(load: Workload) -> list[Budget]:
             continue  # a batch decides what is learnt
         share = partial(_share, load, key)
         rows = bisect(tried, sum(FILLED) / 2, key=share)  # so many are not above it
+        if rows and share(rows) < FILLED[0]:  # few inputs, of many rollouts each
+            rows = bisect(tried, FILLED[1], key=share)
         whole_step = 1 + bisect_left(tried, share(MOST_ROWS), key=share)
         rows = max(1, min(rows, whole_step))
         now, longest = getattr(getattr(load.settings, section), name), _longest(load, section)

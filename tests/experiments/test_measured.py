@@ -103,18 +103,16 @@ def test_the_rows_that_fill_a_card_fill_it_and_one_more_is_too_many(profile, gpu
         more = plan._share(load, key, b.filling + 1)
         assert b.filled <= high
         assert more > (low + high) / 2 or more == b.filled, key
-        if more != b.filled and b.filling > 8:
+        if more != b.filled and key != "stage3.chunk":  # which grows by the rollouts of a whole query
             assert b.filled >= low, key
     longest = load.longest(estimate.Side(0, 1), load.settings.encoder.summary_request) + load.cap + 1
     assert budgets["stage2.chunk"].tokens == round(budgets["stage2.chunk"].filling * longest)
 
 
-def test_the_paper_profiles_hold_the_budget_of_an_h100():
-    """Profiles round down; what they leave of 70 % is less than a tenth of the card."""
-    low, high = plan.FILLED
-    for profile in ("qwen2vl-2b", "qwen2vl-7b"):
-        for b in plan.budgets(estimate.make(config.load(profile), gpu="H100")):
-            assert low <= b.share <= high or b.rows >= b.filling, (profile, b)
+@pytest.mark.parametrize("profile", ["qwen2vl-2b", "qwen2vl-7b"])
+def test_the_papers_profiles_stay_below_what_fills_an_h100(profile):
+    """Their rows are even shares of eight GPUs as well, so some are fewer than fill one card."""
+    assert all(b.share <= plan.FILLED[1] for b in plan.budgets(estimate.make(config.load(profile), gpu="H100")))
 
 
 @pytest.mark.slow
