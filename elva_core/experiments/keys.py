@@ -41,9 +41,11 @@ TABLE = {
     "40_finetune_rlvr": Notebook("10 30", RUNS_ON + "data encoder stage3 control", 1, "model control"),
     "50_evaluate": Notebook("10 20 30 40", RUNS_ON + "data encoder evaluation", 1),
     "60_ablate": Notebook(
-        "10 20 30", RUNS_ON + "data backbone encoder stage1 stage2 stage3 control mrbench evaluation study", 1
+        "10 20 30",
+        RUNS_ON + "evidence data backbone encoder stage1 stage2 stage3 control mrbench evaluation study",
+        2,
     ),
-    "70_analyse_grains": Notebook("10 20 30 40", RUNS_ON + "data evaluation", 1),
+    "70_analyse_grains": Notebook("10 20 30 40", RUNS_ON + "data evaluation", 2),
     "80_generalise": Notebook("10 30 40", RUNS_ON + "data encoder evaluation unseen", 1),
     "82_transfer": Notebook("10 30 40 50 60", RUNS_ON + "data stage3 evaluation study video", 1),
     "85_trade_cost": Notebook(
@@ -51,8 +53,8 @@ TABLE = {
     ),
     "90_report": Notebook(
         "00 10 20 30 40 50 60 70 80 82 85",
-        "evidence device data backbone stage2 stage3 mrbench unseen video",
-        1,
+        "evidence device data backbone stage2 stage3 mrbench evaluation unseen video",
+        2,
     ),
 }
 STAGES = {
