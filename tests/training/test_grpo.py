@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import exit_codes, mined
 from elva_core import distributed
 from elva_core.models import encoder, generation
-from elva_core.training import contrastive, grpo, loop, rewards
+from elva_core.training import contrastive, grpo, loop, rewards, rollouts
 from elva_core.training_settings import NegativeSettings, RlvrSettings
 
 STEP = 5e-3  # of finite differences, in the units of the weights
@@ -58,7 +58,7 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
     shape = (2, len(grpo.sides(asked[0], sides)), 3, asked[0].vectors.shape[1])
     v = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
-    (sides_of,) = grpo.cosines(tiny, asked, v, settings)
+    (sides_of,) = rollouts.cosines(tiny, asked, v, settings)
     total = rewards.reward(*sides_of, settings.reward).total
 
     def by_definition(query, positive, negatives):
@@ -141,7 +141,7 @@ def test_without_its_advantages_or_against_them_the_reward_does_not_rise(climb, 
 
 
 def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
-    for stored, fresh in zip(grpo.candidates_as_mined(tiny, ranked), grpo.candidates_once(tiny, ranked, 3), strict=True):
+    for stored, fresh in zip(rollouts.candidates_as_mined(tiny, ranked), rollouts.candidates_once(tiny, ranked, 3), strict=True):
         torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
 
 
