@@ -80,7 +80,7 @@ def rl_step(
     candidates = (Item("Ein Bild."), Item("Frau läuft."), Item("Hautfarbe."))
     query = mbeir.Query("1:1", None, None, "image", (), (), 3)
     near, *bank = np.eye(SIZES.hidden, dtype=np.float32)[:3]
-    mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1))
+    mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1), near)
     ranked = [hard_negatives.TrainingQuery(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
     asked = PROFILE.stage3.model_copy(update={"num_generations": rollouts, "chunk": chunk})
     noise = torch.rand(len(paths), 1, rollouts, model.settings.max_summary_tokens, generator=torch.Generator().manual_seed(seed))

@@ -9,7 +9,7 @@ Where each item of the paper is; numbers it prints stand in params/reported.yaml
     stage 2, instruction tuning         training.contrastive.union_pairs, training.contrastive.train
     EOL embedding ("in one word")       models.encoder.Encoder.embed_eol
     embedding at [RET] after a summary  models.encoder.Encoder.embed_summaries
-    rollouts, G summaries a query       models.generation.generate, training.grpo.sides
+    rollouts, G summaries a query       models.generation.generate, training.rollouts.sides
     R_margin                            training.rewards.margin_reward
     R_rank                              training.rewards.rank_reward
     R_total, weights alpha and epsilon  training.rewards.total_reward

@@ -172,7 +172,7 @@ def run(spec: Job) -> None:
     else:
         ranked = hard_negatives.read(spec.mined, spec.root, seed)
         if spec.name == "control":
-            pairs = contrastive.ranked_pairs(ranked, seed)
+            pairs = contrastive.ranked_pairs(ranked, seed, settings.control)
             contrastive.train(model, pairs, settings.control, seed=seed, folder=folder)
         elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
@@ -183,7 +183,8 @@ def run(spec: Job) -> None:
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"
-        model.save(unfinished, stage=spec.name, parent=spec.start, weights=weights, template=template)
+        how = {"weights": weights, "template": template, "dims": _dims(spec)}
+        model.save(unfinished, stage=spec.name, parent=spec.start, **how)
         unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
 
@@ -215,5 +216,13 @@ def _select(model: encoder.Encoder, spec: Job) -> hard_negatives.Mined:
 
 
 def _loaded(spec: Job) -> encoder.Encoder:
-    settings = spec.settings
-    return encoder.load(spec.start, settings.encoder, dtype=settings.dtype, device=settings.device)
+    """The model that training starts from. Raises ValueError where `dims` exceed its embeddings."""
+    settings, dims = spec.settings, _dims(spec)
+    loaded = encoder.load(spec.start, settings.encoder, dtype=settings.dtype, device=settings.device)
+    if max(dims, default=0) > (size := loaded.backbone.config.get_text_config().hidden_size):
+        raise ValueError(f"{spec.name}.dims = {list(dims)}, but embeddings have {size} numbers; lower them")
+    return loaded
+
+
+def _dims(spec: Job) -> tuple[int, ...]:
+    return getattr(getattr(spec.settings, spec.name), "dims", ())  # the reranker has none

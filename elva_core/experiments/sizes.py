@@ -28,7 +28,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from elva_core import files
 from elva_core.config import PARAMS, ProfileError, Section, Settings
 from elva_core.data import mbeir
-from elva_core.experiments import stages
 from elva_core.values import model_source
 
 TABLE = PARAMS / "plan.yaml"
@@ -79,8 +78,23 @@ class Dataset(Section):
     units: dict[str, Unit]
 
 
+class Run1(Section):
+    """What the lines of outputs/gpu/run1.jsonl do not say of themselves."""
+
+    date: str
+    commit: str
+    gpu: str
+    model: str
+    rows: int  # of a step of stage 2, queries and candidates
+    tokens: float  # of a row in its padded chunk
+    images: float  # share of the rows that have one
+    image_pixels: float
+    rank: int
+    summary: int  # tokens
+
+
 class Known(Section):
-    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions."""
+    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions, goals."""
 
     gpus: dict[str, Gpu]
     default_gpu: dict[str, str]
@@ -88,6 +102,13 @@ class Known(Section):
     architectures: dict[str, dict]
     evaluated_models: int
     datasets: dict[str, Dataset]
+    run1: Run1
+    gpu_goals: dict[str, str]  # section of `make gpu` -> what it should reach on an H100
+
+
+def task_of(unit: str) -> int:
+    """The number of a unit's task, which its name ends with."""
+    return int(unit.rpartition("_task")[2])
 
 
 def known() -> Known:
@@ -116,7 +137,8 @@ def dataset(settings: Settings, table: Known) -> Dataset:
         units = {unit: values.model_copy(update=counts) for unit, values in data.units.items()}
         pool = 2 * drawings + 2 * size  # drawings stand alone and captioned; names and translations
         data = data.model_copy(update={"units": units, "union_rows": train * len(units), "train_pool": pool})
-    folder = stages.stage_folder(settings.profile, "10_prepare_data")
+    place = files.OUTPUTS / settings.profile
+    folder = next(iter(sorted(place.glob("seed-*/10_prepare_data"))), place)  # any seed's has as many rows
     root = mbeir.Root(Path(settings.data.root or folder / "root"))
     if not root.union_train_path().is_file():
         return data

@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from elva_core import zero
 from elva_core.distributed import processes
@@ -19,19 +20,6 @@ from elva_core.files import whole, write_whole
 from elva_core.training_settings import OptimiserSettings
 
 log = logging.getLogger("elva")
-
-
-def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
-    """Yields the steps and logs a plain line every `every_s` seconds: done, rate, time left."""
-    started = last = time.monotonic()
-    for done, step in enumerate(steps):
-        yield step
-        now = time.monotonic()
-        if now - last >= every_s:
-            rate = (done + 1) / (now - started)
-            left = (total - step - 1) / rate
-            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, left)
-            last = now
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
@@ -82,7 +70,11 @@ def train_loop(
     checkpoint = folder / "checkpoint"
     rows = _restore(checkpoint, parameters, optimisers)
 
-    for step in track(range(len(rows), steps), steps):
+    quiet = not processes().is_main_process
+    progress = tqdm(
+        range(len(rows), steps), folder.name, steps, unit="step", initial=len(rows), disable=quiet
+    )
+    for step in progress:
         began = time.perf_counter()
         rate = learning_rate(step, steps, settings)
         for optimiser in optimisers:
