@@ -60,8 +60,9 @@ def make(
     if out.exists():
         raise FileExistsError(f"{out} is there already; name another folder, or move it away")
     profile, first = config.load(settings.profile), settings.first and model_source(settings.first)
-    key = hashlib.sha256((settings.model_dump_json() + profile.encoder.model_dump_json()).encode())
-    key.update(profile.data.model_dump_json().encode())
+    parts = (settings, profile.encoder, profile.data)
+    # without defaults: a new value leaves what was begun
+    key = hashlib.sha256("".join(part.model_dump_json(exclude_defaults=True) for part in parts).encode())
     key.update(json.dumps(encoder.lineage(first)).encode() if first else b"")
     work = work / f"teach-{key.hexdigest()[:16]}"
     if not (work / "data").is_dir():
