@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from elva_core import files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
-from elva_core.experiments import figures
+from elva_core.experiments import pictures
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import retriever
 from elva_core.retrieval import search as searching
@@ -57,7 +57,7 @@ class Answers:
             cards.append((text, image, f"{rank}   {score:.3f}   {candidate.did}"))
         pool = f"{len(self.pool.candidates):,} candidates, cosine ({self.pool.unit}, {self.pool.kind} pool)"
         query = (self.query.text, self.query.image, "query")
-        return figures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
+        return pictures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
 
     def file_name(self) -> str:
         """A name for the sheet, from the words of the query; with a hash where they do not say all of it."""

@@ -13,6 +13,7 @@ from elva_core.data.frames import Clip
 class Item:
     """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
 
+    image: a file; its path may be given as a string.
     more: further parts between image and text, in their order: a path is an image, a string is text, a clip
         is a video. M-BEIR needs none; dialogues about several images, a reranker's prompts, and videos do.
     instruction: the beginning of `text` that some models read as the system's turn; says nothing new, so it
@@ -28,6 +29,10 @@ class Item:
     def without_instruction(self) -> Item:
         """The content alone."""
         return replace(self, text=self.text.removeprefix(self.instruction).lstrip(), instruction="")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, str):  # among the parts a string is text
+            object.__setattr__(self, "image", Path(self.image))
 
     @property
     def parts(self) -> tuple[str | Path | Clip, ...]:

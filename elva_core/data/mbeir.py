@@ -4,7 +4,7 @@ Owns the file names, prompts and qrels; what one row holds is in records and imp
 checks whole roots against both. A root may hold any dataset names and ids. Files are read by byte offset,
 so a pool of millions never becomes millions of objects.
 
-    root = Root(Path("outputs/smoke/10_prepare_data/root"))
+    root = Root(Path("outputs/smoke/seed-17/10_prepare_data/root"))
     for query in root.queries("emoji_task0", "test"): ...
 """
 

@@ -99,6 +99,8 @@ def searcher_of(
     store = None
     if settings.on_disk:
         store = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+    if template == "summary" != encoder.settings.pool_template and embed_pool is None:
+        embed_pool = searcher_of(encoder, root, split, settings, encoder.settings.pool_template).vectors
     return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 
@@ -276,7 +278,7 @@ def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = 
 def side_by_side(
     measured: Sequence[Measured], unit: str, index: int, depth: int
 ) -> tuple[str, Path | None, list]:
-    """One query with the top answers of several models, for figures.retrieved."""
+    """One query with the top answers of several models, for pictures.retrieved."""
     query, root = measured[0].bench[unit].queries[index], measured[0].searcher.root
 
     def image(row: mbeir.Query | mbeir.Candidate) -> Path | None:

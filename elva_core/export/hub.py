@@ -1,6 +1,6 @@
 """A trained model with its model card, to a folder or to the hub.
 
-push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=config.load("cpu"))
+push(Path("outputs/cpu/seed-17/40_finetune_rlvr/model"), "me/elva-emoji", profile=config.load("cpu"))
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A trained model as a folder that sentence-transformers loads and that gives the same vectors.
 
-sentence_transformer(Path("outputs/cpu/40_finetune_rlvr/model"), Path("elva"), root=mbeir.Root(ROOT))
+sentence_transformer(Path("outputs/cpu/seed-17/40_finetune_rlvr/model"), Path("elva"), root=mbeir.Root(ROOT))
 """
 
 from __future__ import annotations

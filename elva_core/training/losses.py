@@ -65,6 +65,37 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
     )
 
 
+def overlap(queries: Sequence[frozenset], candidates: Sequence[frozenset]) -> torch.Tensor:
+    """(B, C) share of grains that query and candidate have in common, of all that either has; 0 without any.
+
+    >>> overlap([frozenset("ab")], [frozenset("ab"), frozenset("ac"), frozenset()])
+    tensor([[1.0000, 0.3333, 0.0000]])
+    """
+    return torch.tensor([[len(q & c) / max(1, len(q | c)) for c in candidates] for q in queries])
+
+
+def graded(
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    overlap: torch.Tensor,
+    *,
+    temperature: float,
+    grain_temperature: float,
+) -> torch.Tensor:
+    """Listwise divergence KL(t || p): t the softmax of overlaps, p that of cosines; mean, in nats.
+
+    Ranking by degree without reinforcement learning: negatives differ, as their overlap does. It sees the
+    grains, so it is a bound for what sees judgements alone.
+
+    Args:
+        queries: (B, D), candidates: (C, D) float32, L2-normalised. overlap: (B, C).
+        temperature, grain_temperature: divide the cosines and the overlaps.
+    """
+    log_p = torch.log_softmax(queries @ candidates.T / temperature, dim=1)
+    target = torch.log_softmax(overlap / grain_temperature, dim=1)
+    return torch.nn.functional.kl_div(log_p, target, reduction="batchmean", log_target=True)
+
+
 def distillation(
     student: torch.Tensor, teacher: torch.Tensor, bank: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
