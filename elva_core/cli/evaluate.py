@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,8 @@ from elva_core.cli.options import (
     pool_encoder,
     store,
 )
+
+FROM_CARD = "default: those that it was trained at (dims of its elva.json)"
 
 
 @app.command(rich_help_panel=EVALUATION)
@@ -48,6 +51,7 @@ def evaluate(
     pool: Annotated[Literal["local", "global", "both"], Option(help="of candidates")] = "local",
     template: Template = None,
     pool_model: PoolModel = None,
+    dim: Annotated[list[int] | None, Option(min=1, help=f"prefixes to score as well; {FROM_CARD}")] = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
     """Score a trained model on units of an M-BEIR folder; what a killed run has done is not done again.
@@ -61,13 +65,16 @@ def evaluate(
     loaded = open_model(model, settings)
     other = pool_model and pool_encoder(pool_model, loaded, settings)
     embed_pool = other and store(other, settings.evaluation.batch)
+    dims = dim or json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", ())
+    if max(dims, default=0) > (size := loaded.backbone.config.get_text_config().hidden_size):
+        raise ValueError(f"embeddings have {size} numbers, fewer than --dim {max(dims)}; name a smaller one")
     on_disk = settings.evaluation.model_copy(update={"on_disk": True})
     data, template = mbeir.Root(root), template or loaded.template
     searcher = benchmark.searcher_of(loaded, data, "test", on_disk, template, embed_pool)
     known = data.units("test")
     if lost := sorted(set(unit or ()) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name)
+    results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name, dims=dims)
     if results is not None:
         print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
         print((out / "table.md").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,12 +38,14 @@ def search(
 ) -> None:
     """Search a unit's pool, or a built index, with a text, an image, or both.
 
-    The pool of a unit is embedded once and kept. An index says which model and root it was made from; either
-    may be given instead.
+    Without any of them the model that ships is asked for drawings of emoji. The pool of a unit is embedded
+    once and kept. An index says which model and root it was made from; either may be given instead.
 
-    Example: python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
+    Examples: python -m elva_core search "woman running"
+
+    python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
     """
-    from elva_core.apps import answers
+    from elva_core.apps import answers, reference
     from elva_core.data import mbeir
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
@@ -51,8 +54,11 @@ def search(
         raise ValueError("--index holds embedded candidates; leave --pool-model out")
     if index:
         model, root = faiss_index.made_from(index, model, root, unit)
+    elif not (model or root or unit):
+        model, root = reference.folder(), reference.root().folder
+        unit = reference.UNITS.get((bool(text), bool(image)), "")
     elif not (model and root and unit):
-        raise ValueError("search needs --model, --root and --unit, or --index")
+        raise ValueError("search needs --model, --root and --unit, or --index, or none of them")
     settings = config.load(profile)
     loaded, data = open_model(model, settings), mbeir.Root(root) if root else None
     if index:
@@ -81,6 +87,8 @@ def export(
     unit: Annotated[str | None, Option(help="whose instruction is encode_query's, or whose pool")] = None,
     index: Annotated[bool, Option("--index", help="embeddings of a pool, instead of the model")] = False,
     pool: Annotated[Literal["local", "global"], Option(help="of --index")] = "local",
+    precision: Annotated[Literal["float32", "int8", "binary"], Option(help="of --index")] = "float32",
+    truncate_dim: Annotated[int | None, Option(min=1, help="numbers of an embedding; default: all")] = None,
     template: Template = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
@@ -94,19 +102,29 @@ def export(
     if not index:
         from elva_core.export import sentence_transformers
 
-        asked = {"template": template, "root": data, "unit": unit}
+        asked = {"template": template, "root": data, "unit": unit, "truncate_dim": truncate_dim}
         written = sentence_transformers.sentence_transformer(model, to, **asked)
         print(f"{model} is now {written}; see its README.md")
         return
+    from elva_core.evaluation import benchmark
     from elva_core.export import faiss_index
+    from elva_core.export.sentence_transformers import check_dim
     from elva_core.retrieval import pool as pools
+    from elva_core.retrieval import search
 
     if not (data and unit):
         raise ValueError("export --index needs --root and --unit, whose pool it embeds")
     settings = config.load(profile)
+    check_dim(model, truncate_dim)
     loaded, batch = open_model(model, settings), settings.evaluation.batch
-    embedded = pools.of_unit(loaded, data, unit, batch=batch, template=template or loaded.template, pool=pool)
-    written = faiss_index.write(loaded, embedded, to)
+    template, judged = template or loaded.template, None
+    embedded = pools.of_unit(loaded, data, unit, batch=batch, template=template, pool=pool)
+    if truncate_dim:
+        embedded = replace(embedded, vectors=search.Prefixes(embedded.vectors, truncate_dim))
+    if precision != "float32" and data.qrels_path(unit, "test").is_file():
+        on_disk = settings.evaluation.model_copy(update={"on_disk": True})
+        judged = benchmark.searcher_of(loaded, data, "test", on_disk, template).embedded(unit, pool=pool)
+    written = faiss_index.write(loaded, embedded, to, precision=precision, judged=judged)
     print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(written)}")
     if faiss_index.FAISS not in written:
         print(f"no {faiss_index.FAISS}: faiss is not installed; pip install faiss-cpu, then export again")

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from elva_core.data import frames, images
 from elva_core.data.frames import Clip
-from elva_core.models.prefix import advance, prefill
+from elva_core.models.prefix import advance, can_be_fixed, fixed, prefill, read_next, repeated
 
 # What processors say of each token
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -173,14 +173,20 @@ def _logits(model, processor, banned: Sequence[int]) -> tuple[torch.Tensor, dict
 
     # all but the last written token are read again, in whole rows and on the cache of the prompts
     whole = model.model(**read(model, processor, chats, written), use_cache=False).last_hidden_state
-    prefix = prefill(model, read(model, processor, chats), rollouts=2)
+    prefix = prefill(model, read(model, processor, chats), rollouts=1)
     ids = torch.tensor(written, device=model.device).repeat_interleave(2, dim=0)
-    states = advance(model, prefix, ids, torch.ones_like(ids))
+    place = fixed(model, prefix, 2, WRITTEN) if can_be_fixed(prefix) else None
+    words, valid = model.get_input_embeddings()(ids), torch.ones_like(ids, dtype=torch.bool)
+    single = [read_next(model, place, words[:, i], valid[:, i]) for i in range(WRITTEN - 1) if place]
+    prefix = repeated(prefix, 2)
+    states = advance(model, prefix, ids, valid)
     pieces = torch.cat([prefix.last[:, None], states], dim=1)
     ways = {
         "in a padded batch": whole[:, -WRITTEN:],
         "on the cache of a prompt": pieces[::2],
         "of a second rollout": pieces[1::2],
     }
+    if place:
+        ways["a token at a time"] = torch.stack([prefix.last, *single], dim=1)[1::2]
     head = model.get_output_embeddings()
     return expected, {way: head(states) for way, states in ways.items()}

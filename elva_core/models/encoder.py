@@ -35,6 +35,7 @@ from elva_core.config import EncoderSettings
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.models import chat
+from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, mixed
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
 from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
 from elva_core.training_settings import LoraSettings
@@ -89,7 +90,7 @@ class Encoder:
             )
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
-        self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
+        self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows).to(self.device)
         self._placeholders = placeholders(processor)
 
     @property
@@ -99,7 +100,7 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.get_input_embeddings().weight.device
+        return self.backbone.device
 
     @property
     def backbone(self):
@@ -111,17 +112,19 @@ class Encoder:
         return self.backbone.config.get_text_config().vocab_size
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
-        """Chat prompts up to and including the assistant's header.
-
-        The item's parts come first, in their order if the template keeps it, then the request.
-        """
+        """Chat prompts up to and including the assistant's header: the item's parts, then the request."""
         chats = [self._chat(item, request) for item in items]
         return self.processor.apply_chat_template(chats, add_generation_prompt=True)
 
     def _chat(self, item: Item, request: str) -> list[dict]:
+        turns, system = [], self.settings.system_prompt
+        if system is not None:
+            turns = [{"role": "system", "content": self._content(item.instruction or system)}]
+            item = item.without_instruction
         *before, text = itertools.chain(*map(self._content, item.parts))
-        text["text"] += "\n" + request.replace("{content}", item.content)
-        return [{"role": "user", "content": [*before, text]}]
+        written = text["text"] + "\n" + request.replace("{content}", item.content)
+        text["text"] = written.strip() if turns else written
+        return [*turns, {"role": "user", "content": [*before, text]}]
 
     def _content(self, part: str | Path | Clip) -> list[dict]:
         """A part as chat templates know it: a placeholder where features are spliced, else the pictures."""
@@ -199,12 +202,13 @@ class Encoder:
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
         use_cache = cache is not None
-        out = self.backbone.model(**batch.inputs, past_key_values=cache, use_cache=use_cache)
+        with mixed(self.backbone):
+            out = self.backbone.model(**batch.inputs, past_key_values=cache, use_cache=use_cache)
         return out.last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Next-token logits in float32; tokens that must never be sampled get -inf. (..., D) -> (..., V)"""
-        logits = self.backbone.get_output_embeddings()(states).float()
+        logits = float32_logits(self.backbone.get_output_embeddings(), states)
         return logits.index_fill(-1, self.banned_ids.to(logits.device), float("-inf"))
 
     def embed_eol(self, items: Sequence[Item]) -> torch.Tensor:
@@ -225,7 +229,8 @@ class Encoder:
         written = labels != -100
         # a token is written from the state before it; the last state is that of [RET]
         logits = self.logits(states[:, -labels.shape[1] - 1 : -1][written])
-        return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[written])
+        state = states[:, -1 if self.settings.read_out == "ret" else -2]
+        return normalised(state), torch.nn.functional.cross_entropy(logits, labels[written])
 
     def add_lora(self, lora: LoraSettings, *, seed: int) -> None:
         """Puts a fresh adapter on the language model's linear layers; it and the [RET] row alone train."""
@@ -239,6 +244,8 @@ class Encoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
+        if self.backbone.dtype == torch.bfloat16:
+            keep_inputs(self.model)
 
     def merge_lora(self) -> None:
         """Folds the adapter into the weights; the next stage starts a fresh one on the merged model."""
@@ -288,19 +295,20 @@ class Encoder:
         parent: str,
         weights: dict[str, torch.Tensor] | None = None,
         template: str = "summary",
+        dims: Sequence[int] = (),
     ) -> None:
-        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents).
+        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents, dims).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its
                 hash alone.
             weights: of a sharded model, from `sharding.full_state_dict`.
-            template: the way it wants to be read, "summary" or "eol".
+            template: the way it wants to be read. dims: prefixes of its embeddings that are embeddings, too.
         """
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
-        card |= {"stage": stage, "parents": lineage(parent)}
+        card |= {"stage": stage, "parents": lineage(parent)} | ({"dims": list(dims)} if dims else {})
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
 
 
@@ -379,7 +387,7 @@ def load(
             f"{folder} has no token for padding; save one with its tokenizer "
             "(tokenizer.pad_token = tokenizer.eos_token)"
         )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     model.requires_grad_(False)
     if sharding.requested():  # before the device holds all of it
         sharding.shard(model.get_decoder())

@@ -70,11 +70,8 @@ class Vision:
 
     def __init__(self, model, processor, *, keep: bool) -> None:
         self.model, self.processor, self.keep = model, processor, keep
-        # (pixels, grids) -> pixels; set only while a small backbone is taught, which sees every image anew
-        self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         # file or clip -> what `stamp` said of its file, then what was made of it
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
-        self._pixels: dict[Path, tuple[Stamp, tuple[torch.Tensor, torch.Tensor]]] = {}
         quicken(model.model.visual)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
@@ -95,7 +92,7 @@ class Vision:
         for start in range(0, len(sought), at_once):
             part = sought[start : start + at_once]
             fresh |= {s: (missing[s], f) for s, f in zip(part, compute(part), strict=True)}
-        if self.keep and not self.augment:
+        if self.keep:
             self._features |= fresh
         return [(fresh[s] if s in fresh else self._features[s])[1] for s in sources]
 
@@ -118,21 +115,9 @@ class Vision:
         return list(map(VisionFeatures, features, grids, seconds))
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` is set."""
-        if not self.augment:
-            return self._on_device(*self._patches(paths))
-        if missing := _changed(paths, self._pixels):
-            pixels, grids = self._patches(list(missing))
-            rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
-            read = zip(rows, grids, strict=True)
-            self._pixels |= zip(missing, zip(missing.values(), read, strict=True), strict=True)
-        rows, grids = zip(*(self._pixels[p][1] for p in paths), strict=True)
-        pixels, grids = self._on_device(torch.cat(rows).float(), torch.stack(grids))
-        return self.augment(pixels, grids), grids
-
-    def _patches(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch rows (patches, values) and grids (images, 3)."""
         inputs = self.processor.image_processor([open_image(p) for p in paths], return_tensors="pt")
-        return inputs.pixel_values, inputs.image_grid_thw
+        return self._on_device(inputs.pixel_values, inputs.image_grid_thw)
 
     def _on_device(self, pixels: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return pixels.to(self.model.device), grids.to(self.model.device)

@@ -46,10 +46,10 @@ def encode(
 
     Args:
         template: "summary" writes a greedy summary and reads [RET] (ELVA), "eol" takes the prompt's last
-            state.
+            state, "bare" that at a [RET] without a summary.
 
     Returns:
-        (N, D) float32, L2-normalised, and the summary text of each item ("" for eol).
+        (N, D) float32, L2-normalised, and the summary text of each item ("" for eol and bare).
     """
     # rows of one shape together: less padding, and the order does not depend on the caller
     distinct = sorted(
@@ -61,6 +61,8 @@ def encode(
         part, summaries = parts[number], [""] * len(parts[number])
         if template == "eol":
             embedded = encoder.embed_eol(part)
+        elif template == "bare":
+            embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
         else:
             out = generation.generate(encoder, part)
             embedded = out.embeddings[:, 0]
