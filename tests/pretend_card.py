@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda", 0)
 HOST = ("numpy", "__array__", "__dlpack__")  # what needs the CPU's memory
+READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "masked_select", "unique", "cpu")
 CROSSES = ("copy_", "set_data", "_has_compatible_shallow_copy_type")  # from one device to another
 INDEXED = ("__getitem__", "__setitem__", "index_put_", "index_put")  # indices may be on the CPU
 
@@ -29,7 +30,7 @@ def _real(device: torch.device) -> torch.device:
 
 
 class PretendCard(TorchFunctionMode):
-    """`with PretendCard() as card:`; card.reads counts how often a value was handed to Python."""
+    """`with PretendCard() as card:`; card.reads counts how often the host had to wait for a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,8 @@ class PretendCard(TorchFunctionMode):
             return self._property(func, name, args, card)
         if card and name in HOST:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-        if card and name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "cpu"):
+        masks = name in INDEXED and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1]))
+        if card and (masks or name in READS):
             self.reads += 1
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)

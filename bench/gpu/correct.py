@@ -17,6 +17,7 @@ from material import Place, embedder, items, mixed, pairs, ranked, stock
 from elva_core import config
 from elva_core.data.items import Item
 from elva_core.models import generation
+from elva_core.models.arithmetic import ATTENTION
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import search
 from elva_core.training import contrastive, grpo, loop
@@ -83,7 +84,7 @@ def readings(place: Place, model: Encoder, written: generation.Rollouts) -> dict
     out["gradient of stage 2, EOL"] = stage(mixed(place, 8), ret_share=0.0)
     for length in LENGTHS:
         out[f"gradient of stage 1, {length} tokens"] = stage(of_length(model, length), ret_share=0.0)
-    with mock.patch.object(contrastive.SummaryCache, "__call__", lambda self, asked: [[40, 41, 42]] * len(asked)):
+    with mock.patch.object(contrastive.SummaryCache, "__call__", lambda self, asked, *_: [[40, 41, 42]] * len(asked)):
         out["gradient of stage 2, [RET]"] = stage(mixed(place, 8), ret_share=1.0)
 
     s = profile.stage3.model_copy(update={"gradient": "full", "chunk": 4, "num_generations": 2})
@@ -172,7 +173,7 @@ def small_chain(place: Place) -> dict:
     profile, losses, step_s = config.load("smoke" if place.tiny else "cpu"), {}, {}
     first, _ = stock(place, "small", "float32", "cpu")
     for device in dict.fromkeys(("cpu", place.device)):
-        model, processor = stock(place, "small", "float32", device)
+        model, processor = stock(place, "small", "float32", device, ATTENTION)
         model.load_state_dict(first.state_dict())
         here = Encoder(model, processor, profile.encoder)
         rows = {}

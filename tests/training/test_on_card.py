@@ -6,15 +6,26 @@ import pytest
 import torch
 
 from conftest import mined
-from elva_core.models import encoder, generation
+from elva_core.models import decoding, encoder, generation
 from elva_core.retrieval import retriever, search
 from elva_core.training import contrastive, distillation, grpo, reranker
 from pretend_card import PretendCard, on_card
 
 
 @pytest.fixture
-def card():
+def card(monkeypatch):
+    """What would be recorded as a CUDA graph is run instead, and must not hand a value to the host."""
+
+    def recorded(step):
+        def replay():
+            before = pretended.reads
+            step._work()
+            assert pretended.reads == before
+
+        return replay
+
     with PretendCard() as pretended:
+        monkeypatch.setattr(decoding._Step, "_recorded", recorded)
         yield pretended
 
 
@@ -71,7 +82,7 @@ def test_stage_3_and_its_control(loaded, root, smoke, tmp_path, change):
     s = smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, **change})
     assert len(grpo.train(loaded, ranked, s, seed=1, folder=tmp_path / "rl")) == 2
     control = smoke.control.model_copy(update={"steps": 1})
-    contrastive.train(loaded, contrastive.ranked_pairs(ranked, 1), control, seed=1, folder=tmp_path / "control")
+    contrastive.train(loaded, contrastive.ranked_pairs(ranked, 1, control), control, seed=1, folder=tmp_path / "control")
     loaded.save(tmp_path / "model", stage="stage3", parent="")
 
 
