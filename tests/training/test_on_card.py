@@ -6,26 +6,15 @@ import pytest
 import torch
 
 from conftest import mined
-from elva_core.models import decoding, encoder, generation
+from elva_core.models import encoder, generation
 from elva_core.retrieval import retriever, search
 from elva_core.training import contrastive, distillation, grpo, reranker
 from pretend_card import PretendCard, on_card
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """What would be recorded as a CUDA graph is run instead, and must not hand a value to the host."""
-
-    def recorded(step):
-        def replay():
-            before = pretended.reads
-            step._work()
-            assert pretended.reads == before
-
-        return replay
-
+def card():
     with PretendCard() as pretended:
-        monkeypatch.setattr(decoding._Step, "_recorded", recorded)
         yield pretended
 
 
