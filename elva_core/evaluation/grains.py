@@ -194,8 +194,8 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     clear = kinds[(kinds["ci_low"] > 0) | (kinds["ci_high"] < 0)]
     listed = [f"{kind} {changed(row, 100, 1)}" for kind, row in clear.iterrows()]
     return (
-        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). "
-        f"The share of one-grain twins ahead of the positive, {100 * every['old value']:.1f} % under stage 2, "
+        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). The "
+        f"share of one-grain twins ahead of the positive, {100 * every['old value']:.1f} % under stage 2, "
         f"{changed(every, 100, 1)} points (n = {every['n']:,} queries); by the grain that differs: "
         f"{'; '.join(listed) or 'no clear change'}."
     )
