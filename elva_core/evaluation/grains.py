@@ -193,11 +193,11 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     every, kinds = twins.loc["any grain"], twins.drop("any grain")
     clear = kinds[(kinds["ci_low"] > 0) | (kinds["ci_high"] < 0)]
     listed = [f"{kind} {changed(row, 100, 1)}" for kind, row in clear.iterrows()]
+    before = f"{100 * every['old value']:.1f} % under stage 2"
     return (
-        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). The "
-        f"share of one-grain twins ahead of the positive, {100 * every['old value']:.1f} % under stage 2, "
-        f"{changed(every, 100, 1)} points (n = {every['n']:,} queries); by the grain that differs: "
-        f"{'; '.join(listed) or 'no clear change'}."
+        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). "
+        f"The share of one-grain twins ahead of the positive, {before}, {changed(every, 100, 1)} points "
+        f"(n = {every['n']:,} queries); by the grain that differs: {'; '.join(listed) or 'no clear change'}."
     )
 
 
