@@ -154,7 +154,7 @@ def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
             f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %"
             + (f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else "")
         )
-    words.append(f"in points: {', '.join(listed)}" + _counted(steps))
+    words.append(f"in points of hit@{k}: {', '.join(listed)}" + _counted(steps))
     if lacking := rows["missing"].iloc[0]:
         words.append(f"not run: {lacking} (python -m elva_core study {profile})")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
