@@ -267,8 +267,8 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
             words.append(f"{name}: {error}")
     if not settings.study.reading:
         words.append(
-            "no other backbone: teach one for fewer steps (python -m elva_core teach), write a profile that "
-            f"extends {settings.profile} with that backbone.path, run it (python -m elva_core run PROFILE, "
+            "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a profile "
+            f"that extends {settings.profile} with such a backbone.path, run it (python -m elva_core run PROFILE, "
             f"study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
         )
     for name, one in studies.items():
