@@ -39,9 +39,10 @@ def test_icons_are_matched_by_code_points_whatever_selector_is_written(tmp_path)
 
 def test_without_code_points_the_english_name_decides_and_mirrored_aliases_are_left_out(tmp_path):
     aliases = {"person-running-light-skin-tone": {"parent": "red"}, "keycap": {"parent": "red", "hFlip": True}}
-    package(tmp_path, "b", {"red": square("#f00"), "1stPlaceMedal": square("#0f0")}, {}, aliases=aliases)
-    paths = styles.render(tmp_path, "b", [RUNNER, KEYCAP, MEDAL], tmp_path / "out", side=8)
-    assert colours(paths) == {RUNNER: (255, 0, 0), MEDAL: (0, 255, 0)}
+    icons = {"red": square("#f00"), "1stPlaceMedal": square("#0f0"), "thumbsup": square("#00f")}  # the last by a shorter name
+    package(tmp_path, "b", icons, {}, aliases=aliases)
+    paths = styles.render(tmp_path, "b", [RUNNER, KEYCAP, MEDAL, "U+1F44D"], tmp_path / "out", side=8)
+    assert colours(paths) == {RUNNER: (255, 0, 0), MEDAL: (0, 255, 0), "U+1F44D": (0, 0, 255)}
 
 
 def test_a_broken_icon_is_named(tmp_path):

@@ -166,20 +166,20 @@ def test_the_second_is_a_qwen25_vl_with_the_words_and_weights_of_the_first(model
 
 
 def test_reading_counts_exact_summaries_and_grains_named_as_whole_words(tiny, root, monkeypatch):
-    """A model that is right but for women, of whom it writes men."""
+    """A model that is right but for men, of whom it writes women."""
 
     def encode(model, items, *, batch):
         captions = {root.image_path(c.image): mbeir.caption(c) for s in ("val", "test") for c in root.pool("", s, "global") if c.image}
-        return None, [re.sub("(?i)^woman", "Man", captions[item.image]) for item in items]
+        return None, [re.sub(r"(?i)^man\b", "Woman", captions[item.image]) for item in items]
 
     monkeypatch.setattr(teach.retriever, "encode", encode)
     out = teach.reading(tiny, root, batch=8)
     pool = [mbeir.grains(c) for c in root.pool("", "test", "global") if c.modality == "image"]
-    women = sum(("who", "woman") in g for g in pool)
+    men = sum(("who", "man") in g for g in pool)
     who = sum("who" in dict(g) for g in pool)
-    assert set(out) == {"Goog", "Twtr"} and 0 < women < who
-    assert out["Twtr"]["exact"] == pytest.approx(1 - women / len(pool), abs=1e-4)
-    assert out["Twtr"]["who"] == pytest.approx(1 - women / who, abs=1e-4)
+    assert set(out) == {"Goog", "Twtr"} and 0 < men < who
+    assert out["Twtr"]["exact"] == pytest.approx(1 - men / len(pool), abs=1e-4)
+    assert out["Twtr"]["who"] == pytest.approx(1 - men / who, abs=1e-4)
     assert out["Twtr"]["what"] == 1 and out["Twtr"]["drawings"] == len(pool)
 
 
