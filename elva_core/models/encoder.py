@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class Encoder:
         self.vision: Vision | None = None
         if self.backbone.config.model_type in SPLICED:
             self.vision = Vision(self.backbone, processor, keep=settings.cache_vision)
+        self.reader = chat.Reader(self.backbone, processor)
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
@@ -145,8 +146,7 @@ class Encoder:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
         if self.splices:
             return self._spliced(items, request, endings)
-        chats = [self._chat(item, request) for item in items]
-        given = chat.read(self.backbone, self.processor, chats, endings)
+        given = self.reader.batch(items, request, endings, self._chat)
         mask, positions = given.pop("attention_mask"), given.pop("position_ids")
         return Batch(given["input_ids"], mask, positions, given)
 
@@ -279,6 +279,10 @@ class Encoder:
         """Drops the vision features that were kept: the next batch computes those of its images anew."""
         if self.vision:
             self.vision.forget()
+
+    def one_step(self) -> AbstractContextManager[None]:
+        """Around a step of training: the tower sees each image once. A decorator, too."""
+        return (self.vision or self.reader).one_step()
 
     def save(
         self,

@@ -8,7 +8,8 @@ The tower computes in fewer, larger operations than in transformers; its feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +76,7 @@ class Vision:
         # file or clip -> what `stamp` said of its file, then what was made of it
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
         self._pixels: dict[Path, tuple[Stamp, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._in_step = False
         quicken(model.model.visual)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
@@ -89,13 +91,24 @@ class Vision:
         """Drops the features that were kept."""
         self._features.clear()
 
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within it features are kept; behind it they are dropped, unless `keep`."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+            if not self.keep:
+                self.forget()
+
     def _kept_or_computed(self, sources: Sequence, compute: Callable, at_once: int) -> list[VisionFeatures]:
         missing, fresh = _changed(sources, self._features), {}
         sought = list(missing)
         for start in range(0, len(sought), at_once):
             part = sought[start : start + at_once]
             fresh |= {s: (missing[s], f) for s, f in zip(part, compute(part), strict=True)}
-        if self.keep and not self.augment:
+        if (self.keep or self._in_step) and not self.augment:
             self._features |= fresh
         return [(fresh[s] if s in fresh else self._features[s])[1] for s in sources]
 

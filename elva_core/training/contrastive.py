@@ -149,6 +149,7 @@ def train(
     """
     summaries = SummaryCache(encoder)
 
+    @encoder.one_step()
     def step_fn(step: int) -> dict[str, float]:
         pairs = draw(step, settings.batch)
         use_ret = ret_step(step, settings.ret_share)

@@ -311,6 +311,7 @@ def train(
     draw, acting = epochs(ranked, seed, "stage3"), len(sides(ranked[0], settings.rollout_sides))
     shape = (per_step, acting, settings.num_generations, encoder.settings.max_summary_tokens)
 
+    @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
         nonlocal draw
         if again and i and i % again == 0:
