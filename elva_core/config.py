@@ -92,6 +92,8 @@ class EncoderSettings(Section):
     max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+    # of passes without gradient, with padding, rows of like length together; None is evaluation.batch rows
+    batch_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="after")
     def _pixels(self) -> EncoderSettings:

@@ -92,6 +92,8 @@ class Encoder:
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
         self._placeholders = placeholders(processor)
+        # of all batches so far, the second with their padding; the first stays on the device
+        self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
 
     @property
     def splices(self) -> bool:
@@ -145,10 +147,13 @@ class Encoder:
     ) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
         if self.splices:
-            return self._spliced(items, request, endings)
-        given = self.reader.batch(items, request, endings, self._chat)
-        mask, positions = given.pop("attention_mask"), given.pop("position_ids")
-        return Batch(given["input_ids"], mask, positions, given)
+            batch = self._spliced(items, request, endings)
+        else:
+            given = self.reader.batch(items, request, endings, self._chat)
+            batch = Batch(given["input_ids"], given.pop("attention_mask"), given.pop("position_ids"), given)
+        self.tokens_read = self.tokens_read + batch.mask.sum()
+        self.places_read += batch.mask.numel()
+        return batch
 
     def _spliced(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
         backbone, config = self.backbone, self.backbone.config
@@ -268,15 +273,12 @@ class Encoder:
             self.backbone.gradient_checkpointing_disable()
 
     def forgetful(self) -> Encoder:
-        """The same model that keeps no vision features.
-
-        For images whose files are gone, or changed, at the next call, or whose cost is measured.
-        """
+        """The same model that keeps no vision features: files may be gone, or changed, at the next call."""
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
 
     def forget(self) -> None:
-        """Drops the vision features that were kept: the next batch computes those of its images anew."""
+        """Drops the vision features that were kept."""
         if self.vision:
             self.vision.forget()
 
