@@ -21,15 +21,18 @@ def lengths(encoder: Encoder, items: Sequence[Item], request: str) -> list[int]:
     Of images only the headers are read. Within a few tokens: some families write more around an image. Clips
     count nothing.
     """
-    texts = [Item(item.text, None, tuple(p for p in item.more if isinstance(p, str))) for item in items]
-    rows = encoder.processor.tokenizer(encoder.prompts(texts, request), add_special_tokens=False).input_ids
+    shown, around = items, -1  # a placeholder
+    if not encoder.splices:  # whose chats hold pictures
+        shown = [Item(item.text, None, tuple(p for p in item.more if isinstance(p, str))) for item in items]
+        around = MARKERS
+    rows = encoder.processor.tokenizer(encoder.prompts(shown, request), add_special_tokens=False).input_ids
     tokens = [len(row) for row in rows]
     sizes = [(place, image_size(path)) for place, item in enumerate(items) for path in item.images]
     if sizes:
         # what transformers offers to those who plan batches before they have pixels
         made = encoder.processor._get_num_multimodal_tokens(image_sizes=[size for _, size in sizes])
         for (place, _), count in zip(sizes, made.num_image_tokens, strict=True):
-            tokens[place] += count + MARKERS
+            tokens[place] += count + around
     return tokens
 
 

@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from elva_core.data import frames, images
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
+from elva_core.files import ElvaDataError
 from elva_core.models.prefix import advance, prefill
 
 # What processors say of each token
@@ -195,10 +196,15 @@ def _joined(parts: list):
 
 
 class Reader:
-    """Items as arguments of a model that is read by its own processor."""
+    """Items as arguments of a model that is read by its own processor.
 
-    def __init__(self, model, processor) -> None:
-        self.model, self.processor = model, processor
+    Args:
+        messages: (item, request) -> a chat in messages of transformers, with pictures in them.
+    """
+
+    def __init__(self, model, processor, messages: Callable[[Item, str], list[dict]]) -> None:
+        self.model, self.processor, self._messages = model, processor, messages
+        self.ahead = None  # elva_core.models.ahead.Ahead while chats are made ready ahead
         self._chats: dict[tuple[Item, str], Chat] | None = None  # set within a step
         self._features: dict[tuple, ModelOutput] | None = None
 
@@ -216,16 +222,30 @@ class Reader:
         items: Sequence[Item],
         request: str,
         endings: Sequence[Sequence[int]] | None,
-        messages: Callable[[Item, str], list[dict]],
     ) -> dict:
-        """What `read` returns for items and a request, which `messages` writes as a chat."""
+        """What `read` returns for items and a request."""
         chats, features = ({}, {}) if self._chats is None else (self._chats, self._features)
         for item in dict.fromkeys(items):
             if (item, request) not in chats:
-                names = tuple(part for part in item.parts if not isinstance(part, str))
-                chats[item, request] = prepared(self.processor, messages(item, request), names)
+                made = self.ahead.take((item, request)) if self.ahead else None
+                chats[item, request] = made or self._prepared(item, request)
         asked = [chats[item, request] for item in items]
         return read(self.model, self.processor, asked, endings, features)
+
+    def _prepared(self, item: Item, request: str) -> Chat:
+        names = tuple(part for part in item.parts if not isinstance(part, str))
+        return prepared(self.processor, self._messages(item, request), names)
+
+    def keys(self, items: Sequence[Item], request: str) -> list[tuple[Item, str]]:
+        """What is made ready for items: the chats of those with pictures."""
+        return [(item, request) for item in dict.fromkeys(items) if item.images or item.clips]
+
+    def prepared(self, key: tuple[Item, str]) -> Chat | None:
+        """A chat made ready, in a worker; None for one that cannot be, which fails where it is needed."""
+        try:
+            return self._prepared(*key)
+        except ElvaDataError:
+            return None
 
 
 def check(model, processor, name: str, banned: Sequence[int]) -> None:

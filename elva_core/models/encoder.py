@@ -81,7 +81,7 @@ class Encoder:
         self.vision: Vision | None = None
         if self.backbone.config.model_type in SPLICED:
             self.vision = Vision(self.backbone, processor, keep=settings.cache_vision)
-        self.reader = chat.Reader(self.backbone, processor)
+        self.reader = chat.Reader(self.backbone, processor, self._chat)
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
@@ -92,7 +92,7 @@ class Encoder:
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
         self._placeholders = placeholders(processor)
-        # of all batches so far, the second with their padding; the first stays on the device
+        # of all batches so far, without (on the device) and with their padding
         self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
 
     @property
@@ -149,7 +149,7 @@ class Encoder:
         if self.splices:
             batch = self._spliced(items, request, endings)
         else:
-            given = self.reader.batch(items, request, endings, self._chat)
+            given = self.reader.batch(items, request, endings)
             batch = Batch(given["input_ids"], given.pop("attention_mask"), given.pop("position_ids"), given)
         self.tokens_read = self.tokens_read + batch.mask.sum()
         self.places_read += batch.mask.numel()
@@ -283,7 +283,7 @@ class Encoder:
             self.vision.forget()
 
     def one_step(self) -> AbstractContextManager[None]:
-        """Around a step of training: the tower sees each image once. A decorator, too."""
+        """Around a step of training: the tower sees each image once."""
         return (self.vision or self.reader).one_step()
 
     def save(

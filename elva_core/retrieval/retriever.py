@@ -21,6 +21,7 @@ from elva_core.config import EvaluationSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models import batching, generation
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.models.vision import stamp
 from elva_core.retrieval import metrics, search
@@ -52,22 +53,30 @@ def encode(
         (N, D) float32, L2-normalised, and the summary text of each item ("" for eol).
     """
     parts = _parts(encoder, items, batch, template)
-    done = {}
-    for number in distributed.own_share(len(parts)):
-        part, summaries = parts[number], [""] * len(parts[number])
-        if template == "eol":
-            embedded = encoder.embed_eol(part)
-        else:
-            out = generation.generate(encoder, part)
-            embedded = out.embeddings[:, 0]
-            ids = out.summaries(encoder.end_id)
-            summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in ids]
-        done[number] = embedded.float().cpu().numpy(), summaries
+    mine, done = distributed.own_share(len(parts)), {}
+    with preparing(
+        encoder, lambda turn: (parts[mine[turn]], _request(encoder, template)), len(mine)
+    ) as prepare:
+        for turn, number in enumerate(mine):
+            prepare(turn)
+            part, summaries = parts[number], [""] * len(parts[number])
+            if template == "eol":
+                embedded = encoder.embed_eol(part)
+            else:
+                out = generation.generate(encoder, part)
+                embedded = out.embeddings[:, 0]
+                ids = out.summaries(encoder.end_id)
+                summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in ids]
+            done[number] = embedded.float().cpu().numpy(), summaries
     embeddings = {}
     for number, (embedded, summaries) in distributed.gathered(done).items():
         embeddings.update(zip(parts[number], zip(embedded, summaries, strict=True), strict=True))
     vectors, texts = zip(*(embeddings[item] for item in items), strict=True)
     return np.stack(vectors), list(texts)
+
+
+def _request(encoder: Encoder, template: str) -> str:
+    return encoder.settings.eol_request if template == "eol" else encoder.settings.summary_request
 
 
 def _parts(encoder: Encoder, items: Sequence[Item], batch: int, template: str) -> list[list[Item]]:
@@ -84,8 +93,8 @@ def _parts(encoder: Encoder, items: Sequence[Item], batch: int, template: str) -
         by_row = [item for item in distinct if item.clips]  # whose length only their video tells
         distinct = distinct[: len(distinct) - len(by_row)]
         more = 0 if template == "eol" else prompts.max_summary_tokens + 1
-        request = prompts.eol_request if template == "eol" else prompts.summary_request
-        tokens = [count + more for count in batching.lengths(encoder, distinct, request)] if distinct else []
+        counts = batching.lengths(encoder, distinct, _request(encoder, template)) if distinct else []
+        tokens = [count + more for count in counts]
         parts = [[distinct[i] for i in rows] for rows in batching.by_tokens(tokens, prompts.batch_tokens)]
     return parts + [by_row[start : start + batch] for start in range(0, len(by_row), batch)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from elva_core.config import SUMMARIES_AT_ONCE
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
 from elva_core.models import batching, generation
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses
 from elva_core.training.hard_negatives import TrainingQuery
@@ -166,14 +168,25 @@ def train(
     """
     summaries = SummaryCache(encoder)
 
-    @encoder.one_step()
-    def step_fn(step: int) -> dict[str, float]:
+    @lru_cache(maxsize=8)  # drawn when it is made ready, and when it comes
+    def drawn(step: int) -> tuple[list[Pair], list[Item], list[list[int]]]:
         pairs = draw(step, settings.batch)
-        use_ret = ret_step(step, settings.ret_share)
         items = [p.query for p in pairs] + [p.candidate for p in pairs]
         items += [negative for p in pairs for negative in p.negatives]
+        use_ret = ret_step(step, settings.ret_share)
+        return pairs, items, _chunks(encoder, items, len(pairs), settings, use_ret=use_ret)
 
-        rows = _chunks(encoder, items, len(pairs), settings, use_ret=use_ret)
+    def reads(step: int) -> tuple[list[Item], str]:
+        _, items, rows = drawn(step)
+        prompts, use_ret = encoder.settings, ret_step(step, settings.ret_share)
+        computed = [items[i] for chunk in distributed.own_share(len(rows)) for i in rows[chunk]]
+        return computed, prompts.summary_request if use_ret else prompts.eol_request
+
+    @encoder.one_step()
+    def step_fn(step: int) -> dict[str, float]:
+        prepare(step)
+        pairs, items, rows = drawn(step)
+        use_ret = ret_step(step, settings.ret_share)
         place = torch.tensor(list(chain(*rows)), device=encoder.device).argsort()  # of each item among them
         chunks = distributed.own_share(len(rows))
         if use_ret:
@@ -225,5 +238,8 @@ def train(
         }
 
     checkpointing = settings.gradient_checkpointing
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
+    with (
+        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        preparing(encoder, reads, settings.steps) as prepare,
+    ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

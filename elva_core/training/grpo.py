@@ -31,6 +31,7 @@ import torch
 from elva_core import distributed
 from elva_core.data.items import Item
 from elva_core.models import generation, vllm_sampler
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses, rewards
 from elva_core.training.contrastive import epochs
@@ -311,9 +312,16 @@ def train(
     draw, acting = epochs(ranked, seed, "stage3"), len(sides(ranked[0], settings.rollout_sides))
     shape = (per_step, acting, settings.num_generations, encoder.settings.max_summary_tokens)
 
+    def reads(i: int) -> tuple[list[Item], str]:
+        ranks, which = draw(i, per_step), settings.rollout_sides
+        which = "all" if settings.candidates == "step" else which
+        mine = [ranks[row] for row in distributed.own_share(len(ranks))]
+        return [item for r in mine for item in sides(r, which)], encoder.settings.summary_request
+
     @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
         nonlocal draw
+        prepare(i)
         if again and i and i % again == 0:
             draw = epochs(mine(), seed, "stage3")
         noise = torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i))
@@ -321,10 +329,14 @@ def train(
         distributed.sum_gradients(parameters.values())
         return row
 
-    with sampler_of(encoder, settings, folder / "vllm") as sampler:
+    steps = settings.queries // per_step
+    with (
+        sampler_of(encoder, settings, folder / "vllm") as sampler,
+        preparing(encoder, reads, steps) as prepare,
+    ):
         encoder.add_lora(settings.lora, seed=seed)
         encoder.model.eval()
-        parameters, steps = encoder.trainable(), settings.queries // per_step
+        parameters = encoder.trainable()
         rows = loop.train_loop(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -43,7 +45,7 @@ def test_batches_hold_every_row_once_within_the_budget_and_none_could_take_the_n
     assert sorted(i for batch in batches for i in batch) == list(range(len(tokens)))
     costs = [max(tokens[i] for i in batch) * len(batch) for batch in batches]
     assert all(cost <= budget or len(batch) == 1 for cost, batch in zip(costs, batches, strict=True))
-    for batch, after in zip(batches, batches[1:], strict=False):
+    for batch, after in itertools.pairwise(batches):
         assert tokens[batch[-1]] >= tokens[after[0]] and tokens[batch[0]] * (len(batch) + 1) > budget
 
 
@@ -90,4 +92,4 @@ def test_a_batch_that_is_embedded_keeps_the_budget(tiny, root, monkeypatch):
     monkeypatch.setattr(tiny, "batch", lambda *given: (made := original(*given), sizes.append(made.mask.shape))[0])
     retriever.encode(tiny, pool, batch=1, template="eol")
     assert all(rows * length <= 300 for rows, length in sizes) and sum(rows for rows, _ in sizes) == len(set(pool))
-    assert 300 < min(rows * length + length for rows, length in sizes[:-1])  # and fills it
+    assert min((rows + 1) * length for rows, length in sizes[:-1]) > 300  # and fills it
