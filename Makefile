@@ -8,18 +8,24 @@ STRIP := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce study smoke test test-browser bench lint lab notebooks readme clean
+.PHONY: help setup lock reproduce study smoke test test-browser bench lint lab notebooks readme book clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or later is needed; set PYTHON=python3.11'"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch .venv/ready
 
 setup: .venv/ready ## the environment in .venv
+
+lock: ## constraints.txt anew: what pip resolves for pyproject.toml in an environment made for it
+	$(PYTHON) -m venv .lock
+	.lock/bin/python -m pip install --quiet '.[test]'
+	{ head -1 constraints.txt; .lock/bin/python -m pip freeze --all --exclude pip --exclude elva-workbook; } > .lock/constraints.txt
+	mv .lock/constraints.txt constraints.txt && rm -rf .lock
 
 reproduce: .venv/ready ## the whole chain [PROFILE=cpu] [SEED=17]; prints the result table
 	$(BIN)/python -m elva_core run $(PROFILE) --seed $(SEED)
@@ -34,6 +40,7 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 	rm -rf outputs/smoke
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-current-env --no-header
+	$(BIN)/python -m pytest --no-header tests/experiments/test_keys.py -k smoke_run
 
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere: make test-browser CHROMIUM=/path/to/it
@@ -65,8 +72,11 @@ notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
 	$(STRIP) notebooks/*.ipynb
 
-readme: .venv/ready ## the README's result table from outputs/cpu/90_report
+readme: .venv/ready ## the README's result table from outputs/cpu/seed-17/90_report
 	$(BIN)/python -m elva_core readme cpu
+
+book: .venv/ready ## executed notebooks and report as a static site [PROFILE=cpu] [SEED=17]
+	$(BIN)/python -m elva_core book $(PROFILE) --seed $(SEED)
 
 clean: ## everything that was computed, except the committed reference run
 	rm -rf outputs/cache outputs/smoke

@@ -1,6 +1,6 @@
 """Settings: params/<profile>.yaml -> one frozen tree of pydantic models.
 
-A profile carries values only; no code asks which profile runs. `extends: NAME` (one level) takes another
+A profile carries values only; no code asks which profile runs. `extends: NAME` takes another
 profile and changes single keys. Unknown keys and wrong types are refused with file and key. Relative paths
 are meant from the repository.
 
@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from elva_core import files
 from elva_core.training_settings import (
     ContrastiveSettings,
+    ControlSettings,
     DistilSettings,
     RerankSettings,
     RlvrSettings,
@@ -55,36 +56,18 @@ class DataSettings(Section):
     exclude_units: tuple[str, ...] = ()  # units, or patterns of units, whose queries no training sees
 
 
-class TinySettings(Section):
-    """Sizes of the small model that is built here."""
-
-    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
-    hidden: Positive
-    layers: Positive
-    heads: Positive
-    intermediate: Positive
-    vision_hidden: Positive
-    vision_layers: Positive
-    vision_heads: Positive
-    patch: Positive
-    image_side: Positive
-    vocabulary: Positive
-    spare_rows: Positive
-
-
 class BackboneSettings(Section):
-    """A folder or hub name, or a small model taught here."""
+    """The model that stage 1 starts from."""
 
-    path: str | None = None  # as values.model_source reads it
-    seed: NonNegative = 0
-    tiny: TinySettings | None = None
-    teach: TeachSettings | None = None
+    path: str  # a folder or a name on the hub, as values.model_source reads it
 
 
 class EncoderSettings(Section):
     """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both."""
 
     ret_token: str = "[RET]"
+    # the system's turn of an item without an instruction; None: no such turn, instructions precede the text
+    system_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
     eol_request: str
     summary_request: str
     max_text_tokens: Positive
@@ -96,6 +79,15 @@ class EncoderSettings(Section):
     workers: Annotated[NonNegative, Field(exclude_if=lambda value: value == 0)] = 0
     # of passes without gradient, with padding, rows of like length together; None is evaluation.batch rows
     batch_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    read_out: Literal["ret", "before"] = (
+        "ret"  # the state that is the embedding: at [RET], or one token before
+    )
+    candidate_summaries: bool = True  # False: candidates are read at [RET] without one
+
+    @property
+    def pool_template(self) -> str:
+        """How candidates are read where queries are read after a summary (retriever.encode)."""
+        return "summary" if self.candidate_summaries else "bare"
 
     @model_validator(mode="after")
     def _pixels(self) -> EncoderSettings:
@@ -146,6 +138,8 @@ class EvaluationSettings(Section):
     bootstrap: Positive
     grain_queries: Positive
     tsne_candidates: Positive
+    headroom_queries: Positive | None = None  # of each MRBench unit; None takes all
+    headroom_samples: Positive = 8  # summaries of each query
 
 
 class StudySettings(Section):
@@ -154,6 +148,7 @@ class StudySettings(Section):
     seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
     units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
+    reading: tuple[str, ...] = ()  # profiles that differ in the backbone alone, which reads more or less well
     in_chain: bool  # whether the chain trains arms that have no result yet; else `study` does
 
 
@@ -204,7 +199,7 @@ class Settings(Section):
     stage1: ContrastiveSettings
     stage2: ContrastiveSettings
     stage3: RlvrSettings
-    control: ContrastiveSettings
+    control: ControlSettings
     distil: DistilSettings | None = None
     rerank: RerankSettings | None = None
     mrbench: MrbenchSettings
@@ -212,6 +207,17 @@ class Settings(Section):
     study: StudySettings
     video: VideoSettings | None = None
     unseen: UnseenSettings | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> Settings:
+        control, mined = self.control, self.stage3.negatives
+        if control.hard is not None and (control.hard > mined.hard or control.random > mined.random):
+            asked, there = f"{control.hard} + {control.random}", f"{mined.hard} + {mined.random}"
+            raise ValueError(f"control.hard + random = {asked} are more than stage3.negatives has: {there}")
+        if self.stage3.rollout_sides != "query" and not self.encoder.candidate_summaries:
+            sides = f"stage3.rollout_sides: {self.stage3.rollout_sides}"
+            raise ValueError(f"{sides} rolls candidates out; set encoder.candidate_summaries: true")
+        return self
 
     def changed(self, changes: dict) -> Settings:
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
@@ -229,21 +235,39 @@ def load(profile: str) -> Settings:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
     path = PARAMS / f"{profile}.yaml"
-    values = _read(path)
-    if parent := values.pop("extends", None):
-        base = _read(PARAMS / f"{parent}.yaml")
-        if "extends" in base:
-            raise ProfileError(f"{path}: extends {parent}, which extends {base['extends']}; one level only")
-        values = merged(base, values)
     try:
-        return Settings(profile=profile, **values)
+        return Settings(profile=profile, **_extended(path))
     except ValidationError as error:
         raise ProfileError(f"{path}: {problems(error)}") from None
 
 
+def teaching(name: str) -> TeachSettings:
+    """How a small backbone is made: params/backbone/<name>.yaml.
+
+    Raises:
+        ProfileError: as `load`.
+    """
+    path = PARAMS / "backbone" / f"{name}.yaml"
+    try:
+        return TeachSettings(**_extended(path))
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {problems(error)}") from None
+
+
+def _extended(path: Path, *below: Path) -> dict:
+    """The values of a file over those of the file beside it that it extends; `below` extend this one."""
+    values = _read(path)
+    parent = values.pop("extends", None)
+    if parent in {known.stem for known in (path, *below)}:
+        raise ProfileError(f"{path}: extends {parent}, which is this profile or extends it; name another one")
+    if parent is None:
+        return values
+    return merged(_extended(path.with_name(f"{parent}.yaml"), path, *below), values)
+
+
 def _read(path: Path) -> dict:
     if not path.is_file():
-        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem not in NO_PROFILES)
+        known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")
     try:
         values = files.read_yaml(path)

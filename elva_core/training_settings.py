@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from elva_core.values import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
+from elva_core.values import Dims, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
 
 
 class OptimiserSettings(Section):
@@ -24,13 +25,51 @@ class LoopSettings(Section):
     optimiser: OptimiserSettings
 
 
-class TeachSettings(Section):
-    """How the small backbone learns to see and to summarise before any stage of the paper."""
+class SmallModelSettings(Section):
+    """Sizes of a small model of the real classes."""
 
-    jitter: NonNegativeFloat  # spread of a random gain and offset of normalised pixels
-    warp: NonNegativeFloat  # largest random scale, turn and shift of a drawing
-    vision: LoopSettings
-    language: LoopSettings
+    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    intermediate: Positive
+    vision_hidden: Positive
+    vision_layers: Positive
+    vision_heads: Positive
+    patch: Positive
+    image_side: Positive
+    vocabulary: Positive
+    spare_rows: Positive
+
+
+class RedrawSettings(Section):
+    """How much a drawing is changed each time that it is shown; zeros show it as it is."""
+
+    warp: NonNegativeFloat  # turn, shear, shift, and change of scale and aspect
+    jitter: NonNegativeFloat  # gain and offset of its colours
+    blur: Share  # or sharpening
+    holes: Share  # drawings with a white square in them
+
+
+class TeachSettings(Section):
+    """How a small backbone is made that can read drawings: params/backbone/<name>.yaml."""
+
+    profile: str  # whose data, vocabulary and prompts
+    seed: NonNegative
+    sizes: SmallModelSettings
+    first: str | None = None  # a backbone whose words and weights are taken over as far as they fit
+    vendors: tuple[str, ...]  # of the embedded collection, whose drawings it sees
+    styles: tuple[str, ...]  # npm packages of @iconify-json, likewise
+    redraw: RedrawSettings
+    dropout: Share  # in the tower
+    label_smoothing: Share  # of captions
+    bfloat16: bool  # matrix products in half the bits
+    tower: LoopSettings  # grains of drawings by a linear readout
+    joint: LoopSettings  # captions of drawings, of texts, and of both; tower and language model
+    tower_rate: PositiveFloat  # in the joint lesson, of the language model's rate
+    keep: tuple[
+        Positive, ...
+    ] = ()  # steps of the joint lesson after which a copy is kept, which reads less well
 
 
 class LoraSettings(Section):
@@ -58,6 +97,23 @@ class ContrastiveSettings(AdapterSettings):
     summary_weight: NonNegativeFloat  # of the cross-entropy that keeps the model writing its first summaries
     one_task_per_batch: bool  # batches of one unit instead of a plain shuffle of the union
     mask_false_negatives: bool
+    dims: Dims = ()  # the loss is the mean over these prefixes of the embeddings; list the whole size, too
+    bare_share: Share = 0.0  # of a step's items, read at [RET] at once: adaptive summaries start from that
+
+
+class ControlSettings(ContrastiveSettings):
+    """Stage 3's queries and negatives without reinforcement learning; its best rival sets all of these."""
+
+    hard: NonNegative | None = None  # of a query's mined hard negatives, the hardest; None is all
+    random: NonNegative | None = None  # of its random ones
+    loss: Literal["infonce", "grains"] = "infonce"  # grains: divergence from the overlap of grains
+    grain_temperature: PositiveFloat = 0.1  # of the overlap; ours: with half of it a candidate weighs e^-5
+
+    @model_validator(mode="after")
+    def _both_counts(self) -> ControlSettings:
+        if (self.hard is None) != (self.random is None):
+            raise ValueError("give both hard and random, or neither")
+        return self
 
 
 class NegativeSettings(Section):
@@ -69,6 +125,15 @@ class NegativeSettings(Section):
     margin: float | None = None  # if set, also drop above cosine(positive) + margin
     pool: Positive | None = None  # hard ones are mined from that many candidates per modality; None is all
     again_every: Positive | None = None  # steps after which the current model mines them anew
+    # of the mined queries of each task, by rank of the positive: [0.5, 1] is the harder half, and mines twice
+    # as many queries
+    difficulty: tuple[Share, Share] | None = None
+
+    @model_validator(mode="after")
+    def _some_are_left(self) -> NegativeSettings:
+        if self.difficulty and self.difficulty[0] >= self.difficulty[1]:
+            raise ValueError(f"difficulty must ascend from the easiest share, and is {list(self.difficulty)}")
+        return self
 
 
 class RewardSettings(Section):
@@ -79,6 +144,7 @@ class RewardSettings(Section):
     form: Literal["printed", "corrected"]
     penalty_reduction: Literal["sum", "mean"]
     weights: Literal["fixed", "adaptive"] = "fixed"  # adaptive: by the share of rollouts that succeed
+    token_cost: NonNegativeFloat = 0.0  # subtracted for every token of a summary
 
 
 class VllmSettings(Section):
@@ -95,7 +161,8 @@ class RlvrSettings(Section):
     queries: Positive  # seen in all; one epoch
     queries_per_step: Positive
     num_generations: Annotated[int, Field(ge=2)]  # rollouts of one query
-    rollout_sides: Literal["query", "all"]  # whose summaries are actions
+    rollout_sides: Literal["query", "all", "both"]  # whose summaries are actions; both: in turns
+    resample: NonNegative = 0  # times that a group without spread of rewards gives way to another query's
     sampler: Literal["transformers", "vllm"] = "transformers"
     vllm: VllmSettings = VllmSettings()
     candidates: Literal["step", "mined"]  # encoded once per step, or as mining encoded them
@@ -104,13 +171,23 @@ class RlvrSettings(Section):
     beta: NonNegativeFloat  # weight of the KL divergence from the reference policy
     scale_rewards: Literal["group", "batch", "none"]
     loss_type: Literal["grpo", "dr_grpo", "dapo"]
-    gradient: Literal["score", "pathwise", "full"]  # through sampled tokens, through the embedding, both
+    # through sampled tokens, through the embedding, both; gated: score, and InfoNCE of low rewards (ARR)
+    gradient: Literal["score", "pathwise", "full", "gated"]
+    infonce_weight: NonNegativeFloat = 0.1  # of gradient: gated, as LREM's
+    infonce_temperature: PositiveFloat = 0.05  # that of stages 1 and 2
     chunk: Positive  # rollouts per forward; bounds the memory of a step
+    dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings
     reward: RewardSettings
     lora: LoraSettings
     optimiser: OptimiserSettings
+
+    @property
+    def mined_queries(self) -> int:
+        """Queries of which `negatives.difficulty` keeps `queries`."""
+        low, high = self.negatives.difficulty or (0, 1)
+        return math.ceil(self.queries / (high - low))
 
     @model_validator(mode="after")
     def _resumable(self) -> RlvrSettings:
@@ -127,6 +204,7 @@ class DistilSettings(AdapterSettings):
     pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
     temperature: PositiveFloat  # of the similarities that are matched
     kl_weight: NonNegativeFloat  # of their divergence, beside 1 - cosine
+    dims: Dims = ()  # as in ContrastiveSettings; of student, teacher and bank
 
 
 class RerankSettings(AdapterSettings):

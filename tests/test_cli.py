@@ -14,7 +14,7 @@ from elva_core import cli, files, tables
 from elva_core.data import mbeir
 from elva_core.retrieval import cache
 
-COMMANDS = ["run", "status", "study", "readme", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
+COMMANDS = ["run", "status", "study", "readme", "clean", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -81,7 +81,7 @@ def test_what_cannot_be_read_or_written_ends_with_one_line(tiny, root, tmp_path,
         assert said[-1].startswith(f"error: {tmp_path}/file") and not any("Traceback" in line for line in said)
     monkeypatch.setattr(files, "OUTPUTS", tmp_path / "file")
     assert cli.main(["run", "smoke"]) == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}/file/smoke: Not a directory\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/smoke/seed-17: Not a directory\n"
     denied = PermissionError(13, "Permission denied", "queries.jsonl")
     monkeypatch.setattr(mbeir, "Root", lambda folder: (_ for _ in ()).throw(denied))
     assert cli.main(["lint", "x"]) == 1

@@ -45,7 +45,7 @@ def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params
         ("extends: cpu\nstage3: {num_generations: 1}\n", r"stage3\.num_generations: Input should be greater"),
         ("extends: cpu\nstage3: {kl_weight: 0.1}\n", r"x\.yaml: stage3\.kl_weight is called beta now"),
         ("extends: cpu\nstage2: {temperature: 0}\n", r"stage2\.temperature"),
-        ("extends: smoke\n", "one level only"),
+        ("extends: x\n", r"x\.yaml: extends x, which is this profile"),
         ("extends: nowhere\n", r"nowhere\.yaml is missing; profiles are"),
         ("- a\n", "expected keys and values"),
         ("a: [\n", "not readable as YAML"),
@@ -72,7 +72,7 @@ def test_bad_profiles_are_named(params, change, message):
 
 PLACES = """extends: cpu
 data: {name: mine, emoji: null, root: data/M-BEIR, nli: ../nli.csv}
-backbone: {path: models/base, tiny: null, teach: null}
+backbone: {path: models/base}
 unseen: {sets: data/unseen, language: null, queries: null}
 video: {sets: /far/videos, drawings: null}
 """

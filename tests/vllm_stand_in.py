@@ -9,8 +9,12 @@ the stop token is the last of the tokens; the log-probability of the sampled tok
 
 from __future__ import annotations
 
+import argparse
+import base64
+import io
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -138,3 +143,47 @@ def modules() -> dict[str, ModuleType]:
 
 def install() -> None:
     sys.modules |= modules()
+
+
+class Embeddings:
+    """`vllm serve FOLDER --runner pooling ...` and what it makes of a body that is posted to v1/embeddings.
+
+    Read in entrypoints/pooling/{base,embed}/protocol.py, entrypoints/chat_utils.py, config/pooler.py and the pooler's heads: the
+    generation prompt is off unless asked for, an image is a part without its picture, a prefix is normalised after it is cut.
+    """
+
+    def __init__(self, command: str, folder: Path) -> None:
+        serve = argparse.ArgumentParser()
+        for flag, kind in {"served-model-name": str, "runner": str, "convert": str, "chat-template-content-format": str}.items():
+            serve.add_argument(f"--{flag}", type=kind)
+        serve.add_argument("--pooler-config", type=json.loads)
+        serve.add_argument("--hf-overrides", type=json.loads, default={})
+        self.flags = serve.parse_args(shlex.split(command)[3:])  # vllm serve FOLDER
+        assert (self.flags.runner, self.flags.convert, self.flags.chat_template_content_format) == ("pooling", "embed", "openai")
+        assert self.flags.pooler_config.keys() <= {"seq_pooling_type", "use_activation"}
+        self._hf = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        self._processor = AutoProcessor.from_pretrained(folder)
+
+    @torch.no_grad()
+    def post(self, body: dict) -> tuple[list[int], torch.Tensor]:
+        """Token ids of the prompt, and the embedding."""
+        body = {"add_generation_prompt": False, "continue_final_message": False, "dimensions": None} | json.loads(json.dumps(body))
+        assert body.keys() <= {"model", "messages", "add_generation_prompt", "continue_final_message", "dimensions"}
+        assert body["model"] == self.flags.served_model_name and not (body["add_generation_prompt"] and body["continue_final_message"])
+        if body["dimensions"] not in (None, *self.flags.hf_overrides.get("matryoshka_dimensions", ())):
+            raise ValueError(f"Model does not support matryoshka representation of {body['dimensions']}")
+        turns, images = [], []
+        for message in body["messages"]:
+            parts = [{"type": "text", "text": message["content"]}] if isinstance(message["content"], str) else message["content"]
+            for part in (part for part in parts if part["type"] == "image_url"):
+                encoded = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+                images.append(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
+            turns.append({"role": message["role"], "content": [{"type": "image"} if p["type"] == "image_url" else p for p in parts]})
+        how = {name: body[name] for name in ("add_generation_prompt", "continue_final_message")}
+        template = self._processor.chat_template
+        prompt = self._processor.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **how)
+        inputs = self._processor(text=[prompt], images=images or None, return_tensors="pt", add_special_tokens=False)
+        states = self._hf(**inputs, output_hidden_states=True).hidden_states[-1][0].float()
+        vector = {"LAST": states[-1], "CLS": states[0], "MEAN": states.mean(0)}[self.flags.pooler_config["seq_pooling_type"]]
+        vector = vector[: body["dimensions"]]
+        return inputs.input_ids[0].tolist(), vector / vector.norm() if self.flags.pooler_config["use_activation"] else vector

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from elva_core import files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
-from elva_core.experiments import figures
+from elva_core.experiments import pictures
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import retriever
 from elva_core.retrieval import search as searching
@@ -56,7 +57,7 @@ class Answers:
             cards.append((text, image, f"{rank}   {score:.3f}   {candidate.did}"))
         pool = f"{len(self.pool.candidates):,} candidates, cosine ({self.pool.unit}, {self.pool.kind} pool)"
         query = (self.query.text, self.query.image, "query")
-        return figures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
+        return pictures.contact_sheet([query, *cards], f"Best {len(self.found)} of {pool}")
 
     def file_name(self) -> str:
         """A name for the sheet, from the words of the query; with a hash where they do not say all of it."""
@@ -115,7 +116,12 @@ def search(
     if k < 1:
         raise ValueError(f"k = {k}; ask for at least one answer")
     vector, (summary,) = retriever.encode(loaded, [query], batch=1, template=template or pool.template)
-    depth = min(k, len(pool.candidates))
-    ranking = searching.exact(vector, pool.vectors, depth, device=loaded.device)
-    candidates = [pool.candidates[int(row)] for row in ranking.rows[0]]
+    if (dim := pool.vectors[:1].shape[1]) < vector.shape[1]:  # the pool keeps less of a vector
+        vector = searching.Prefixes(vector, dim)[:]
+    depth, vectors, rows = min(k, len(pool.candidates)), pool.vectors, np.arange(len(pool.candidates))
+    if pool.first:
+        (rows,) = pool.first(vector, depth)
+        vectors = pool.vectors[rows]
+    ranking = searching.exact(vector, vectors, depth, device=loaded.device)
+    candidates = [pool.candidates[int(rows[place])] for place in ranking.rows[0]]
     return Answers(query, summary, candidates, ranking.scores[0].tolist(), pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,8 @@ from elva_core.cli.options import (
     pool_encoder,
     store,
 )
+
+FROM_CARD = "default: those that it was trained at (dims of its elva.json)"
 
 
 @app.command(rich_help_panel=EVALUATION)
@@ -48,6 +51,7 @@ def evaluate(
     pool: Annotated[Literal["local", "global", "both"], Option(help="of candidates")] = "local",
     template: Template = None,
     pool_model: PoolModel = None,
+    dim: Annotated[list[int] | None, Option(min=1, help=f"prefixes to score as well; {FROM_CARD}")] = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
     """Score a trained model on units of an M-BEIR folder; what a killed run has done is not done again.
@@ -67,7 +71,8 @@ def evaluate(
     known = data.units("test")
     if lost := sorted(set(unit or ()) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name)
+    dims = dim or json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", ())
+    results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name, dims=dims)
     if results is not None:
         print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())
         print((out / "table.md").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,6 +82,8 @@ def export(
     unit: Annotated[str | None, Option(help="whose instruction is encode_query's, or whose pool")] = None,
     index: Annotated[bool, Option("--index", help="embeddings of a pool, instead of the model")] = False,
     pool: Annotated[Literal["local", "global"], Option(help="of --index")] = "local",
+    precision: Annotated[Literal["float32", "int8", "binary"], Option(help="of --index")] = "float32",
+    truncate_dim: Annotated[int | None, Option(min=1, help="numbers of an embedding; default: all")] = None,
     template: Template = None,
     profile: SettingsFrom = "cpu",
 ) -> None:
@@ -94,19 +97,29 @@ def export(
     if not index:
         from elva_core.export import sentence_transformers
 
-        asked = {"template": template, "root": data, "unit": unit}
+        asked = {"template": template, "root": data, "unit": unit, "truncate_dim": truncate_dim}
         written = sentence_transformers.sentence_transformer(model, to, **asked)
         print(f"{model} is now {written}; see its README.md")
         return
+    from elva_core.evaluation import benchmark
     from elva_core.export import faiss_index
+    from elva_core.export.sentence_transformers import check_dim
     from elva_core.retrieval import pool as pools
+    from elva_core.retrieval import search
 
     if not (data and unit):
         raise ValueError("export --index needs --root and --unit, whose pool it embeds")
     settings = config.load(profile)
+    check_dim(model, truncate_dim)
     loaded, batch = open_model(model, settings), settings.evaluation.batch
-    embedded = pools.of_unit(loaded, data, unit, batch=batch, template=template or loaded.template, pool=pool)
-    written = faiss_index.write(loaded, embedded, to)
+    template, judged = template or loaded.template, None
+    embedded = pools.of_unit(loaded, data, unit, batch=batch, template=template, pool=pool)
+    if truncate_dim:
+        embedded = replace(embedded, vectors=search.Prefixes(embedded.vectors, truncate_dim))
+    if precision != "float32" and data.qrels_path(unit, "test").is_file():
+        on_disk = settings.evaluation.model_copy(update={"on_disk": True})
+        judged = benchmark.searcher_of(loaded, data, "test", on_disk, template).embedded(unit, pool=pool)
+    written = faiss_index.write(loaded, embedded, to, precision=precision, judged=judged)
     print(f"{to}: {len(embedded.candidates)} candidates in {', '.join(written)}")
     if faiss_index.FAISS not in written:
         print(f"no {faiss_index.FAISS}: faiss is not installed; pip install faiss-cpu, then export again")

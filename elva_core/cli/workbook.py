@@ -1,15 +1,17 @@
-"""Commands of the workbook (run, status, study, readme) and of training (train, plan)."""
+"""Commands of the workbook (run, status, study, readme, clean) and of training (train, plan)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+import typer
 from rich.console import Console
 from typer import Argument, Option
 
 from elva_core import config, files
 from elva_core.cli.options import TRAINING, WORKBOOK, Profile, Seed, app
-from elva_core.experiments import chain, stages
+from elva_core.experiments import chain, keys
 
 Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 
@@ -31,7 +33,7 @@ def run(
 
 @app.command(rich_help_panel=WORKBOOK)
 def status(profile: Profile, seed: Seed = 17) -> None:
-    """Say which stages are done and current.
+    """Say which stages are done and current, and which value has changed since where they are not.
 
     Example: python -m elva_core status cpu
     """
@@ -48,17 +50,43 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 
 @app.command(rich_help_panel=WORKBOOK)
-def readme(profile: Profile = "cpu") -> None:
+def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
     """Refresh the tables of README.md with those of a profile's report.
 
     Example: python -m elva_core readme cpu
     """
     from elva_core.experiments import report
 
-    folder = stages.stage_folder(profile, "90_report")
+    folder = keys.stage_folder(profile, seed, "90_report")
     tables = {"claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
     report.update_readme(files.REPOSITORY / "README.md", blocks)
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def book(
+    profile: Profile = "cpu",
+    seed: Seed = 17,
+    to: Annotated[Path | None, Option(help="folder that is written anew; default: book/ of the run")] = None,
+) -> None:
+    """Make a static site of a run's executed notebooks and report, to be read without a server.
+
+    Example: python -m elva_core book cpu
+    """
+    from elva_core.experiments import book as site
+
+    print(site.build(profile, seed, to or keys.seed_folder(profile, seed) / "book"))
+
+
+@app.command(rich_help_panel=WORKBOOK)
+def clean(
+    profile: Profile, yes: Annotated[bool, Option("--yes", help="remove without asking")] = False
+) -> None:
+    """List what was trained with other values of a profile, and remove it after a yes.
+
+    Example: python -m elva_core clean cpu
+    """
+    chain.clean(profile, lambda question: yes or typer.confirm(question))
 
 
 @app.command(rich_help_panel=TRAINING)
@@ -72,6 +100,29 @@ def train(
     Example: accelerate launch --config_file params/accelerate/fsdp2.yaml -m elva_core train stage2 qwen2vl-2b
     """
     chain.train(stage, profile, seed)
+
+
+@app.command(rich_help_panel=TRAINING)
+def teach(
+    name: Annotated[str, Argument(metavar="NAME", help="a file of params/backbone")],
+    out: Annotated[Path, Option(help="folder of the model; must not be there yet")],
+    packages: Annotated[
+        Path | None, Option("--styles", help="node_modules with the styles' packages")
+    ] = None,
+    device: Annotated[str, Option(help="cpu, cuda")] = "cpu",
+) -> None:
+    """Make a small backbone that reads drawings, as those of outputs/backbone; goes on where it was stopped.
+
+    Example: python -m elva_core teach qwen2vl --out outputs/cache/qwen2vl --styles node_modules --device cuda
+    """
+    from elva_core import distributed
+    from elva_core.export import backbone_card
+    from elva_core.training import teach as teaching
+
+    settings = config.teaching(name)
+    distributed.start(config.load(settings.profile).threads)
+    for folder in teaching.make(settings, out, files.OUTPUTS / "cache", packages=packages, device=device):
+        backbone_card.write(folder)
 
 
 @app.command(rich_help_panel=TRAINING)

@@ -62,7 +62,8 @@ class Task:
 
 def asked(prompt: str, words: str = "", image: Path | None = None) -> Item:
     """A query as M-BEIR words it: instruction and text, each normalised, and once more together."""
-    return Item(mbeir.normalise(f"{mbeir.normalise(prompt)} {mbeir.normalise(words)}"), image)
+    instruction = mbeir.normalise(prompt)
+    return Item(mbeir.normalise(f"{instruction} {mbeir.normalise(words)}"), image, instruction=instruction)
 
 
 def both_ways(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from elva_core.data import mbeir
@@ -13,13 +13,25 @@ from elva_core.data.frames import Clip
 class Item:
     """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
 
+    image: a file; its path may be given as a string.
     more: further parts between image and text, in their order: a path is an image, a string is text, a clip
         is a video. M-BEIR needs none; dialogues about several images, a reranker's prompts, and videos do.
+    instruction: the beginning of `text` that some models read as the system's turn; says nothing new, so it
+        is not compared.
     """
 
     text: str = ""
     image: Path | None = None
     more: tuple[str | Path | Clip, ...] = ()
+    instruction: str = field(default="", compare=False, repr=False)
+
+    @property
+    def without_instruction(self) -> Item:
+        return replace(self, text=self.text.removeprefix(self.instruction).lstrip(), instruction="")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image, str):  # among the parts a string is text
+            object.__setattr__(self, "image", Path(self.image))
 
     @property
     def parts(self) -> tuple[str | Path | Clip, ...]:
@@ -52,8 +64,9 @@ class Item:
 
 
 def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
-    """A query with its instruction; keyword arguments go to `Root.query_text`."""
-    return Item(root.query_text(query, **prompt), root.image_path(query.image) if query.image else None)
+    """A query with its instruction; keyword arguments go to `Root.instruction`."""
+    instruction, image = root.instruction(query, **prompt), query.image and root.image_path(query.image)
+    return Item(mbeir.normalise(f"{instruction} {query.text or ''}"), image or None, instruction=instruction)
 
 
 def candidate_item(root: mbeir.Root, candidate: mbeir.Candidate) -> Item:

@@ -4,7 +4,7 @@ Owns the file names, prompts and qrels; what one row holds is in records and imp
 checks whole roots against both. A root may hold any dataset names and ids. Files are read by byte offset,
 so a pool of millions never becomes millions of objects.
 
-    root = Root(Path("outputs/smoke/10_prepare_data/root"))
+    root = Root(Path("outputs/smoke/seed-17/10_prepare_data/root"))
     for query in root.queries("emoji_task0", "test"): ...
 """
 
@@ -296,10 +296,14 @@ class Root:
                 raise ElvaDataError(f"{path}:{number}: {error}") from None
         return table
 
-    def query_text(
+    def query_text(self, query: Query, **prompt: object) -> str:
+        """Instruction plus query text, normalised as UniIR and LamRA do; arguments as `instruction`."""
+        return normalise(self.instruction(query, **prompt) + " " + (query.text or ""))
+
+    def instruction(
         self, query: Query, *, seed: int = 0, scope: str = "", prompt_index: int | None = None
     ) -> str:
-        """Instruction plus query text, normalised as UniIR and LamRA do.
+        """The instruction of a query, normalised.
 
         Args:
             seed, scope: the prompt is chosen by a stable hash of (seed, scope, qid), so a score never
@@ -313,7 +317,7 @@ class Root:
             )
         prompts = self.instructions[key]
         index = stable_hash(seed, scope, query.qid) if prompt_index is None else prompt_index
-        return normalise(normalise(prompts[index % len(prompts)]) + " " + (query.text or ""))
+        return normalise(prompts[index % len(prompts)])
 
     def image_path(self, relative: str) -> Path:
         """Absolute path of an image named in a record; a symbolic link in the root may lead anywhere.

@@ -23,7 +23,7 @@ from elva_core.data import mbeir, sources
 from elva_core.data.items import Item
 from elva_core.evaluation import statistics
 from elva_core.models.encoder import Encoder
-from elva_core.retrieval import cache, metrics, retriever
+from elva_core.retrieval import cache, metrics, retriever, search
 from elva_core.retrieval.cache import Store
 from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
 from elva_core.tables import markdown_table, read_table
@@ -99,6 +99,8 @@ def searcher_of(
     store = None
     if settings.on_disk:
         store = Store(cache.EMBEDDINGS, encoder, batch=settings.batch, template=template)
+    if template == "summary" != encoder.settings.pool_template and embed_pool is None:
+        embed_pool = searcher_of(encoder, root, split, settings, encoder.settings.pool_template).vectors
     return Searcher(encoder, root, split, settings, template=template, store=store, embed_pool=embed_pool)
 
 
@@ -118,7 +120,13 @@ def results_folder(out: Path) -> Path:
 
 
 def score(
-    searcher: Searcher, units: Sequence[str], pools: Sequence[str], out: Path, *, model: str
+    searcher: Searcher,
+    units: Sequence[str],
+    pools: Sequence[str],
+    out: Path,
+    *,
+    model: str,
+    dims: Sequence[int] = (),
 ) -> pd.DataFrame | None:
     """Scores units on pools, one file per unit and pool, so that a killed run goes on with the next one.
 
@@ -131,6 +139,7 @@ def score(
 
     Args:
         units, pools: each counts once. model: name in the tables and run files.
+        dims: prefixes of the embeddings whose hit rates are rows of their own, "hit@5 dim 64".
 
     Returns:
         the long table; None in a process that is not the main one.
@@ -148,11 +157,13 @@ def score(
     settings, parts = searcher.settings, []
     for pool, unit in pairs:
         embedded = searcher.embedded(unit, pool=pool)
-        path = out / "units" / f"{unit}_{pool}_{_key(model, embedded, searcher)}.csv"
+        path = out / "units" / f"{unit}_{pool}_{_key(model, embedded, searcher, dims)}.csv"
         if not path.is_file():
             _remove(out, searcher.split, {(pool, unit)}.__contains__)
             result = searcher.rank(embedded)
-            rows = [row | {"model": model} for row in result.table(settings.cutoffs, settings.bootstrap, 0)]
+            rows = result.table(settings.cutoffs, settings.bootstrap, 0)
+            rows += [row for dim in dims for row in _of_prefixes(searcher, embedded, dim)]
+            rows = [row | {"model": model} for row in rows]
             retriever.write_run(result, out / "runs", model, searcher.split)
             retriever.write_qrels(searcher.root, unit, searcher.split, out / "runs")
             files.write_whole(path, retriever.tabulate(rows).to_csv(index=False))
@@ -166,10 +177,20 @@ def score(
     return results
 
 
-def _key(model: str, embedded: Embedded, searcher: Searcher) -> str:
+def _of_prefixes(searcher: Searcher, embedded: Embedded, dim: int) -> list[dict]:
+    """Rows of the hit rates that the first `dim` numbers of the embeddings give."""
+    names = ("query_vectors", "pool_vectors")
+    short = {name: search.Prefixes(getattr(embedded, name), dim) for name in names}
+    result = searcher.rank(embedded._replace(**short))
+    rows = result.table(searcher.settings.cutoffs, searcher.settings.bootstrap, 0)
+    hits = (row for row in rows if re.fullmatch(r"hit@\d+", row["metric"]))
+    return [row | {"metric": f"{row['metric']} dim {dim}"} for row in hits]
+
+
+def _key(model: str, embedded: Embedded, searcher: Searcher, dims: Sequence[int]) -> str:
     """What scores and ranked lists depend on: name, ids, vectors, judgements and settings, as a hash."""
     settings = searcher.settings.model_dump_json()
-    values = [model, searcher.split, *embedded.content, embedded.relevant, settings]
+    values = [model, searcher.split, *embedded.content, embedded.relevant, settings, *dims]
     ids = (embedded.queries.ids.tobytes(), embedded.candidates.ids.tobytes())
     return hashlib.sha256(b"".join([json.dumps(values).encode(), *ids])).hexdigest()[:12]
 
@@ -257,7 +278,7 @@ def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = 
 def side_by_side(
     measured: Sequence[Measured], unit: str, index: int, depth: int
 ) -> tuple[str, Path | None, list]:
-    """One query with the top answers of several models, for figures.retrieved."""
+    """One query with the top answers of several models, for pictures.retrieved."""
     query, root = measured[0].bench[unit].queries[index], measured[0].searcher.root
 
     def image(row: mbeir.Query | mbeir.Candidate) -> Path | None:

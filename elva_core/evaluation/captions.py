@@ -17,8 +17,7 @@ import pandas as pd
 
 from elva_core import distributed, files
 from elva_core.config import Settings
-from elva_core.data import caption_sets
-from elva_core.data import sources as prepare
+from elva_core.data import caption_sets, sources
 from elva_core.data.caption_sets import SETS, Task
 from elva_core.data.items import Item
 from elva_core.evaluation import statistics
@@ -55,7 +54,7 @@ class CaptionSet:
 Loaded = Sequence[tuple[CaptionSet, Sequence[Task]]]  # sets with their tasks
 
 
-def sources(settings: Settings, folder: Path) -> list[CaptionSet]:
+def profile_sets(settings: Settings, folder: Path) -> list[CaptionSet]:
     """The unseen sets of a profile: those that its data collection has of its own, else the nine of Table 2.
 
     The former are written into `folder`. There are none of the latter, with a warning, where their folder is
@@ -80,7 +79,7 @@ def sources(settings: Settings, folder: Path) -> list[CaptionSet]:
         return [CaptionSet(name, PAPER_QUESTIONS[0], name, root / SETS[name].folder) for name in names]
     return [
         CaptionSet(name, question, kind, folder / name, prompts, cutoffs=(5, 1), tasks=("t2i", "pairs"))
-        for name, (question, kind, prompts) in prepare.write_unseen(settings, folder).items()
+        for name, (question, kind, prompts) in sources.write_unseen(settings, folder).items()
     ]
 
 

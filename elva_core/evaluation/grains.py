@@ -6,6 +6,7 @@ ELVA Definition 2 and Figure 4: d(f(q), f(q without grain k)) with d = 1 - cosin
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -121,6 +122,95 @@ def errors(result: UnitResult) -> pd.DataFrame:
         rows += [(result.unit, query.qid, kind, missed, missed and kind in lacking) for kind in kinds]
     table = pd.DataFrame(rows, columns=["unit", "qid", "kind", "missed", "wrong"])
     return table.astype({"missed": bool, "wrong": bool})
+
+
+def twins(searcher: Searcher, bench: mbeir.Root) -> pd.DataFrame:
+    """Where the candidates stand that differ from a query's grains in exactly one: a model that is blind to
+    that grain cannot tell them from the positive.
+
+    Returns:
+        one row per query of the benchmark and kind of grain that has such twins in the local pool: unit, qid,
+        kind, twins (how many), first (rank of the best one), value (share of them ahead of the first
+        positive).
+    """
+    rows = []
+    for unit in bench.units(searcher.split):
+        read, near = searcher.embedded(unit, root=bench), defaultdict(list)
+        for row, candidate in enumerate(read.candidates):
+            for key, text in mbeir.masked(mbeir.grains(candidate)):
+                near[key].append((row, text))
+        places, kinds, relevant = [], [], []
+        for place, query in enumerate(read.queries):
+            for key, text in mbeir.masked(mbeir.grains(query)):
+                if others := [row for row, other in near[key] if other != text]:
+                    places.append(place), kinds.append(key[0]), relevant.append(others)
+        if not places:
+            continue
+        positives = searcher.rank(read).ranks
+        again = read._replace(relevant=relevant, query_vectors=np.asarray(read.query_vectors[:])[places])
+        for place, kind, ranks in zip(places, kinds, searcher.rank(again).ranks, strict=True):
+            ahead = np.mean([rank < positives[place][0] for rank in ranks])
+            rows.append((unit, read.queries[place].qid, kind, len(ranks), ranks[0], ahead))
+    return pd.DataFrame(rows, columns=["unit", "qid", "kind", "twins", "first", "value"])
+
+
+def twins_ahead(twins: pd.DataFrame, samples: int) -> pd.DataFrame:
+    """How many of its one-grain twins stand ahead of a positive, by kind of the grain, and for all kinds.
+
+    Args:
+        twins: `twins` of stage 2 and stage 3, with a column model. samples: of the bootstrap over queries.
+
+    Returns:
+        group, new, old, metric, value (the paired difference), ci_low, ci_high, n queries, new value, old
+        value; shares.
+    """
+    by = ["unit", "qid"]
+    levels = [twins.assign(kind="any grain"), twins]
+    means = [t.groupby([*by, "model", "kind"], sort=False, as_index=False)["value"].mean() for t in levels]
+    names = {"new": "stage 3", "old": "stage 2", "metric": "twins ahead of the positive"}
+    pairs = [
+        statistics.paired(part, by, names["new"], names["old"]).assign(group=kind, **names)
+        for kind, part in pd.concat(means).groupby("kind", sort=False)
+    ]
+    scope, both = (0, "one-grain twins"), ("new value", "old value")
+    return statistics.scores(pd.concat(pairs), ["group", *names], samples, scope, means=both)
+
+
+def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
+    """In words: whether the grain distance grows from stage 2 to stage 3, and what the one-grain twins do.
+
+    Args:
+        distance: `mean_distance`. twins: `twins_ahead`.
+    """
+    growth, words = distance[distance["baseline"] == "stage 2"].iloc[0], []
+    rounded = {name: round(growth[name], 3) + 0.0 for name in ("value", "ci_low", "ci_high")}  # no -0.000
+    moved = "grows" if rounded["ci_low"] > 0 else "shrinks" if rounded["ci_high"] < 0 else "does not change"
+    by = "{value:+.3f} [{ci_low:.3f}, {ci_high:.3f}]".format(**rounded)
+    words.append(f"From stage 2 to stage 3 the grain distance {moved}: {by} (n = {growth['n']:,} queries)")
+    row = twins[twins["group"] == "any grain"].iloc[0]
+    fewer = "fewer" if row["ci_high"] < 0 else "more" if row["ci_low"] > 0 else "as many"
+    percent = {name: 100 * row[name] for name in ("old value", "new value", "value", "ci_low", "ci_high")}
+    by = "{old value:.1f} to {new value:.1f} %, {value:+.1f} points [{ci_low:.1f}, {ci_high:.1f}]"
+    words.append(
+        f"{fewer} of the one-grain twins stand ahead of the positive: {by.format(**percent)} "
+        f"(n = {row['n']:,} queries)"
+    )
+    return "; ".join(words) + "."
+
+
+def median_gain(old: UnitResult, new: UnitResult, fewest: int) -> int:
+    """Place of the query to show: of those with at least `fewest` grains whose rank of the positive differs
+    between two models, the one with the median ratio of ranks; the first with so many where none differs.
+
+    Raises:
+        ValueError: no query has so many grains.
+    """
+    chosen = [i for i, q in enumerate(old.queries) if len(mbeir.grains(q)) >= fewest]
+    if not chosen:
+        raise ValueError(f"{old.unit}: no query has {fewest} grains; ask for fewer")
+    moved = [i for i in chosen if old.ranks[i][0] != new.ranks[i][0]]
+    ordered = sorted(moved, key=lambda i: old.ranks[i][0] / new.ranks[i][0])
+    return ordered[(len(ordered) - 1) // 2] if ordered else chosen[0]
 
 
 def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int, seed: int) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Retriever and reranker both say how probable each of the first candidates is, in
 meaning for all of them: weight * retriever + (1 - weight) * reranker (LamRA-Rank's fusion, there of a cosine
 and P(Yes)).
 
-    seen = look_again(reranker, searcher, result, settings.rerank)
+    seen = rerank_unit(model, searcher, result, settings.rerank)
     weights = choose(weigh(validation, temperature))
     table = hits(test, weights, temperature, first="stage 3", cutoffs=[1, 5])
 """
@@ -24,17 +24,17 @@ from elva_core.evaluation import statistics
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import metrics, retriever, search
 from elva_core.retrieval.retriever import Embedded, Searcher, UnitResult
-from elva_core.training import reranker as rerank
+from elva_core.training import reranker
 from elva_core.training.reranker import Asked, Kind
 from elva_core.training_settings import RerankSettings
 
 WEIGHTS = tuple(np.linspace(0, 1, 21).round(2).tolist())  # of the retriever
 FUSED = ", fused"
-BEST = "best order of the first"  # what no second look can exceed
+CEILING = "best order of the first"  # what no reranking can exceed
 
 
 @dataclass(frozen=True)
-class Seen:
+class Reranked:
     """A unit whose first candidates were reranked. scores: per kind (Q, depth), in the retriever's order."""
 
     result: UnitResult
@@ -64,12 +64,12 @@ def first_answers(searcher: Searcher, result: UnitResult, depth: int) -> list[As
     return out
 
 
-def look_again(reranker: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Seen:
+def rerank_unit(model: Encoder, searcher: Searcher, result: UnitResult, settings: RerankSettings) -> Reranked:
     """Scores the first answers of a unit, pointwise and listwise."""
     asked, scores = first_answers(searcher, result, settings.depth), {}
-    for kind in rerank.KINDS:
-        scores[kind] = np.stack(rerank.score(reranker, asked, kind, settings, batch=settings.prompts))
-    return Seen(result, asked, scores)
+    for kind in reranker.KINDS:
+        scores[kind] = np.stack(reranker.score(model, asked, kind, settings, batch=settings.prompts))
+    return Reranked(result, asked, scores)
 
 
 def log_share(values: np.ndarray) -> np.ndarray:
@@ -103,20 +103,20 @@ def reorder(ranks: Sequence[Sequence[int]], scores: np.ndarray) -> list[list[int
     return [sorted(int(place[q, r - 1]) if r <= depth else r for r in own) for q, own in enumerate(ranks)]
 
 
-def after(seen: Seen, kind: Kind, weight: float, temperature: float) -> list[list[int]]:
-    """Ranks of a unit's positives after the second look."""
+def after(seen: Reranked, kind: Kind, weight: float, temperature: float) -> list[list[int]]:
+    """Ranks of a unit's positives after the reranking."""
     cosines = seen.result.scores[:, : seen.depth]
     return reorder(seen.result.ranks, fuse(cosines, seen.scores[kind], weight, temperature))
 
 
-def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
+def weigh(validation: Sequence[Reranked], temperature: float) -> pd.DataFrame:
     """Mean reciprocal rank of every weight on units of the validation split.
 
     Returns:
         columns kind, weight, mrr (unweighted mean of the units).
     """
     rows = []
-    for kind, weight in itertools.product(rerank.KINDS, WEIGHTS):
+    for kind, weight in itertools.product(reranker.KINDS, WEIGHTS):
         ranks = [(after(seen, kind, weight, temperature), seen.depth) for seen in validation]
         units = [metrics.reciprocal_rank(of_unit, depth).mean() for of_unit, depth in ranks]
         rows.append({"kind": kind, "weight": weight, "mrr": float(np.mean(units))})
@@ -126,11 +126,11 @@ def weigh(validation: Sequence[Seen], temperature: float) -> pd.DataFrame:
 def choose(table: pd.DataFrame) -> dict[Kind, float]:
     """The best weight of each kind; of equals the one that trusts the retriever most."""
     best = table.assign(mrr=table["mrr"].round(9)).sort_values(["mrr", "weight"]).groupby("kind").last()
-    return {kind: float(best.loc[kind, "weight"]) for kind in rerank.KINDS}
+    return {kind: float(best.loc[kind, "weight"]) for kind in reranker.KINDS}
 
 
 def hits(
-    seen: Sequence[Seen],
+    seen: Sequence[Reranked],
     weights: Mapping[Kind, float],
     temperature: float,
     *,
@@ -152,7 +152,7 @@ def hits(
             ways[kind] = after(unit, kind, 0.0, temperature)
             ways[kind + FUSED] = after(unit, kind, weight, temperature)
         best = [[1 if rank <= unit.depth else rank for rank in ranks] for ranks in unit.result.ranks]
-        ways[f"{BEST} {unit.depth}"] = best
+        ways[f"{CEILING} {unit.depth}"] = best
         for model, ranks in ways.items():
             columns = {"model": model, "unit": unit.result.unit, "qid": [a.qid for a in unit.asked]}
             scores = {f"hit@{k}": metrics.hit_rate_at_k(ranks, k) for k in cutoffs}
@@ -164,15 +164,15 @@ def compared(
     table: pd.DataFrame, first: str, cutoffs: Sequence[int], samples: int, seed: int
 ) -> pd.DataFrame:
     """Each way but the best order over the retriever alone, paired: rows of `statistics.comparison`."""
-    ways = [m for m in dict.fromkeys(table["model"]) if m != first and not m.startswith(BEST)]
+    ways = [m for m in dict.fromkeys(table["model"]) if m != first and not m.startswith(CEILING)]
     pairs = itertools.product(ways, cutoffs)
     return pd.DataFrame([statistics.comparison(table, way, first, k, samples, seed) for way, k in pairs])
 
 
 def seconds(
-    reranker: Encoder,
+    model: Encoder,
     searcher: Searcher,
-    seen: Sequence[tuple[Seen, Embedded]],
+    seen: Sequence[tuple[Reranked, Embedded]],
     settings: RerankSettings,
     *,
     first: str,
@@ -184,8 +184,8 @@ def seconds(
     Returns:
         model (as in `hits`), seconds, lower and upper quartile, n queries.
     """
-    writer, reader = searcher.encoder.forgetful(), reranker.forgetful()
-    taken: dict[str, list[float]] = {way: [] for way in (first, *rerank.KINDS)}
+    writer, reader = searcher.encoder.forgetful(), model.forgetful()
+    taken: dict[str, list[float]] = {way: [] for way in (first, *reranker.KINDS)}
     rounds = range(-(-settings.timed // len(seen)))
     turns = [(unit, pool, i) for i in rounds for unit, pool in seen if i < len(unit.asked)]
     for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up
@@ -194,9 +194,9 @@ def seconds(
         vectors, _ = retriever.encode(writer, [asked.query], batch=1, template=searcher.template)
         search.exact(vectors, pool.pool_vectors, unit.depth)
         taken[first].append(time.perf_counter() - began)
-        for kind in rerank.KINDS:
+        for kind in reranker.KINDS:
             began = time.perf_counter()
-            rerank.score(reader, [asked], kind, settings, batch=settings.depth)
+            reranker.score(reader, [asked], kind, settings, batch=settings.depth)
             taken[kind].append(taken[first][-1] + time.perf_counter() - began)
     rows = []
     for way, values in taken.items():

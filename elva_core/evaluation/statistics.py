@@ -111,6 +111,35 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
     return row | {name: percent * row[column] for name, column in bounds.items()}
 
 
+def share(
+    queries: pd.DataFrame, part: str, whole: str, samples: int, scope: tuple, stratum: str = "unit"
+) -> dict[str, float]:
+    """How much of one mean difference another one is: ratio of two averages over the same queries.
+
+    Args:
+        queries: one row per query with the columns `part`, `whole` and `stratum`; both averages are
+            unweighted means of the strata's means.
+        scope: of the random stream, the seed first.
+
+    Returns:
+        value, ci_low, ci_high (95 % interval, both columns of a query resampled together inside its
+        stratum) and n; all but n are nan where the interval of the whole is not above zero: a share of
+        nothing, or of a loss, means nothing.
+    """
+    groups = [group[[part, whole]].to_numpy(float) for _, group in queries.groupby(stratum, sort=False)]
+    rng, nan = distributed.rng_for(*scope), float("nan")
+    result = {"value": nan, "ci_low": nan, "ci_high": nan, "n": len(queries)}
+    if not groups:
+        return result
+    drawn = [[g[rng.integers(len(g), size=len(g))].mean(0) for _ in range(samples)] for g in groups]
+    parts, wholes = np.mean(drawn, axis=0).T
+    if np.percentile(wholes, 2.5) <= 0:
+        return result
+    value = np.divide(*np.mean([g.mean(0) for g in groups], axis=0))
+    low, high = np.percentile(parts[wholes > 0] / wholes[wholes > 0], [2.5, 97.5])
+    return result | {"value": float(value), "ci_low": float(low), "ci_high": float(high)}
+
+
 RULE = (
     "Of a difference, signed so that the paper's direction is positive: *reproduced* if its interval lies "
     "above zero and reaches the paper's value, *same direction* if it only lies above zero; else "

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from elva_core import files
 from elva_core.config import PARAMS, ProfileError, Section, Settings
-from elva_core.values import problems
+from elva_core.values import Positive, problems
 
 
 class Arm(Section):
@@ -20,15 +20,20 @@ class Arm(Section):
 
     group: str  # the table it belongs to
     trains: Literal["nothing", "stage3", "control"]
-    start: Literal["backbone", "stage2"] = "stage2"
+    start: Literal["backbone", "stage2", "own stage 2"] = "stage2"
     template: Literal["summary", "eol"] = "summary"
-    every_seed: bool = False  # else the first seed alone
+    seeds: Positive | Literal["all"] = 1  # how many of the study's, from the first
+    timed: bool = False  # whether queries per second, and passes of a query, are measured
     changes: dict = Field(default_factory=dict)
     against: tuple[str, ...] = ()  # arms that it is compared with, paired
     curves: tuple[str, ...] = ()  # lines of the sample-efficiency figure that it is a point of
     units: tuple[str, ...] = ()  # test units, or patterns of them, that it is measured on besides MRBench
     paper: tuple[str, str] | None = None  # table and row of params/reported.yaml; its last value is compared
     why: str
+
+    def seeds_of(self, settings: Settings) -> tuple[int, ...]:
+        """The seeds it is trained with."""
+        return settings.study.seeds[: None if self.seeds == "all" else self.seeds]
 
     def applied(self, settings: Settings) -> Settings:
         """The profile with this arm's changes; `all` negatives are as many as it has of both kinds."""
@@ -71,7 +76,7 @@ def arms(settings: Settings) -> dict[str, Arm]:
 
 
 def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
-    """(name, arm, seed) in the order they run: what has every seed first, seed by seed."""
-    chosen, seeds = arms(settings), settings.study.seeds
-    every = [(name, arm, seed) for seed in seeds for name, arm in chosen.items() if arm.every_seed]
-    return every + [(name, arm, seeds[0]) for name, arm in chosen.items() if not arm.every_seed]
+    """(name, arm, seed) in the order they run: what has most seeds first, seed by seed."""
+    rows = [(name, arm, seed) for name, arm in arms(settings).items() for seed in arm.seeds_of(settings)]
+    seeds = settings.study.seeds
+    return sorted(rows, key=lambda row: (-len(row[1].seeds_of(settings)), seeds.index(row[2])))

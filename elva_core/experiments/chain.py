@@ -7,25 +7,26 @@ Imports heavy modules only where they are needed.
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from elva_core import config, files
-from elva_core.experiments import lock
+from elva_core.experiments import lock, stages
 from elva_core.experiments.arms import arms
-from elva_core.experiments.stages import STAGES, fingerprint, manifest, numbered, open_stage, stage_folder
+from elva_core.experiments.keys import STAGES, differences, key, made_from, manifest, stage_folder
+from elva_core.experiments.stages import numbered
+from elva_core.values import model_source
 
-REPORT = numbered("90")
+ABLATION, REPORT = numbered("60"), numbered("90")
 NOTEBOOKS = files.REPOSITORY / "notebooks"
-PACKAGE = files.REPOSITORY / "elva_core"
 FOUR_GB = 4294967296
 KERNEL_ENVIRONMENT = {
     # large tensors come and go all the time; else glibc gives the pages back and faults them in again
@@ -42,56 +43,13 @@ class ChainError(RuntimeError):
     """A notebook failed; the message names notebook, cell, reason and executed copy."""
 
 
-def code_hash(notebook: Path) -> str:
-    """Hash of a notebook's code cells and of every module of the package they reach through imports."""
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-    digest, queue, seen = hashlib.sha256(source.encode()), _imports(source), set()
-    while queue:
-        path = queue.pop()
-        if path not in seen:
-            seen.add(path)
-            queue |= _imports(path.read_text(encoding="utf-8"))
-    for path in sorted(seen):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _imports(source: str) -> set[Path]:
-    """Files of the package that a source imports from."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    paths = {PACKAGE.parent / f"{name.replace('.', '/')}.py" for name in names}
-    return {path for path in paths if path.is_file()}
-
-
-def current_fingerprint(profile: config.Settings, seed: int, stage: str) -> str:
-    """What the manifest of an up-to-date stage carries."""
-    inputs = {}
-    for name in STAGES[stage]:
-        path = stage_folder(profile.profile, name) / "manifest.json"
-        inputs[name] = files.file_hash(path) if path.is_file() else "missing"
-    return fingerprint(profile, seed, inputs, code_hash(NOTEBOOKS / f"{stage}.ipynb"))
-
-
-def up_to_date(profile: config.Settings, seed: int, stage: str) -> bool:
-    """Whether a finished stage has the inputs, profile, seed and code of now."""
-    done = manifest(profile.profile, stage)
-    return done is not None and done["fingerprint"] == current_fingerprint(profile, seed, stage)
-
-
-def run_notebook(source: Path, executed: Path, parameters: dict[str, object], mark: str = "") -> None:
+def run_notebook(source: Path, executed: Path, parameters: dict[str, object]) -> None:
     """Executes one notebook with papermill, by this interpreter whatever kernelspecs there are.
 
     Unknown parameters are refused, cells that never ran are noticed.
 
     Args:
         executed: where the executed copy is written; paths below the repository are relative in it.
-        mark: fingerprint that the stage's manifest will carry.
 
     Raises:
         ChainError: with notebook, cell, last line of the traceback (or that the kernel died) and the executed
@@ -105,7 +63,7 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object], ma
     if unknown := sorted(parameters.keys() - declared.keys()):
         raise ChainError(f"{source.name} declares no parameter {unknown}; it declares {sorted(declared)}")
     executed.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=mark)
+    os.environ.update(KERNEL_ENVIRONMENT)
     try:
         notebook = papermill.execute_notebook(
             str(source),
@@ -159,17 +117,16 @@ def _heading(executed: Path, index: int) -> str:
     return headings[-1] if headings else "no heading"
 
 
-def expected_seconds(profile: str) -> dict[str, float]:
-    """Seconds each stage took last time here, else in the committed reference run."""
+def expected_seconds(profile: str, seed: int) -> dict[str, float]:
+    """Seconds each stage took last time here, else in another run, such as the committed reference run."""
     import csv
 
-    cost = stage_folder(profile, REPORT) / "cost.csv"
     known = {}
-    if cost.is_file():
+    for cost in sorted((files.OUTPUTS / profile).glob(f"seed-*/{REPORT}/cost.csv")):
         with cost.open(encoding="utf-8") as rows:
-            known = {r["stage"]: float(r["wall_s"]) for r in csv.DictReader(rows)}
+            known |= {r["stage"]: float(r["wall_s"]) for r in csv.DictReader(rows)}
     for stage in STAGES:
-        if done := manifest(profile, stage):
+        if done := manifest(profile, seed, stage):
             known[stage] = done["wall_s"]
     return known
 
@@ -183,47 +140,52 @@ def run(
     force: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Runs the chain, or a part of it; stages whose inputs, profile, seed and code are the same are skipped.
+    """Runs the chain, or a part of it; what was made of the same values, inputs and method is skipped.
 
     Raises:
         ChainError: at the first failure; later stages are named as skipped.
-        LockedError: another process runs this profile. ProfileError: it, or an arm of its study, is wrong.
+        LockedError: another process runs this profile and seed. ProfileError: it, or an arm of its study, is
+            wrong.
     """
     console, began = console or Console(soft_wrap=True), time.monotonic()
     profile = config.load(profile_name)
-    stages = [s for s in STAGES if (only is None or s.startswith(only)) and (start is None or s >= start)]
-    if not stages:
+    chosen = [s for s in STAGES if (only is None or s.startswith(only)) and (start is None or s >= start)]
+    if not chosen:
         raise ChainError(f"no stage starts with {only or start!r}; stages are {', '.join(STAGES)}")
-    if profile.study.in_chain:
+    if ABLATION in chosen:
         arms(profile)  # refused before anything trains
-    with lock.held(profile_name):
-        _run_stages(stages, profile, seed, force, console)
+    _name_older_layout(profile_name, console)
+    with lock.held(stages.seed_place(profile_name, seed)):
+        _run_stages(chosen, profile, seed, force, console)
     console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
-    if REPORT in stages:
-        _print_claims(stage_folder(profile_name, REPORT), console)
+    if REPORT in chosen:
+        _print_claims(stage_folder(profile_name, seed, REPORT), console)
 
 
-def _run_stages(stages: list[str], profile: config.Settings, seed: int, force: bool, console) -> None:
+def _name_older_layout(profile_name: str, console: Console) -> None:
+    if line := stages.older_layout(profile_name):
+        console.print(line, markup=False, highlight=False)
+
+
+def _run_stages(chosen: list[str], profile: config.Settings, seed: int, force: bool, console) -> None:
     """Runs the notebooks of some stages in their order, with a line before and after each."""
-    profile_name, expected = profile.profile, expected_seconds(profile.profile)
-    for place, stage in enumerate(stages):
-        if not force and up_to_date(profile, seed, stage):
+    profile_name, expected = profile.profile, expected_seconds(profile.profile, seed)
+    for place, stage in enumerate(chosen):
+        if not force and stages.ready(made_from(profile, seed, stage), profile_name, stage):
             console.print(f"[green]up to date[/]  {stage}")
             continue
-        left, hint = stages[place:], "no estimate yet"
+        left, hint = chosen[place:], "no estimate yet"
         if all(s in expected for s in left):
             hint = f"about {sum(expected[s] for s in left) / 60:.0f} min left"
         console.print(f"[cyan]running[/]     {stage}  ({hint})")
         stage_began = time.monotonic()
-        executed = files.OUTPUTS / profile_name / "executed" / f"{stage}.ipynb"
+        executed = stages.seed_folder(profile_name, seed) / "executed" / f"{stage}.ipynb"
         try:
-            parameters = {"profile": profile_name, "seed": seed}
-            mark = current_fingerprint(profile, seed, stage)
-            run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, parameters, mark)
-            if manifest(profile_name, stage) is None:
+            run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, {"profile": profile_name, "seed": seed})
+            if manifest(profile_name, seed, stage) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
         except ChainError as error:
-            rest = ", ".join(stages[place + 1 :])
+            rest = ", ".join(chosen[place + 1 :])
             raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None
         console.print(f"[green]done[/]        {stage}  {time.monotonic() - stage_began:.0f} s")
 
@@ -251,57 +213,114 @@ def _print_claims(report: Path, console: Console) -> None:
 
 
 def status(profile_name: str, seed: int) -> None:
-    """One line per stage: done and current, out of date, or not done."""
-    profile, console = config.load(profile_name), Console(soft_wrap=True)
+    """One line per stage: up to date, out of date with a line for every reason, or not done."""
+    profile, console = config.load(profile_name), Console(soft_wrap=True, highlight=False, markup=False)
+    _name_older_layout(profile_name, console)
+    stale = set()
     for stage in STAGES:
-        done = manifest(profile_name, stage)
+        done, made = manifest(profile_name, seed, stage), made_from(profile, seed, stage)
+        kept = stages.beside(profile_name, seed, stage, key(made), "kept")
         if done is None:
             console.print(f"{'not done':12}{stage}")
+            stale.add(stage)
             continue
-        word = "up to date" if up_to_date(profile, seed, stage) else "out of date"
+        reasons = differences(done.get("made_from"), made)
+        if reasons and kept.is_dir():
+            reasons.append("one of today's values was kept; run takes it back")
+        reasons += [f"input {name} is out of date" for name in STAGES[stage] if name in stale]
+        if reasons:
+            stale.add(stage)
+        word = "out of date" if reasons else "up to date"
         console.print(f"{word:12}{stage}  seed {done['seed']}, {done['wall_s']} s")
+        other = {name: v for name, v in stages.packages().items() if done["packages"].get(name) != v}
+        reasons += [f"made with {name} {done['packages'].get(name)}, here {v}" for name, v in other.items()]
+        for line in reasons:
+            console.print(f"{'':12}{line}")
+
+
+def clean(profile_name: str, agreed: Callable[[str], bool]) -> None:
+    """Lists what other values of a profile have left, with size and age, and removes it if that is agreed.
+
+    Raises:
+        LockedError: another process runs this profile with a seed that has such work.
+    """
+    console, total, found = Console(soft_wrap=True, highlight=False, markup=False), 0, []
+    for folder in stages.leftovers(profile_name):
+        paths = [p.lstat() for p in folder.rglob("*") if p.is_file()]
+        size, age = sum(s.st_size for s in paths), time.time() - max((s.st_mtime for s in paths), default=0)
+        console.print(f"{size / 1e6:10.1f} MB  {age / 86400:6.1f} days  {folder}")
+        total, found = total + size, [*found, folder]
+    if not found:
+        console.print(f"{profile_name}: nothing was left by other values")
+    elif not agreed(f"Remove {len(found)} folders, {total / 1e6:.1f} MB?"):
+        console.print("nothing was removed")
+    else:
+        for folder in found:
+            with lock.held(f"{profile_name}/{folder.parent.name}"):
+                shutil.rmtree(folder)
+            console.print(f"removed {folder}")
 
 
 def study(profile_name: str, seed: int) -> None:
     """Trains and measures the arms that have no result yet, on the data and backbone of the chain.
 
     Then it runs the notebooks that show them, but for those that also read stages that have not been run.
+
+    Raises:
+        ValueError: the results are of another backbone. ChainError: a training diverged.
     """
     from elva_core import distributed
     from elva_core.data import mbeir, sources
     from elva_core.experiments import study as ablations
+    from elva_core.training.loop import DivergedError
 
-    profile, ablation = config.load(profile_name), numbered("60")
+    profile = config.load(profile_name)
     arms(profile)  # refused before anything trains
-    with lock.held(profile_name):
-        for stage in (numbered("00"), *STAGES[ablation]):
+    data, bench, trained = (stage_folder(profile_name, seed, stage) for stage in STAGES[ABLATION])
+    results, work = ablations.folders(profile_name)
+    weights = ablations.backbone_hash(model_source(profile.backbone.path))
+    ablations.refuse_another_backbone(profile, results, weights)  # before anything trains, too
+    with lock.held(f"{profile_name}/study"), lock.held(stages.seed_place(profile_name, seed)):
+        for stage in (numbered("00"), *STAGES[ABLATION]):
             run(profile_name, seed=seed, only=stage)
         os.environ.update(KERNEL_ENVIRONMENT)
         distributed.start(profile.threads)
-        data, bench, trained = (stage_folder(profile_name, stage) for stage in STAGES[ablation])
         root, triplets = sources.locate(data)
-        backbone, places = ablations.backbone_of(trained), ablations.folders(profile_name)
-        ablations.run(profile, root, triplets, mbeir.Root(bench / "bench"), backbone, *places)
+        backbone = ablations.backbone_of(trained)
+        try:
+            ablations.run(profile, root, triplets, mbeir.Root(bench / "bench"), backbone, results, work)
+        except DivergedError as error:
+            raise ChainError(f"study of {profile_name}: {error}") from None
         for stage in map(numbered, ("60", "82", "90")):
-            if lacking := ", ".join(name for name in STAGES[stage] if manifest(profile_name, name) is None):
+            lacking = [name for name in STAGES[stage] if manifest(profile_name, seed, name) is None]
+            if lacking:
                 command = f"python -m elva_core run {profile_name} --seed {seed}"
-                print(f"left out  {stage}, which needs {lacking}; run: {command}")
+                print(f"left out  {stage}, which needs {', '.join(lacking)}; run: {command}")
             else:
                 run(profile_name, seed=seed, only=stage)
 
 
 def train(stage: str, profile_name: str, seed: int) -> None:
-    """Trains one stage on the processes that `accelerate launch` has started; its notebook finds it done."""
+    """Trains one stage on the processes that `accelerate launch` has started; its notebook finds it done.
+
+    Raises:
+        ChainError: the training diverged.
+    """
     from elva_core import distributed
     from elva_core.experiments import jobs
+    from elva_core.training.loop import DivergedError
 
-    profile, notebook = config.load(profile_name), jobs.NOTEBOOKS[stage]
-    os.environ.update(KERNEL_ENVIRONMENT, ELVA_FINGERPRINT=current_fingerprint(profile, seed, notebook))
-    with lock.held_by_launch(profile_name):
+    config.load(profile_name)  # refused before anything is locked
+    notebook = jobs.NOTEBOOKS[stage]
+    os.environ.update(KERNEL_ENVIRONMENT)
+    with lock.held_by_launch(stages.seed_place(profile_name, seed)):
         with distributed.processes().main_process_first():
-            opened = open_stage(notebook, profile_name, seed)
+            opened = stages.open_stage(notebook, profile_name, seed)
             job = jobs.following(stage, opened)
-        jobs.run(job)
+        try:
+            jobs.run(job)
+        except DivergedError as error:
+            raise ChainError(f"{stage} of {profile_name}, seed {seed}: {error}") from None
     if distributed.processes().is_main_process:
         command = f"python -m elva_core run {profile_name} --seed {seed} --from {notebook[:2]}"
         print(f"{job.model}; goes on with: {command}")

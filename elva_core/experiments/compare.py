@@ -100,9 +100,9 @@ def differences(study: Study, pairs: Sequence[tuple[str, str]], k: int, samples:
     return pd.DataFrame(rows, columns=[*columns, "by seed", "n", "seeds", "seed"])
 
 
-def pairs(chosen: dict[str, Arm], group: str) -> list[tuple[str, str]]:
-    """(new, old) of every comparison that the arms of a group ask for, among the arms there are."""
-    members = {name: arm for name, arm in chosen.items() if arm.group == group}
+def pairs(chosen: dict[str, Arm], *groups: str) -> list[tuple[str, str]]:
+    """(new, old) of every comparison that the arms of these groups ask for, among the arms there are."""
+    members = {name: arm for name, arm in chosen.items() if arm.group in groups}
     return [(name, old) for name, arm in members.items() for old in arm.against if old in chosen]
 
 
@@ -123,6 +123,20 @@ def beside_paper(table: pd.DataFrame, chosen: dict[str, Arm]) -> pd.DataFrame:
         {name: reported[arm.paper[0]]["source"] if arm.paper else OTHER for name, arm in chosen.items()}
     )
     return table.assign(paper=paper, experiment=sources.where(paper.notna(), OTHER))
+
+
+def speeds(study: Study) -> pd.DataFrame:
+    """Arms whose queries were timed: what a summary costs beside what it finds, means over seeds.
+
+    Returns:
+        arm, hit@5 (%), passes (of the language model that a query waits for, 2 without a summary), queries a
+        second, seeds.
+    """
+    columns = {"hit@5": "hit@5", "passes": "query_passes", "queries a second": "queries_s"}
+    runs = study.runs.reindex(columns=["arm", "seed", *columns.values()]).dropna()
+    means = {name: runs.groupby("arm", sort=False)[column].mean() for name, column in columns.items()}
+    table = pd.DataFrame(means | {"seeds": runs.groupby("arm", sort=False)["seed"].count()})
+    return table.assign(**{"hit@5": 100 * table["hit@5"]}).reset_index()
 
 
 def on_units(study: Study) -> Study:

@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
 from elva_core.training_settings import ContrastiveSettings
@@ -334,8 +334,8 @@ class Workload:
         s, everything = self.settings.stage3, self.data.train_pool
         again, pool = s.negatives.again_every, s.negatives.pool or everything
         rounds = 1 + ((s.queries // s.queries_per_step - 1) // again if again else 0)
-        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.queries
-        return (self.embed(candidates, "candidate") + self.embed(s.queries, "query")) * rounds
+        candidates = min(everything, len(mbeir.MODALITIES) * pool) + s.mined_queries
+        return (self.embed(candidates, "candidate") + self.embed(s.mined_queries, "query")) * rounds
 
     def evaluation(self) -> Cost:
         """One model: every test query and every candidate once, whatever pool asks for it."""
@@ -393,8 +393,6 @@ def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Wor
     name = gpu or table.default_gpu[settings.device.partition(":")[0]]
     if name not in table.gpus:
         raise ProfileError(f"no GPU {name!r} in {TABLE}; it has {', '.join(table.gpus)}")
-    sizes = (
-        of_model(model.path, table.architectures) if model.path else of_tiny(model.tiny, table.tiny_tokens)
-    )
+    sizes = of_model(model.path, table.architectures)
     kind = "cpu" if name == "cpu" else "cuda"
     return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices)

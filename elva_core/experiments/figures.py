@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from elva_core.experiments.pictures import PlainFigure, contact_sheet, image_grid, retrieved  # noqa: F401
+from elva_core.experiments.pictures import PlainFigure
 from elva_core.training import rewards
 from elva_core.training_settings import RewardSettings
 
@@ -110,11 +110,15 @@ def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     left.plot(k, table["printed"], label="printed: ln k - 1", color=RED)
     left.plot(k, table["corrected"], "--", label="corrected: max(0, ln k - 1)", color=BLUE)
     left.set(xlabel="rank k of the negative", ylabel="weight of the penalty", xscale="log")
-    left.set_title(f"Below 0 a negative is rewarded (gamma = {gamma})")
+    left.set_title(f"Below 0 a negative is rewarded (gamma = {gamma})", fontsize=10)
     left.legend(frameon=False)
     right.plot(k, table["positive"], color=BLUE)
     right.set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", xscale="log", ylim=(0, 1.05))
-    right.set_title("Discount of the positive")
+    right.set_title("Discount of the positive", fontsize=10)
+    whole = [rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= max(ranks)]
+    for axis in (left, right):
+        axis.xaxis.set(ticks=whole, ticklabels=whole)
+        axis.minorticks_off()
     return figure, table
 
 
@@ -252,9 +256,7 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
     for axis, (model, part) in zip(axes.flat, models, strict=False):
         motions = part.groupby("motion", sort=False)
         for place, (motion, points) in enumerate(motions):
-            beside = points["frames"] * 1.06 ** (
-                place - (len(motions) - 1) / 2
-            )  # else intervals hide one another
+            beside = points["frames"] * 1.06 ** (place - (len(motions) - 1) / 2)  # else they hide one another
             style = {"marker": "o", "capsize": 2, "label": motion}
             axis.errorbar(beside, 100 * points["value"], yerr=100 * _spread(points), **style)
         axis.set_xscale("log", base=2)
@@ -370,7 +372,7 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
+def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
     """Hit rates against milliseconds per query, before (`first`) and after reranking; dashed: the oracle.
 
     Args:
@@ -391,10 +393,8 @@ def second_look(table: pd.DataFrame, first: str, title: str) -> Figure:
             axis.errorbar(r["seconds"], r[metric], along, across, **style)
         for r in oracle.to_dict("records"):
             axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
-        axis.set(
-            xlabel="milliseconds per query (median and quartiles)", ylabel=f"{metric}, % (95 % interval)"
-        )
-        axis.set(xlim=(0, None), ylim=(0, None))
+        axis.set(xlabel="milliseconds per query (median and quartiles)", xlim=(0, None), ylim=(0, None))
+        axis.set_ylabel(f"{metric}, % (95 % interval)")
     figure.suptitle(f"{title} ({_queries(table)}; higher and further left is better)", fontsize=11)
     _legend_below(figure, panels[0], columns=3)
     return figure

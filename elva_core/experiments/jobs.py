@@ -18,12 +18,13 @@ from typing import Literal
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import distributed, files, sharding
+from elva_core import distributed, sharding
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir, sources
 from elva_core.experiments import stages
 from elva_core.models import encoder
-from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker, teach
+from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker
+from elva_core.values import model_source
 
 Name = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 # stage of training -> the notebook that holds it
@@ -78,9 +79,7 @@ def following(name: Name, stage: stages.Stage) -> Job:
     if NOTEBOOKS[name] != stage.name:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
-        root, _ = sources.locate(stage.require(PREPARED))
-        backbone, prompts = stage.settings.backbone, stage.settings.encoder
-        return job(name, stage, teach.ensure(backbone, prompts, root, files.OUTPUTS / "cache"))
+        return job(name, stage, model_source(stage.settings.backbone.path))
     if name in ("distil", "rerank"):
         profile = f"params/{stage.settings.profile}.yaml"
         if (section := getattr(stage.settings, name)) is None:
@@ -173,7 +172,7 @@ def run(spec: Job) -> None:
     else:
         ranked = hard_negatives.read(spec.mined, spec.root, seed)
         if spec.name == "control":
-            pairs = contrastive.ranked_pairs(ranked, seed)
+            pairs = contrastive.ranked_pairs(ranked, seed, settings.control)
             contrastive.train(model, pairs, settings.control, seed=seed, folder=folder)
         elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
@@ -184,7 +183,9 @@ def run(spec: Job) -> None:
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"
-        model.save(unfinished, stage=spec.name, parent=spec.start, weights=weights, template=template)
+        dims = getattr(getattr(settings, spec.name), "dims", ())  # the reranker has none
+        how = {"weights": weights, "template": template, "dims": dims}
+        model.save(unfinished, stage=spec.name, parent=spec.start, **how)
         unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
 

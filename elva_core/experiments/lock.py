@@ -1,11 +1,13 @@
-"""One run at a time of a profile: a lock in outputs/<profile>/.lock with host and process id of who holds it.
+"""One run at a time of a profile and seed, and one of a study: a lock with host and process id of its holder.
+
+It is the file .lock in the folder that is locked, outputs/<profile>/seed-<seed> or outputs/<profile>/study.
 
 The lock is the operating system's (flock), which ends with its process; so a dead process on this host holds
 nothing. A file of another host is believed, for not every file system shares locks between hosts.
 What the holder starts (the kernels of the chain, the processes of one GPU each) holds it, too: the
 environment says so.
 
-    with lock.held("smoke"):
+    with lock.held("smoke/seed-17"):
         ...
 """
 
@@ -21,20 +23,25 @@ from typing import TextIO
 
 from elva_core import files
 
-HOLDER = "ELVA_LOCK_HOLDER"  # environment variable: host and process id, as in the file
+# environment variable: host and process id, as in the files, of this process and those that started it
+HOLDER = "ELVA_LOCK_HOLDER"
 _held: dict[Path, TextIO] = {}  # locks of this process
 
 
 class LockedError(RuntimeError):
-    """Somebody else runs this profile; the message names host and process, and what to do."""
+    """Somebody else works there; the message names host and process, and what to do."""
 
 
-def _path(profile: str) -> Path:
-    return files.OUTPUTS / profile / ".lock"
+def _path(place: str) -> Path:
+    return files.OUTPUTS / place / ".lock"
 
 
-def take(profile: str) -> bool:
-    """Takes the lock of a profile until `give_back` or the end of this process.
+def _holders() -> list[str]:
+    return [name for name in os.environ.get(HOLDER, "").split(",") if name]
+
+
+def take(place: str) -> bool:
+    """Takes the lock of a folder of outputs/ until `give_back` or the end of this process.
 
     Returns:
         Whether it was free; False where this process, or the one that started it, has it already.
@@ -42,11 +49,11 @@ def take(profile: str) -> bool:
     Raises:
         LockedError: another process holds it.
     """
-    path, host = _path(profile), socket.gethostname()
+    path, host = _path(place), socket.gethostname()
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open("a+", encoding="utf-8")
-        if (holder := _read(file)) and holder == os.environ.get(HOLDER):
+        if (holder := _read(file)) and holder in _holders():
             file.close()
             return False
         try:
@@ -59,7 +66,7 @@ def take(profile: str) -> bool:
         holder = _read(file)
         if not free or (holder and holder.split()[0] != host):
             file.close()
-            raise LockedError(_refusal(profile, holder, free))
+            raise LockedError(_refusal(place, holder, free))
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
@@ -69,7 +76,8 @@ def take(profile: str) -> bool:
     file.write(holder)
     file.flush()
     os.fsync(file.fileno())  # other hosts read it while it is open
-    _held[path], os.environ[HOLDER] = file, holder
+    _held[path] = file
+    os.environ[HOLDER] = ",".join(dict.fromkeys([*_holders(), holder]))
     return True
 
 
@@ -89,38 +97,39 @@ def _alive(holder: str, host: str) -> bool:
         return True
 
 
-def _refusal(profile: str, holder: str, free: bool) -> str:
+def _refusal(place: str, holder: str, free: bool) -> str:
     host, _, process = (holder or "this-host ?").partition(" ")
-    where = f"outputs/{profile} is in use by process {process} on host {host}"
+    where = f"outputs/{place} is in use by process {process} on host {host}"
     if free:  # another host's, whose processes cannot be seen from here
-        return f"{where}; wait until it ends, or, if it no longer runs there, delete {_path(profile)}"
+        return f"{where}; wait until it ends, or, if it no longer runs there, delete {_path(place)}"
     return f"{where}; wait until it ends, or end it with: kill {process} (a notebook: shut its kernel down)"
 
 
-def give_back(profile: str) -> None:
+def give_back(place: str) -> None:
     """Frees the lock, if this process has it."""
-    if file := _held.pop(_path(profile), None):
-        _path(profile).unlink(missing_ok=True)
+    if file := _held.pop(_path(place), None):
+        holder = _read(file)
+        _path(place).unlink(missing_ok=True)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_UN)  # also for processes that were forked from this one
         file.close()
-    if not _held:
-        os.environ.pop(HOLDER, None)
+        if not _held:
+            os.environ[HOLDER] = ",".join(name for name in _holders() if name != holder)
 
 
 @contextmanager
-def held(profile: str) -> Iterator[None]:
+def held(place: str) -> Iterator[None]:
     """The lock for a block; nothing happens where it is held already. Errors as `take`."""
-    taken = take(profile)
+    taken = take(place)
     try:
         yield
     finally:
         if taken:
-            give_back(profile)
+            give_back(place)
 
 
 @contextmanager
-def held_by_launch(profile: str) -> Iterator[None]:
+def held_by_launch(place: str) -> Iterator[None]:
     """The lock for a block of all processes that `accelerate launch` has started; the first takes it.
 
     Raises:
@@ -131,7 +140,7 @@ def held_by_launch(profile: str) -> Iterator[None]:
     processes, taken, refusal = distributed.processes(), False, None
     if processes.is_main_process:
         try:
-            taken = take(profile)
+            taken = take(place)
         except LockedError as error:
             refusal = error
     answer = {processes.process_index: (os.environ.get(HOLDER), refusal is not None)}
@@ -145,4 +154,4 @@ def held_by_launch(profile: str) -> Iterator[None]:
         yield
     finally:
         if taken:
-            give_back(profile)
+            give_back(place)

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 
 from elva_core.data import images
 
+CAPTION = 8  # points, of what stands at a picture
 FORMULA = r"$\mathdefault{"  # how matplotlib writes the ticks of a logarithmic axis
 
 
@@ -32,11 +33,11 @@ def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], ti
         rows: (label, [(caption, image), ...]) per row; a row may be shorter than the others.
     """
     columns = max(len(cells) for _, cells in rows)
-    figure, axes = _bare_axes(len(rows), columns, (1.35 * columns + 0.8, 1.45 * len(rows) + 0.4), title)
+    figure, axes = _bare_axes(len(rows), columns, (1.7 * columns + 0.8, 1.9 * len(rows) + 0.4), title)
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=7)
+        line[0].set_ylabel(label, fontsize=9)
         for axis, (caption, image) in zip(line, cells, strict=False):
-            _cell(axis, caption, image, fontsize=6)
+            _cell(axis, caption, image)
     return figure
 
 
@@ -51,18 +52,18 @@ def retrieved(
     """
     depth = max(len(candidates) for _, _, models in rows for _, candidates in models)
     height = sum(len(models) for _, _, models in rows)
-    figure, axes = _bare_axes(height, depth + 1, (1.3 * (depth + 1), 1.4 * height + 0.4), title)
+    figure, axes = _bare_axes(height, depth + 1, (1.7 * (depth + 1), 1.9 * height + 0.4), title)
     lines = iter(axes)
     for query, query_image, models in rows:
         for place, (model, candidates) in enumerate(models):
             first, *others = next(lines)
-            first.set_ylabel(model, fontsize=8)
+            first.set_ylabel(model, fontsize=9)
             if place == 0:
-                first.set_title(_wrapped(f"query: {query}"), fontsize=6)
+                first.set_title(_wrapped(f"query: {query}"), fontsize=CAPTION)
                 if query_image is not None:
                     first.imshow(images.open_image(query_image))
             for axis, (caption, image, positive) in zip(others, candidates, strict=False):
-                _cell(axis, caption, image, fontsize=5)
+                _cell(axis, caption, image)
                 if positive:
                     axis.spines[:].set(visible=True, color="#2e8b57", linewidth=2.5)
     return figure
@@ -75,11 +76,11 @@ def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, col
         cards: (text, image, label); a text without an image is a text card, with one it goes under the label.
     """
     height = -(-len(cards) // columns)
-    figure, axes = _bare_axes(height, columns, (1.6 * columns, 1.9 * height + 0.4), title)
+    figure, axes = _bare_axes(height, columns, (1.8 * columns, 2.3 * height + 0.4), title)
     for axis, (text, image, label) in zip(axes.flat, cards, strict=False):
-        _cell(axis, text if image is None else "", image, fontsize=6)
+        _cell(axis, text if image is None else "", image)
         below = label if image is None else f"{label}\n{_wrapped(text)}"
-        axis.set_xlabel(below.strip(), fontsize=7)
+        axis.set_xlabel(below.strip(), fontsize=CAPTION)
     axes.flat[0].spines[:].set(visible=True, color="#4c78a8", linewidth=2)
     return figure
 
@@ -87,7 +88,7 @@ def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, col
 def _bare_axes(rows: int, columns: int, size: tuple[float, float], title: str):
     """A figure of `size` inches and its (rows, columns) axes without ticks and frames."""
     figure = PlainFigure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -95,14 +96,14 @@ def _bare_axes(rows: int, columns: int, size: tuple[float, float], title: str):
     return figure, axes
 
 
-def _cell(axis, caption: str, image: Path | None, fontsize: float) -> None:
+def _cell(axis, caption: str, image: Path | None) -> None:
     """An image under its caption, or the caption in the middle where there is none."""
     if image is not None:
         axis.imshow(images.open_image(image))
-        axis.set_title(_wrapped(caption), fontsize=fontsize)
+        axis.set_title(_wrapped(caption), fontsize=CAPTION)
     else:
         middle = {"x": 0.5, "y": 0.5, "ha": "center", "va": "center", "transform": axis.transAxes}
-        axis.text(s=_wrapped(caption), fontsize=fontsize + 1, **middle)
+        axis.text(s=_wrapped(caption), fontsize=CAPTION + 1, **middle)
         axis.set(aspect="equal")
 
 

@@ -15,10 +15,13 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import captions, statistics
-from elva_core.experiments import claims
-from elva_core.experiments.stages import STAGES, Stage, manifest
-from elva_core.tables import read_table
+from elva_core.data.caption_sets import SETS
+from elva_core.evaluation import captions, headroom, statistics
+from elva_core.experiments import claims, decomposition
+from elva_core.experiments.keys import STAGES, manifest
+from elva_core.experiments.stages import Stage
+from elva_core.tables import markdown_table, read_table
+from elva_core.values import as_written
 
 REPORT = "90_report"
 PLAIN = (
@@ -38,7 +41,7 @@ def gather(run: Stage) -> Mapping[str, dict]:
     """Manifests of every stage before this one, each verified."""
     for stage in STAGES[REPORT]:
         run.require(stage)
-    return {stage: manifest(run.settings.profile, stage) for stage in STAGES[REPORT]}
+    return {stage: manifest(run.settings.profile, run.seed, stage) for stage in STAGES[REPORT]}
 
 
 def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
@@ -107,9 +110,33 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
 
 
 def study_table(run: Stage, name: str) -> pd.DataFrame:
-    """A table that a notebook made from the study, its tuples of seeds read back."""
+    """A table that a notebook made from the study, its tuples of seeds read back, and "" for empty texts."""
     tuples = dict.fromkeys(("seeds", "by seed"), ast.literal_eval)
-    return pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
+    table = pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
+    texts = {"unit", "group", "missing", "verdict"} & set(table)
+    return table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
+
+
+def gain(run: Stage) -> str:
+    """The section on where the gain over the EOL baseline comes from, and on what it leaves."""
+    steps = study_table(run, "decomposition")
+    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
+    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
+    by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
+    cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by).sort_index(axis=1)
+    cells = cells.loc[list(dict.fromkeys(room["summaries"]))]
+    cells.columns = [f"{metric}, {model}" for metric, model in cells.columns]
+    return f"""{decomposition.sentence(steps, run.settings.profile)}
+
+![Points after each step](figures/decomposition.png)
+
+{markdown_table(decomposition.overview(steps))}
+What others report, each on its own benchmark:
+
+{markdown_table(decomposition.public_work())}
+Summaries of another origin, in percent. {headroom.sentence(room, shares, drawn)}
+
+{markdown_table(cells.reset_index())}"""
 
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
@@ -126,14 +153,12 @@ def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
 
 def deviations(settings: Settings, reported: dict) -> list[str]:
     """Where this profile does something else than the paper, and why; each follows from its values."""
-    backbone, stage3, out = settings.backbone, settings.stage3, []
+    stage3, out = settings.stage3, []
     if settings.stage2.ret_share:
         share = f"{100 * settings.stage2.ret_share:.0f} % of the steps of stage 2 train the state at [RET]"
         out.append(f"{share}: the paper leaves open how that state becomes an embedding before stage 3.")
-    if backbone.tiny and not backbone.path:
-        family = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[backbone.tiny.architecture]
-        size = f"A {family} of {backbone.tiny.layers} layers and width {backbone.tiny.hidden}, taught here"
-        out.append(f"{size}, instead of Qwen2-VL-2B or 7B: the class and the code path are the same.")
+    if not settings.backbone.path.startswith("Qwen/Qwen2-VL-"):
+        out.append(f"The backbone is {settings.backbone.path}, not Qwen2-VL-2B or 7B.")
     if settings.data.emoji:
         out.append("Emoji instead of M-BEIR: real images with exact grains that come with a package.")
     if settings.mrbench.annotator.kind == "exact":
@@ -143,6 +168,12 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         out.append(
             f"{sides}: the literal reading samples every candidate as well; it is an arm of the study."
         )
+    if stage3.rollout_sides == "both":
+        sides = "Summaries of queries and of positives are actions in turns (`rollout_sides: both`)"
+        out.append(f"{sides}, those of negatives are not: all at once are an arm of the study.")
+    if stage3.resample or stage3.negatives.difficulty:
+        chosen = f"difficulty {stage3.negatives.difficulty}, resample {stage3.resample}"
+        out.append(f"Stage 3 prefers queries that teach it ({chosen}): the paper takes what it has drawn.")
     for key, printed in reported["hyperparameters"]["stage3"].items():
         value = stage3
         for part in key.split("."):
@@ -154,6 +185,24 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
         "stage 2 at [RET] is the harder one."
     )
     return out
+
+
+def missing_sets(run: Stage, reported: dict) -> list[str]:
+    """A line on the unseen sets, and one on the videos, that the folder of the profile did not have."""
+    unseen, video, lines = run.settings.unseen, run.settings.video, []
+    videos = {column.partition(" R@")[0] for column in reported["table7"]["columns"]}
+    for section, stage, table, names in (
+        (unseen, "80_generalise", "unseen.csv", SETS),
+        (video, "82_transfer", "clips.csv", videos),
+    ):
+        if section is None or section.sets is None:
+            continue
+        scored = read_table(run.require(stage) / table)["set"]
+        if lacking := ", ".join(sorted(set(names) - set(scored))):
+            again = f"run {run.settings.profile} --seed {run.seed} --only {stage[:2]} --force"
+            place = f"{lacking}: not in {as_written(section.sets)} when {stage} ran"
+            lines.append(f"{place}; put it there, then: python -m elva_core {again}")
+    return lines
 
 
 def write(
@@ -169,6 +218,8 @@ def write(
     if not settings.evidence:
         note += " This profile tests plumbing; its numbers are no evidence."
     block = claims.markdown(table, reported, note)
+    steps = decomposition.sentence(study_table(run, "decomposition"), settings.profile)
+    block += f"\n\nWhere the gain comes from, over {settings.profile}'s study. {steps}"
     files.write_whole(run.folder / "table.md", block + "\n")
     files.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
 
@@ -181,6 +232,7 @@ def write(
         _folded(source, rows) for source, rows in others[others["paper"].isna()].groupby("source", sort=True)
     )
     missing = table[table["ours"].isna()].groupby(["source", "baseline"], sort=False)
+    not_run = [f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing]
     minutes, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
     packages = installed["package"] + " " + installed["installed"]
@@ -196,11 +248,14 @@ def write(
 
 ![Paired differences on MRBench](figures/differences.png)
 
+## Where the gain comes from
+{gain(run)}
+
 ## Deviations from the paper
 {_list(deviations(settings, reported))}
 
 ## What was not run
-{_list(f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing)}
+{_list([*missing_sets(run, reported), *not_run])}
 
 ## What else the paper has a figure for, at this size
 {claims.listed(beside)}

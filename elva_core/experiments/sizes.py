@@ -23,12 +23,11 @@ from statistics import fmean
 import torch
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from elva_core import files
-from elva_core.config import PARAMS, ProfileError, Section, Settings, TinySettings
+from elva_core.config import PARAMS, ProfileError, Section, Settings
 from elva_core.data import mbeir
-from elva_core.experiments import stages
 from elva_core.values import model_source
 
 TABLE = PARAMS / "plan.yaml"
@@ -86,7 +85,6 @@ class Known(Section):
     default_gpu: dict[str, str]
     assumed: Assumed
     architectures: dict[str, dict]
-    tiny_tokens: int
     evaluated_models: int
     datasets: dict[str, Dataset]
 
@@ -117,7 +115,8 @@ def dataset(settings: Settings, table: Known) -> Dataset:
         units = {unit: values.model_copy(update=counts) for unit, values in data.units.items()}
         pool = 2 * drawings + 2 * size  # drawings stand alone and captioned; names and translations
         data = data.model_copy(update={"units": units, "union_rows": train * len(units), "train_pool": pool})
-    folder = stages.stage_folder(settings.profile, "10_prepare_data")
+    place = files.OUTPUTS / settings.profile
+    folder = next(iter(sorted(place.glob("seed-*/10_prepare_data"))), place)  # any seed's has as many rows
     root = mbeir.Root(Path(settings.data.root or folder / "root"))
     if not root.union_train_path().is_file():
         return data
@@ -300,28 +299,3 @@ def of_model(name: str, architectures: Mapping[str, dict]) -> Sizes:
             f"no entry for {name} in {TABLE}: architectures, and no config.json on this machine; "
             "add its sizes there"
         ) from None
-
-
-def of_tiny(tiny: TinySettings, tokens_added: int) -> Sizes:
-    """Counts of the small backbone; its vocabulary may end up smaller, if the texts hold fewer words."""
-    half_head = tiny.hidden // tiny.heads // 2
-    text = {
-        "vocab_size": tiny.vocabulary + tokens_added + tiny.spare_rows,
-        "hidden_size": tiny.hidden,
-        "intermediate_size": tiny.intermediate,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": tiny.heads,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half_head, 0, 0]},
-    }
-    vision = {
-        "depth": tiny.vision_layers,
-        "embed_dim": tiny.vision_hidden,
-        "hidden_size": tiny.hidden,
-        "num_heads": tiny.vision_heads,
-        "mlp_ratio": 4,
-        "patch_size": tiny.patch,
-    }
-    return of_config(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True))

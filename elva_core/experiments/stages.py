@@ -1,6 +1,8 @@
-"""The notebooks as stages, with a folder each under outputs/.
+"""The notebooks as stages, with a folder each: outputs/<profile>/seed-<seed>/<stage>.
 
 A stage is written in a hidden folder, its manifest last, which is then renamed. No manifest = not done.
+What was made from other values stays beside it until `clean`: begun in .<stage>.<key>.partial, finished in
+.<stage>.<key>.kept (`keys.key`).
 
 run = open_stage("20_build_mrbench", "smoke", 17)
 root = run.require("10_prepare_data") / "root"
@@ -9,38 +11,34 @@ run.close(metrics={"queries": 1200})
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from pydantic import PrivateAttr
+
 from elva_core import config as profiles
 from elva_core import files
 from elva_core.experiments import lock
+from elva_core.experiments.keys import (
+    STAGES,
+    key,
+    made_from,
+    manifest,
+    read_manifest,
+    seed_folder,
+    stage_folder,
+)
 from elva_core.files import REPOSITORY, file_hash
 
-# notebook -> the numbers of those it reads, in the order in which they run
-READS = {
-    "00_check_environment": "",
-    "10_prepare_data": "00",
-    "20_build_mrbench": "10",
-    "30_pretrain_contrastive": "10",
-    "40_finetune_rlvr": "10 30",
-    "50_evaluate": "10 20 30 40",
-    "60_ablate": "10 20 30",
-    "70_analyse_grains": "10 20 30 40",
-    "80_generalise": "10 20 30 40",
-    "82_transfer": "10 30 40 50 60",
-    "85_trade_cost": "10 20 30 40",
-    "90_report": "00 10 20 30 40 50 60 70 80 82 85",
-}
-STAGES = {stage: tuple(s for s in READS if s[:2] in numbers.split()) for stage, numbers in READS.items()}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
 
@@ -53,38 +51,30 @@ def numbered(number: str) -> str:
     return next(stage for stage in STAGES if stage.startswith(number))
 
 
-def stage_folder(profile: str, stage: str) -> Path:
-    return files.OUTPUTS / profile / stage
+class RecordedSettings(profiles.Settings):
+    """A profile that notes which of its sections are read, for the test of `keys.TABLE`."""
 
+    _read: set[str] = PrivateAttr(default_factory=set)
 
-def manifest(profile: str, stage: str) -> dict | None:
-    """The manifest of a finished stage, None if there is none."""
-    path = stage_folder(profile, stage) / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def fingerprint(settings: profiles.Settings, seed: int, inputs: dict[str, str], code: str) -> str:
-    """What a stage depends on: resolved profile, seed, the manifests of its inputs, its code."""
-    values = json.dumps([settings.digest(), seed, inputs, code], sort_keys=True)
-    return hashlib.sha256(values.encode()).hexdigest()
+    def __getattribute__(self, name: str):
+        if name in profiles.Settings.model_fields:
+            self._read.add(name)
+        return super().__getattribute__(name)
 
 
 @dataclass
 class Stage:
     """One run of one notebook.
 
-    folder: where it writes; it becomes outputs/<profile>/<stage> in `close`.
-    inputs: hash of the manifest of each stage that it has read. record: further entries of its own manifest.
+    folder: where it writes; it becomes outputs/<profile>/seed-<seed>/<stage> in `close`.
+    made_from: what its result depends on (`keys.made_from`). record: further entries of its manifest.
     """
 
     name: str
-    settings: profiles.Settings
+    settings: RecordedSettings
     seed: int
     folder: Path
-    inputs: dict[str, str] = field(default_factory=dict)
+    made_from: dict
     record: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
@@ -95,7 +85,7 @@ class Stage:
             MissingStageError: no manifest, another seed, or a file that changed since it was written.
         """
         profile = self.settings.profile
-        done, folder = manifest(profile, stage), stage_folder(profile, stage)
+        done, folder = manifest(profile, self.seed, stage), stage_folder(profile, self.seed, stage)
         command = f"python -m elva_core run {profile} --seed {self.seed} --only {stage[:2]}"
         if done is None:
             raise MissingStageError(f"{folder / 'manifest.json'} is missing; run: {command}")
@@ -103,14 +93,19 @@ class Stage:
             raise MissingStageError(
                 f"{folder} was made with seed {done['seed']}, not {self.seed}; run: {command}"
             )
-        for name, size in done["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size["bytes"]:
-                raise MissingStageError(
-                    f"{path} is missing or changed since its manifest; run: {command} --force"
-                )
-        self.inputs[stage] = file_hash(folder / "manifest.json")
+        for path in _damaged(folder, done):
+            raise MissingStageError(
+                f"{path} is missing or changed since its manifest; run: {command} --force"
+            )
         return folder
+
+    def keep(self, model: Path, name: str) -> None:
+        """Puts a trained model into the folder, as `name`.
+
+        The one in work/ stays until the stage is closed, so that a stage that is killed before finds it.
+        """
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        shutil.copytree(model, self.folder / name, copy_function=_link)
 
     def save_table(self, name: str, table) -> None:
         """A data frame as CSV, whole or not at all."""
@@ -129,67 +124,148 @@ class Stage:
         return Image(filename=folder / f"{name}.png")
 
     def close(self, metrics: dict | None = None) -> dict:
-        """Writes the manifest, moves the folder into place and frees the profile.
+        """Writes the manifest, moves the folder into place and frees the profile and seed.
 
+        What stands there is replaced if it has the same key or holds no trained model, else kept beside it.
         Nothing may be written after it.
         """
-        shutil.rmtree(self.folder / "work", ignore_errors=True)
-        (self.folder / "fingerprint").unlink(missing_ok=True)
-        paths = {
-            p.relative_to(self.folder).as_posix(): p for p in sorted(self.folder.rglob("*")) if p.is_file()
-        }
-        sizes: dict[str, dict] = {name: {"bytes": path.stat().st_size} for name, path in paths.items()}
-        for name, path in paths.items():
-            if name.count("/") <= 1:  # top-level results carry a hash; the many images of a root do not
-                sizes[name]["sha256"] = file_hash(path)
+        read = sorted(self.settings._read)
+        sizes: dict[str, dict] = {}
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and not name.startswith("work/"):
+                sizes[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         record = {
             "stage": self.name,
             "profile": self.settings.profile,
-            "settings_sha256": self.settings.digest(),
             "seed": self.seed,
-            "inputs": dict(sorted(self.inputs.items())),
-            "fingerprint": os.environ.get("ELVA_FINGERPRINT", ""),
+            "key": key(self.made_from),
+            "made_from": self.made_from,
+            "sections_read": read,
             "files": sizes,
             "metrics": metrics or {},
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.time() - self.started, 1),
             "peak_memory_gb": _peak_memory_gb(),
             "commit": _commit(),
-            "packages": {name: version(name) for name in PACKAGES},
+            "packages": packages(),
             "device": self.settings.device,
             **self.record,
         }
         (self.folder / "manifest.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        final = stage_folder(self.settings.profile, self.name)
-        retired = final.with_name(f".{self.name}.retired")
-        shutil.rmtree(retired, ignore_errors=True)
-        if final.exists():
-            final.rename(retired)
-        self.folder.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
-        lock.give_back(self.settings.profile)
+        _move_into_place(self.folder, stage_folder(self.settings.profile, self.seed, self.name))
+        lock.give_back(seed_place(self.settings.profile, self.seed))
         return {"stage": self.name, "profile": self.settings.profile, "seed": self.seed, "files": len(sizes)}
 
 
-def open_stage(name: str, profile: str, seed: int) -> Stage:
-    """Starts a stage in outputs/<profile>/.<stage>.partial.
+def packages() -> dict[str, str]:
+    """Installed versions of those that change numbers."""
+    return {name: version(name) for name in PACKAGES}
 
-    A partial folder of the same settings and seed is kept, so that interrupted training resumes from
-    <folder>/work; a partial folder of anything else is removed. The profile is locked until the stage is
-    closed or this process ends.
+
+def seed_place(profile: str, seed: int) -> str:
+    """What is locked while a stage of this profile and seed is made."""
+    return f"{profile}/seed-{seed}"
+
+
+def open_stage(name: str, profile: str, seed: int) -> Stage:
+    """Starts a stage in outputs/<profile>/seed-<seed>/.<stage>.<key>.partial.
+
+    What was begun with the same values and inputs is gone on with, so that interrupted training resumes from
+    <folder>/work. The profile and seed are locked until the stage is closed or this process ends.
 
     Raises:
-        LockedError: another process runs this profile.
+        LockedError: another process runs this profile and seed.
     """
+    settings = RecordedSettings.model_validate(profiles.load(profile).model_dump())
+    lock.take(seed_place(profile, seed))
+    made = made_from(settings, seed, name)
+    folder = beside(profile, seed, name, key(made), "partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)  # it is written anew
+    settings._read.clear()
+    return Stage(name, settings, seed, folder, made)
+
+
+def beside(profile: str, seed: int, stage: str, its_key: str, kind: str) -> Path:
+    """Where a stage that was begun (kind partial) or replaced (kept) stands beside the finished ones."""
+    return seed_folder(profile, seed) / f".{stage}.{its_key}.{kind}"
+
+
+def ready(made: dict, profile: str, stage: str) -> bool:
+    """Whether a stage is finished that was made from this (`keys.made_from`).
+
+    One that was kept while there were other values is taken back; so is one that was killed in `close`.
+    """
+    seed, wanted = made["seed"], key(made)
+    final = stage_folder(profile, seed, stage)
+    if (manifest(profile, seed, stage) or {}).get("key") == wanted:
+        shutil.rmtree(final / "work", ignore_errors=True)  # of one that was killed in `close`
+        return True
+    for kind in ("partial", "kept"):
+        folder = beside(profile, seed, stage, wanted, kind)
+        done = read_manifest(folder)
+        if done and done["key"] == wanted and not any(_damaged(folder, done)):
+            _move_into_place(folder, final)
+            return True
+    return False
+
+
+def _move_into_place(folder: Path, final: Path) -> None:
+    """Renames a finished folder to its place. What stands there is kept, unless it is worth nothing then."""
+    aside = None
+    if final.exists():
+        done, after = read_manifest(final) or {}, read_manifest(folder)
+        # one of an older layout has no key, and one that a person has damaged not even a manifest
+        old = done.get("key") or done.get("fingerprint") or f"{int(final.stat().st_mtime):x}"
+        aside = final.with_name(f".{final.name}.{old[:16]}.kept")
+        shutil.rmtree(aside, ignore_errors=True)  # of the same key, and older
+        final.rename(aside)
+    folder.rename(final)
+    shutil.rmtree(final / "work", ignore_errors=True)
+    if aside and (done.get("key") == after["key"] or not next(aside.rglob("*.safetensors"), None)):
+        shutil.rmtree(aside)
+
+
+def leftovers(profile: str) -> Iterator[Path]:
+    """Work beside the stages of every seed that the profile's values of now do not go on with."""
     settings = profiles.load(profile)
-    lock.take(profile)
-    folder = files.OUTPUTS / profile / f".{name}.partial"
-    mark = f"{settings.digest()} {seed} {os.environ.get('ELVA_FINGERPRINT', '')}"
-    if not (folder / "fingerprint").is_file() or (folder / "fingerprint").read_text() != mark:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "fingerprint").write_text(mark)
-    return Stage(name, settings, seed, folder)
+    for folder in sorted((files.OUTPUTS / profile).glob("seed-*/.*.*.*")):
+        stage, its_key, kind = folder.name[1:].rsplit(".", 2)
+        seed = folder.parent.name.removeprefix("seed-")
+        if stage in STAGES and kind in ("partial", "kept") and seed.isdigit():
+            now = key(made_from(settings, int(seed), stage))
+            done = read_manifest(folder.with_name(stage)) or {}
+            if its_key != now or done.get("key") == now:
+                yield folder
+
+
+def older_layout(profile: str) -> str:
+    """One line on the stages of an older layout, without a folder for each seed; empty if there are none."""
+    place, names = files.OUTPUTS / profile, ("executed", *STAGES)
+    hidden = {f".{stage}.partial" for stage in STAGES}
+    old = [p.name for p in sorted(place.glob("*")) if p.name in names or p.name in hidden]
+    if not old:
+        return ""
+    seeds = [done["seed"] for name in old if (done := read_manifest(place / name))]
+    target = f"seed-{seeds[0] if seeds else 17}"
+    moved = f"cd {shlex.quote(str(place))} && mkdir -p {target} && mv {' '.join(old)} {target}"
+    return f"{place} has stages of an older layout, which are not used; to keep them beside the new: {moved}"
+
+
+def _damaged(folder: Path, done: dict) -> Iterator[Path]:
+    """Files of a manifest that are missing or have another size."""
+    for name, file in done["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            yield path
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def _peak_memory_gb() -> float:

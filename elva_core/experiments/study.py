@@ -22,15 +22,15 @@ import pandas as pd
 from elva_core import files
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import benchmark, grains
-from elva_core.experiments import jobs
+from elva_core.evaluation import benchmark, grains, headroom, throughput
+from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
-from elva_core.training import teach
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
+TIMED = 32  # queries of a timed arm whose seconds are measured
 NOT_RECORDED = "not recorded"  # the hash of a backbone, in results that are older than its record
 
 
@@ -52,7 +52,7 @@ class Study:
 def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     """What the result of an arm depends on, besides the code: the values that it uses, no others."""
     used = {"data", "encoder", "mrbench", "dtype", "device"}
-    used |= {"stage1", "stage2"} if arm.start == "stage2" else set()
+    used |= {"stage1", "stage2"} if arm.start != "backbone" else set()
     used |= {arm.trains} if arm.trains != "nothing" else set()
     used |= {"stage3"} if arm.trains == "control" else set()  # its queries and negatives
     used |= {"backbone"} if "backbone" in arm.changes else set()
@@ -134,12 +134,8 @@ def run(
     Raises:
         ValueError: `folder` holds results of another backbone, with which nothing may be compared.
     """
-    weights, before = backbone_hash(backbone), recorded_backbone(folder, settings)
-    if _manifests(folder, settings) and before != weights:
-        raise ValueError(
-            f"{folder} holds results of a backbone with sha256 {before}; {backbone} has {weights}. "
-            "Move that folder away, or give the old backbone"
-        )
+    weights = backbone_hash(backbone)
+    refuse_another_backbone(settings, folder, weights)
     todo = missing(settings, backbone, folder)
     for place, (name, arm, seed) in enumerate(todo, start=1):
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
@@ -148,9 +144,10 @@ def run(
         scratch = work / _hash(mark, weights)  # checkpoints of other weights are not gone on with
 
         # where the arm starts
-        earlier = {part: arm.changes[part] for part in ("data", "stage1", "stage2") if part in arm.changes}
-        start = backbone_for(changed, backbone, root, work)
-        if arm.start == "stage2":
+        parts = ("data", "stage1", "stage2", *(["encoder"] if arm.start == "own stage 2" else []))
+        earlier = {part: arm.changes[part] for part in parts if part in arm.changes}
+        start = model_source(changed.backbone.path) if "backbone" in arm.changes else backbone
+        if arm.start != "backbone":
             start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
 
         # what it trains
@@ -184,13 +181,21 @@ def run(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
-    """The model that an arm starts from: the chain's, or the path or architecture that the arm names."""
-    if changed.backbone.path:
-        return model_source(changed.backbone.path)
-    if changed.backbone.tiny.architecture == "qwen2_vl":
-        return backbone
-    return teach.ensure(changed.backbone, changed.encoder, root, work, first=backbone)
+def refuse_another_backbone(settings: Settings, folder: Path, weights: str) -> None:
+    """Nothing may be compared with results of another backbone, or of one that was not recorded.
+
+    Args:
+        weights: sha256 of the backbone.
+
+    Raises:
+        ValueError: `folder` holds such results.
+    """
+    before = recorded_backbone(folder, settings)
+    if _manifests(folder, settings) and before != weights:
+        raise ValueError(
+            f"{folder} holds results of a backbone with sha256 {before}; the chain's has {weights}. "
+            "Move that folder away, or give the old backbone"
+        )
 
 
 def retriever(
@@ -217,7 +222,9 @@ def measure(
     """Writes hits.csv and units.csv (rank of each query's first positive), distances.csv and errors.csv.
 
     Returns:
-        {"hit@5"}: the average over MRBench's tasks.
+        {"hit@5"}: the average over MRBench's tasks; of an arm that writes summaries "reading"
+        (`headroom.reading`), where they are kept; of a timed arm queries per second, one at a time, and the
+        passes of the language model that a query waits for: 2 where it writes nothing.
     """
     measured = benchmark.measure(
         arm.group, model, root, bench, settings.evaluation, seed=0, template=arm.template, pools=()
@@ -235,8 +242,16 @@ def measure(
     errors = pd.concat([grains.errors(result) for result in measured.bench.values()])
     missed = errors[errors["missed"]].groupby(["unit", "kind"])["wrong"].agg(["sum", "count"])
     missed.reset_index().to_csv(folder / "errors.csv", index=False)
-    at5 = measured.hits.groupby("unit")["hit@5"].mean()
-    return {"hit@5": float(at5.mean())}
+    record = {"hit@5": float(measured.hits.groupby("unit")["hit@5"].mean().mean())}
+    reading = headroom.reading(measured.searcher, bench) if arm.template == "summary" else None
+    if reading is not None:
+        record["reading"] = reading
+    if arm.timed:
+        items = [measured.searcher.query(q, name) for name, r in measured.bench.items() for q in r.queries]
+        ways, sides = {"": throughput.Way(model, arm.template)}, {"queries": items}
+        (speed,) = throughput.measure(ways, sides, batches=[1], least=TIMED).to_dict("records")
+        record |= {"queries_s": speed["per second"], "query_passes": speed["forwards"]}
+    return record
 
 
 def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.Root, trained: Path) -> Study:
@@ -247,7 +262,8 @@ def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.
     """
     (folder, work), backbone = folders(settings.profile), backbone_of(trained)
     if settings.study.in_chain:
-        run(settings, root, triplets, bench, backbone, folder, work)
+        with lock.held(f"{settings.profile}/study"):  # other seeds' chains show the same study
+            run(settings, root, triplets, bench, backbone, folder, work)
     elif todo := missing(settings, backbone, folder):
         lacking = f"{len(todo)} of {len(planned(settings))} trainings have no result of these values"
         log.warning("%s; run: python -m elva_core study %s", lacking, settings.profile)

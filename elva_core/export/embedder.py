@@ -55,7 +55,7 @@ class Embedder(InputModule):
         task: str | None = None,
         processing_kwargs: dict | None = None,
     ) -> dict[str, Any]:
-        """(text, image) pairs, the prompt before each text.
+        """(text, image, prompt), the prompt before each text, too.
 
         `task` and `processing_kwargs` are given by the library and mean nothing here.
 
@@ -113,12 +113,16 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     config = json.loads(Path(folder, "config_sentence_transformers.json").read_text(encoding="utf-8"))
     module = Embedder.load(str(folder), model_kwargs={"dtype": dtype})
     return SentenceTransformer(
-        modules=[module], prompts=config["prompts"], similarity_fn_name="cosine", device=device
+        modules=[module],
+        prompts=config["prompts"],
+        similarity_fn_name="cosine",
+        truncate_dim=config.get("truncate_dim"),
+        device=device,
     )
 
 
-def _pair(entry: object, prompt: str, place: int) -> tuple[str, object]:
-    """Text and image of one input, in the forms the library documents."""
+def _pair(entry: object, prompt: str, place: int) -> tuple[str, object, str]:
+    """Text, image and instruction of one input, in the forms the library documents."""
     if isinstance(entry, list) and len(entry) == 1:  # a chat message comes as a conversation of one
         (entry,) = entry
     parts = entry if isinstance(entry, dict) else {"image": entry}
@@ -130,4 +134,6 @@ def _pair(entry: object, prompt: str, place: int) -> tuple[str, object]:
         raise ValueError(f"input {place} of a batch is {entry!r}, without text and image; {FORMS}")
     text = parts.get("text")
     text = "" if text is None else text
-    return inputs.instructed(prompt, text) if prompt and isinstance(text, str) else text, parts.get("image")
+    if prompt and isinstance(text, str):
+        text = inputs.instructed(prompt, text)
+    return text, parts.get("image"), prompt.strip()

@@ -1,11 +1,15 @@
 """A pool's embeddings as files that others read: parquet, a FAISS index, a manifest; whole or not at all.
 
+The FAISS index holds float32, int8 (a byte a number) or binary vectors (the signs). What the latter two find
+first is scored again with the float32 vectors of the parquet file, which stay on disk.
+
 faiss_index.write(encoder, pool.of_unit(encoder, root, unit, batch=64), Path("index"))
 pool = faiss_index.opened(Path("index"), encoder)         # searched without embedding it again
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -13,40 +17,59 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elva_core.data import mbeir
 from elva_core.export import hub
 from elva_core.models.encoder import Encoder, lineage
-from elva_core.retrieval import search
+from elva_core.retrieval import metrics, search
 from elva_core.retrieval.pool import Pool
+from elva_core.retrieval.retriever import Embedded
+from elva_core.tables import markdown_table
 
-CANDIDATES, FAISS, MANIFEST = "candidates.parquet", "index.faiss", "manifest.json"
+CANDIDATES, FAISS, MANIFEST, README = "candidates.parquet", "index.faiss", "manifest.json", "README.md"
+RESCORED = 4  # times the answers are scored again with float32; as sentence-transformers' examples do
+CUTOFFS = (1, 5, 10)  # of hit rates in the README
 COLUMNS = ["did", "modality", "text", "image"]  # of a candidate
 ROWS = 8192  # of a row group: what search.py reads at once
 KEYS = {"model", "encoder", "template", "unit", "pool", "dim", "count", "bytes", "made_from"}
 
 
-def write(loaded: Encoder, pool: Pool, to: Path) -> list[str]:
+def write(
+    loaded: Encoder, pool: Pool, to: Path, *, precision: str = "float32", judged: Embedded | None = None
+) -> list[str]:
     """The index of a pool; the manifest is written last, then the folder gets its name.
 
     candidates.parquet: did, modality, text, image (relative to the root), vector (D float32, unit length), in
-    pool order. index.faiss: IndexFlatIP under an IndexIDMap; ids are UniIR's integers,
-    mbeir.unhashed_candidate_id gives the did.
+    pool order. index.faiss: an IndexFlatIP, IndexScalarQuantizer or IndexBinaryFlat under an IndexIDMap; ids
+    are UniIR's integers, mbeir.unhashed_candidate_id gives the did.
+
+    Args:
+        precision: float32, int8 or binary; the latter two get a README.md with their size beside float's.
+        judged: queries of the pool's unit, whose hit rates the README shows, too.
 
     Returns:
         the names of the files; without index.faiss where faiss is not installed.
 
     Raises:
-        PublishError: the target holds something else.
+        PublishError: the target holds something else. ValueError: int8 or binary without faiss.
     """
+    has_faiss = importlib.util.find_spec("faiss") is not None
+    if precision != "float32" and not has_faiss:
+        raise ValueError(
+            f"{precision} vectors are an index of faiss, which is not installed; pip install faiss-cpu"
+        )
     with hub.whole_folder(to, MANIFEST) as partial:
         partial.mkdir(parents=True)
         dim = int(pool.vectors[:1].shape[1])
         _write_parquet(pool, dim, partial / CANDIDATES)
-        if importlib.util.find_spec("faiss"):
-            _write_faiss(pool, dim, partial / FAISS)
+        if has_faiss:
+            index = _write_faiss(pool, dim, partial / FAISS, precision)
+        if precision != "float32":
+            readme = _readme(pool, precision, comparison(pool, index, precision, judged))
+            (partial / README).write_text(readme, encoding="utf-8")
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         places = {"model": loaded.source, "root": pool.root.folder if pool.root else ""}
         content = {
@@ -54,6 +77,7 @@ def write(loaded: Encoder, pool: Pool, to: Path) -> list[str]:
             "template": pool.template,
             "unit": pool.unit,
             "pool": pool.kind,
+            "precision": precision,
             "dim": dim,
             "count": len(pool.candidates),
             "bytes": sizes,
@@ -122,14 +146,92 @@ def _write_parquet(pool: Pool, dim: int, path: Path) -> None:
             out.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-def _write_faiss(pool: Pool, dim: int, path: Path) -> None:
+def _write_faiss(pool: Pool, dim: int, path: Path, precision: str):
+    """Writes index.faiss and returns it."""
     import faiss
 
-    index = faiss.IndexIDMap(faiss.IndexFlatIP(dim))
+    if precision == "binary":
+        index = faiss.IndexBinaryIDMap(faiss.IndexBinaryFlat(-(-dim // 8) * 8))
+    elif precision == "int8":
+        flat = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        # it learns the range of each number, which two rows give without all vectors in memory
+        ends = [(vectors.min(0), vectors.max(0)) for _, vectors in _blocks(pool)]
+        low, high = zip(*ends, strict=True)
+        flat.train(np.stack([np.min(low, 0), np.max(high, 0)]))
+        index = faiss.IndexIDMap(flat)
+    else:
+        index = faiss.IndexIDMap(faiss.IndexFlatIP(dim))
     for candidates, vectors in _blocks(pool):
         ids = np.array([mbeir.hashed_candidate_id(c.did) for c in candidates], np.int64)
-        index.add_with_ids(vectors, ids)
-    faiss.write_index(index, str(path))
+        index.add_with_ids(np.packbits(vectors > 0, axis=1) if precision == "binary" else vectors, ids)
+    (faiss.write_index_binary if precision == "binary" else faiss.write_index)(index, str(path))
+    return index
+
+
+def _nearest(index, precision: str, queries: np.ndarray, k: int) -> np.ndarray:
+    """(Q, k) pool rows, best first, as the index alone ranks them.
+
+    Args:
+        index: with ids, in the order of the pool. queries: (Q, D) float32.
+    """
+    queries = np.packbits(queries > 0, axis=1) if precision == "binary" else queries
+    return index.index.search(queries, k)[1]
+
+
+def _first(index, precision: str, queries: np.ndarray, k: int) -> np.ndarray:
+    """`Pool.first` of an index: rows of the candidates that are scored again for k answers."""
+    return np.sort(_nearest(index, precision, queries, min(RESCORED * k, index.ntotal)))
+
+
+def comparison(pool: Pool, index, precision: str, judged: Embedded | None) -> pd.DataFrame:
+    """Bytes per vector in memory of float32 and of an index, and where there are judged queries hit rates.
+
+    Columns: vectors, bytes per vector, hit@k in percent; rows: float32, the index alone, and with the first
+    candidates scored again.
+    """
+    k = min(max(CUTOFFS), len(pool.candidates))
+    again = f"{precision}, first {min(RESCORED * k, len(pool.candidates))} scored again with float32"
+    size = index.index.code_size if precision == "binary" else index.index.sa_code_size()
+    table = pd.DataFrame({"vectors": ["float32", precision, again]})
+    table["bytes per vector"] = [4 * pool.vectors[:1].shape[1], size, size]
+    if judged is None:
+        return table
+    queries = search.Prefixes(judged.query_vectors, pool.vectors[:1].shape[1])[:]
+    first = _first(index, precision, queries, k)
+    scored = zip(queries, first, strict=True)
+    rows = {
+        "float32": search.exact(queries, pool.vectors, k).rows,
+        precision: _nearest(index, precision, queries, k),
+        again: [chosen[search.exact(q[None], pool.vectors[chosen], k).rows[0]] for q, chosen in scored],
+    }
+    for cutoff in (c for c in CUTOFFS if c <= k):
+        table[f"hit@{cutoff}"] = [_hits(rows[name], judged.relevant, cutoff) for name in table["vectors"]]
+    return table
+
+
+def _hits(rows: Sequence, relevant: list[list[int]], k: int) -> float:
+    """Share of queries, in percent, with a relevant row among the first k of their ranked rows (Q, K)."""
+    pairs = zip(rows, relevant, strict=True)
+    ranks = [[n for n, row in enumerate(ranked, 1) if row in judged] for ranked, judged in pairs]
+    return 100 * metrics.hit_rate_at_k(ranks, k).mean()
+
+
+def _readme(pool: Pool, precision: str, table: pd.DataFrame) -> str:
+    read, query = "read_index", "queries"
+    if precision == "binary":
+        read, query = "read_index_binary", "np.packbits(queries > 0, axis=1)"
+    dim = pool.vectors[:1].shape[1]
+    return f"""# {pool.unit}, {pool.kind} pool: {len(pool.candidates):,} candidates, {precision}
+
+{markdown_table(table)}
+Hit rates in percent, where the queries of the unit are judged. `{FAISS}` is what a search keeps in memory;
+`{CANDIDATES}` has the float32 vectors, from which the first candidates are scored again, on disk.
+`python -m elva_core search --index .` does both. Without it, for queries (Q, {dim}) of unit length:
+
+```python
+_, ids = faiss.{read}("{FAISS}").search({query}, 40)  # 10_000_000 * dataset + number of a did
+```
+"""
 
 
 def manifest(folder: Path) -> dict:
@@ -179,7 +281,14 @@ def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Poo
             f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {content['count']}; "
             "export the index again"
         )
-    return Pool(content["unit"], content["pool"], candidates, vectors, content["template"], root)
+    # without an index search is exact, with the float32 vectors
+    first, precision = None, content.get("precision", "float32")
+    if precision != "float32" and importlib.util.find_spec("faiss"):
+        import faiss
+
+        read = faiss.read_index_binary if precision == "binary" else faiss.read_index
+        first = functools.partial(_first, read(str(folder / FAISS)), precision)
+    return Pool(content["unit"], content["pool"], candidates, vectors, content["template"], root, first)
 
 
 class _Rows:

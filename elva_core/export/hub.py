@@ -1,6 +1,6 @@
 """A trained model with its model card, to a folder or to the hub.
 
-push(Path("outputs/cpu/40_finetune_rlvr/model"), "me/elva-emoji", profile=config.load("cpu"))
+push(Path("outputs/cpu/seed-17/40_finetune_rlvr/model"), "me/elva-emoji", profile=config.load("cpu"))
 """
 
 from __future__ import annotations
@@ -162,9 +162,10 @@ def card(
         encoder=settings,
         ret_row=_row(model, settings.ret_token),
         template=template,
+        dims=content.get("dims", []),
         end=processor.tokenizer.convert_ids_to_tokens(chat.end_of_turn(processor)),
         sized=settings.max_pixels and kind in SPLICED,
-        request=json.dumps(settings.eol_request if template == "eol" else settings.summary_request),
+        **_expressions(settings, template),
         results=results_table(results) if results else "",
         values=training_values(profile) if profile else "",
         hub=hub,
@@ -172,6 +173,16 @@ def card(
         units=[key for key in prompts or () if key not in ("query", "document")],
         library=version("sentence-transformers") if prompts is not None else "",
     ).content
+
+
+def _expressions(settings: EncoderSettings, template: str) -> dict[str, str]:
+    """Python of the card: the system's turn, if there is one, and the text of the user's turn."""
+    request = json.dumps(settings.eol_request if template == "eol" else settings.summary_request)
+    written = f'f"{{text}}\\n" + {request}.replace("{{content}}", content)'
+    if settings.system_prompt is None:
+        return {"system": "", "turn": "", "written": written}
+    turn = '{"role": "system", "content": [{"type": "text", "text": instruction}]}, '
+    return {"system": json.dumps(settings.system_prompt), "turn": turn, "written": f"({written}).strip()"}
 
 
 def training_values(profile: Settings) -> str:
@@ -189,7 +200,7 @@ def results_table(path: Path) -> str:
     """
     table = read_table(path)
     if {"model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n"} <= set(table):
-        rows = table[table["metric"].str.fullmatch(r"hit@\d+")]
+        rows = table[table["metric"].str.fullmatch(r"hit@\d+( dim \d+)?")]
         names, scale, form = ["model", "unit", "pool", "metric"], 100, "{:.1f}"
     elif {"claim", "dataset", "metric", "ours", "ci_low", "ci_high", "n", "verdict"} <= set(table):
         # the averages, gains and distances; units and other cut-offs stay in the file

@@ -1,6 +1,6 @@
 """What other libraries hand over, as items: a text, an image in memory or in a file, or both.
 
-with inputs.items([("A dog.", None), ("", photograph)]) as items:
+with inputs.items([("A dog.", None, ""), ("Find it.", photograph, "Find it.")]) as items:
     vectors, _ = retriever.encode(encoder, items, batch=2)
 """
 
@@ -20,16 +20,18 @@ Picture = Image.Image | Path | str
 
 
 @contextmanager
-def items(pairs: Sequence[tuple[str, Picture | None]]) -> Iterator[list[Item]]:
-    """Items of (text, image) pairs. Images in memory lie in a temporary folder meanwhile, as upright RGB.
+def items(pairs: Sequence[tuple[str, Picture | None, str]]) -> Iterator[list[Item]]:
+    """Items of texts, images, and instructions with which the texts begin.
+
+    Images in memory lie in a temporary folder meanwhile, as upright RGB.
 
     Raises:
         ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
     """
     with TemporaryDirectory(prefix="elva-") as folder:
         yield [
-            Item(_text(text), _file(image, Path(folder) / f"{n}.png"))
-            for n, (text, image) in enumerate(pairs)
+            Item(_text(text), _file(image, Path(folder) / f"{n}.png"), instruction=instruction)
+            for n, (text, image, instruction) in enumerate(pairs)
         ]
 
 

@@ -93,5 +93,5 @@ class MtebEncoder(AbsEncoder):
                 raise ValueError(f"input {place} of a batch has neither text nor image; drop it")
         prefix = mbeir.normalise(instruction)
         texts = [mbeir.normalise(f"{prefix} {text or ''}") for text in texts]  # as Root.query_text
-        with inputs.items(list(zip(texts, images, strict=True))) as items:
+        with inputs.items([(*pair, prefix) for pair in zip(texts, images, strict=True)]) as items:
             return retriever.encode(self.encoder, items, batch=len(items), template=self.template)[0]

@@ -1,6 +1,6 @@
 """A trained model as a folder that sentence-transformers loads and that gives the same vectors.
 
-sentence_transformer(Path("outputs/cpu/40_finetune_rlvr/model"), Path("elva"), root=mbeir.Root(ROOT))
+sentence_transformer(Path("outputs/cpu/seed-17/40_finetune_rlvr/model"), Path("elva"), root=mbeir.Root(ROOT))
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elva_core.models.encoder import TEMPLATES
 
 MODULE = "elva_core.sentence_module.Embedder"  # the name in exported folders, old and new
 # of elva.json; older ones also name a folder of this machine
-CARD_KEYS = ("encoder", "pooling", "stage", "parents")
+CARD_KEYS = ("encoder", "pooling", "stage", "parents", "dims")
 
 
 def sentence_transformer(
@@ -28,6 +28,7 @@ def sentence_transformer(
     template: str | None = None,
     root: mbeir.Root | None = None,
     unit: str | None = None,
+    truncate_dim: int | None = None,
 ) -> Path:
     """Writes the folder, whole or not at all; `encoder.load`, `evaluate` and `push` still take it.
 
@@ -35,24 +36,37 @@ def sentence_transformer(
         template: "summary" (generative, ELVA) or "eol" (one pass); None is what elva.json says, or "summary".
         root: whose instructions become prompts, one per test unit.
         unit: the one whose prompt `encode_query` takes by itself.
+        truncate_dim: numbers of an embedding that `encode` gives unless told otherwise; None is all.
 
     Raises:
-        PublishError: no model of ours, or a target in use. ValueError: an unknown template or unit.
+        PublishError: no model of ours, or a target in use. ValueError: an unknown template or unit, or a
+            truncation that the model was not trained at.
     """
     with hub.staged_copy(model) as staged:
         card = json.loads((staged / "elva.json").read_text(encoding="utf-8"))
         template = template or card.get("template", "summary")
         if template not in TEMPLATES:
             raise ValueError(f"{model / 'elva.json'}: template {template!r} is none of {TEMPLATES}")
+        check_dim(staged, truncate_dim)
         texts = prompts(root, unit)
         card = {key: card[key] for key in CARD_KEYS if key in card} | {"template": template}
         _write(staged / "elva.json", card)
         _write(staged / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": MODULE}])
-        _write(staged / "config_sentence_transformers.json", configuration(texts))
+        _write(staged / "config_sentence_transformers.json", configuration(texts, truncate_dim))
         readme = hub.card(staged, to.resolve().name, prompts=texts)
         (staged / "README.md").write_text(readme, encoding="utf-8")
         hub.refuse_local_paths(staged)
         return Path(hub.to_folder(staged, to))
+
+
+def check_dim(model: Path, dim: int | None) -> None:
+    """Raises ValueError where embeddings of a model were not trained to be cut to `dim` numbers."""
+    dims = json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", [])
+    if dim not in (None, *dims):
+        raise ValueError(
+            f"{model.name} was trained at dims {dims}, so {dim} numbers of its embeddings say little; "
+            "truncate at one of these, or train with dims in the profile"
+        )
 
 
 def _write(path: Path, content: object) -> None:
@@ -81,7 +95,7 @@ def _instruction(root: mbeir.Root, unit: str) -> str:
     return root.query_text(bare, prompt_index=0) + " "
 
 
-def configuration(texts: dict[str, str]) -> dict:
+def configuration(texts: dict[str, str], truncate_dim: int | None = None) -> dict:
     """config_sentence_transformers.json; an installation without this package is told before it loads."""
     reason = "the module class of this model is part of the ELVA workbook"
     return {
@@ -95,4 +109,4 @@ def configuration(texts: dict[str, str]) -> dict:
         "prompts": texts,
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
-    }
+    } | ({"truncate_dim": truncate_dim} if truncate_dim else {})

@@ -72,7 +72,9 @@ class Ahead:
 
     def take(self, key: Hashable) -> object | None:
         """What was made of a key for this step, once; None where nothing was."""
-        while self._batches and (self._step, key) not in self._made and self._reached <= self._step:
+        while (
+            self._batches is not None and (self._step, key) not in self._made and self._reached <= self._step
+        ):
             batch = next(self._batches, None)
             if batch is None:
                 self._reached = self._steps

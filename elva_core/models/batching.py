@@ -7,6 +7,7 @@ batches = by_tokens(tokens, 8192)        # places of items
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from elva_core.data.images import image_size
 from elva_core.data.items import Item
@@ -23,7 +24,8 @@ def lengths(encoder: Encoder, items: Sequence[Item], request: str) -> list[int]:
     """
     shown, around = items, -1  # a placeholder
     if not encoder.splices:  # whose chats hold pictures
-        shown = [Item(item.text, None, tuple(p for p in item.more if isinstance(p, str))) for item in items]
+        texts = (tuple(part for part in item.more if isinstance(part, str)) for item in items)
+        shown = [replace(item, image=None, more=more) for item, more in zip(items, texts, strict=True)]
         around = MARKERS
     rows = encoder.processor.tokenizer(encoder.prompts(shown, request), add_special_tokens=False).input_ids
     tokens = [len(row) for row in rows]

@@ -114,17 +114,19 @@ class Encoder:
         return self.backbone.config.get_text_config().vocab_size
 
     def prompts(self, items: Sequence[Item], request: str) -> list[str]:
-        """Chat prompts up to and including the assistant's header.
-
-        The item's parts come first, in their order if the template keeps it, then the request.
-        """
+        """Chat prompts up to and including the assistant's header: the item's parts, then the request."""
         chats = [self._chat(item, request) for item in items]
         return self.processor.apply_chat_template(chats, add_generation_prompt=True)
 
     def _chat(self, item: Item, request: str) -> list[dict]:
+        turns, system = [], self.settings.system_prompt
+        if system is not None:
+            turns = [{"role": "system", "content": self._content(item.instruction or system)}]
+            item = item.without_instruction
         *before, text = itertools.chain(*map(self._content, item.parts))
-        text["text"] += "\n" + request.replace("{content}", item.content)
-        return [{"role": "user", "content": [*before, text]}]
+        written = text["text"] + "\n" + request.replace("{content}", item.content)
+        text["text"] = written.strip() if turns else written
+        return [*turns, {"role": "user", "content": [*before, text]}]
 
     def _content(self, part: str | Path | Clip) -> list[dict]:
         """A part as chat templates know it: a placeholder where features are spliced, else the pictures."""
@@ -230,7 +232,8 @@ class Encoder:
         written = labels != -100
         # a token is written from the state before it; the last state is that of [RET]
         logits = self.logits(states[:, -labels.shape[1] - 1 : -1][written])
-        return normalised(states[:, -1]), torch.nn.functional.cross_entropy(logits, labels[written])
+        state = states[:, -1 if self.settings.read_out == "ret" else -2]
+        return normalised(state), torch.nn.functional.cross_entropy(logits, labels[written])
 
     def add_lora(self, lora: LoraSettings, *, seed: int) -> None:
         """Puts a fresh adapter on the language model's linear layers; it and the [RET] row alone train."""
@@ -294,19 +297,20 @@ class Encoder:
         parent: str,
         weights: dict[str, torch.Tensor] | None = None,
         template: str = "summary",
+        dims: Sequence[int] = (),
     ) -> None:
-        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents).
+        """Writes safetensors, processor and elva.json (prompts, pooling, template, stage, parents, dims).
 
         Args:
             parent: folder or hub name of the model that training started from; a folder is recorded by its
                 hash alone.
             weights: of a sharded model, from `sharding.full_state_dict`.
-            template: the way it wants to be read, "summary" or "eol".
+            template: the way it wants to be read. dims: prefixes of its embeddings that are embeddings, too.
         """
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
-        card |= {"stage": stage, "parents": lineage(parent)}
+        card |= {"stage": stage, "parents": lineage(parent)} | ({"dims": list(dims)} if dims else {})
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
 
 

@@ -9,7 +9,7 @@ same two pieces, `prefill` and a continuation on the cache, so their log-probabi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -35,6 +35,11 @@ class Rollouts:
     entropy: torch.Tensor
     embeddings: torch.Tensor
     engine_log_p: torch.Tensor | None = None
+
+    def only(self, kept: torch.Tensor) -> Rollouts:
+        """The rollouts of some inputs, (B,) bool."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return Rollouts(*(None if x is None else x[kept] for x in values))
 
     def summaries(self, end_id: int) -> list[list[list[int]]]:
         """Token ids of each summary without the end of turn."""
@@ -78,6 +83,7 @@ def generate(
     prefix = _prefilled(encoder, items, rollouts)
     rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
     state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
+    at_ret = encoder.settings.read_out == "ret"
     waiting = open_row.clone()  # rows whose [RET] has not been read yet
     embeddings = torch.zeros(rows, state.shape[-1], device=state.device)
     tokens, actions, log_ps, entropies = [], [], [], []
@@ -94,9 +100,10 @@ def generate(
         else:
             open_row = torch.zeros_like(open_row)
             inputs = torch.full((rows,), encoder.ret_id, device=state.device)
+        before = state
         state = advance(encoder.backbone, prefix, inputs[:, None], waiting[:, None])[:, 0]
         closing = waiting & ~open_row
-        embeddings[closing] = normalised(state[closing])
+        embeddings[closing] = normalised((state if at_ret else before)[closing])
         waiting = waiting & open_row
         if not waiting.any():
             break
@@ -136,10 +143,12 @@ def _forced(
     inputs = torch.where(column > lengths[:, None], encoder.pad_id, inputs)
     states = advance(encoder.backbone, prefix, inputs, column <= lengths[:, None])
     # a token was chosen from the state before it
-    before = torch.cat([prefix.last[:, None], states[:, :-1]], dim=1)[:, : rows.shape[1]]
+    states = torch.cat([prefix.last[:, None], states], dim=1)
+    before = states[:, : rows.shape[1]]
     log_p = torch.log_softmax(encoder.logits(before[acts]) / temperature, dim=-1)
     chosen = log_p.gather(-1, tokens[actions][:, None])[:, 0]
-    embeddings = normalised(states[torch.arange(len(states)), lengths]).unflatten(0, tokens.shape[:2])
+    places = lengths + (encoder.settings.read_out == "ret")
+    embeddings = normalised(states[torch.arange(len(states)), places]).unflatten(0, tokens.shape[:2])
     return log_p, torch.zeros_like(tokens, dtype=log_p.dtype).masked_scatter(actions, chosen), embeddings
 
 

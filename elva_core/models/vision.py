@@ -75,11 +75,8 @@ class Vision:
 
     def __init__(self, model, processor, *, keep: bool) -> None:
         self.model, self.processor, self.keep = model, processor, keep
-        # (pixels, grids) -> pixels; set only while a small backbone is taught, which sees every image anew
-        self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         # file or clip -> what `stamp` said of its file, then what was made of it
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
-        self._pixels: dict[Path, tuple[Stamp, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._in_step = False
         self.ahead = None  # elva_core.models.ahead.Ahead while images are made ready ahead
         quicken(model.model.visual)
@@ -113,7 +110,7 @@ class Vision:
         for start in range(0, len(sought), at_once):
             part = sought[start : start + at_once]
             fresh |= {s: (missing[s], f) for s, f in zip(part, compute(part), strict=True)}
-        if (self.keep or self._in_step) and not self.augment:
+        if self.keep or self._in_step:
             self._features |= fresh
         return [(fresh[s] if s in fresh else self._features[s])[1] for s in sources]
 
@@ -136,22 +133,10 @@ class Vision:
         return list(map(VisionFeatures, features, grids, seconds))
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` is set."""
-        if not self.augment:
-            return self._on_device(*self._patches(paths))
-        if missing := _changed(paths, self._pixels):
-            pixels, grids = self._patches(list(missing))
-            rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
-            read = zip(rows, grids, strict=True)
-            self._pixels |= zip(missing, zip(missing.values(), read, strict=True), strict=True)
-        rows, grids = zip(*(self._pixels[p][1] for p in paths), strict=True)
-        pixels, grids = self._on_device(torch.cat(rows).float(), torch.stack(grids))
-        return self.augment(pixels, grids), grids
-
-    def _patches(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch rows (patches, values) and grids (images, 3)."""
         images, device = [self._resized(p) for p in paths], self.model.device
         inputs = self.processor.image_processor(images, do_resize=False, device=device, return_tensors="pt")
-        return inputs.pixel_values, inputs.image_grid_thw
+        return self._on_device(inputs.pixel_values, inputs.image_grid_thw)
 
     def _resized(self, path: Path) -> torch.Tensor:
         """(3, height, width) uint8 on the model's device, from a worker or opened here."""

@@ -28,7 +28,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from elva_core import files as artifact_files
+from elva_core import files
 from elva_core.config import AnnotatorSettings, ProfileError, Section, Settings
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
@@ -108,8 +108,8 @@ def answered(
     unreadable. A query that got no answer at all is unreadable, too, but not kept: the next run asks again.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    files = [cache / f"{_key(query, settings, root)}.json" for query in queries]
-    missing = {file: query for file, query in zip(files, queries, strict=True) if not file.is_file()}
+    kept = [cache / f"{_key(query, settings, root)}.json" for query in queries]
+    missing = {file: query for file, query in zip(kept, queries, strict=True) if not file.is_file()}
     talks = {}
     for file, query in missing.items():
         talks[file] = [("user", request(query), root.image_path(query.image) if query.image else None)]
@@ -127,11 +127,11 @@ def answered(
             if reason:
                 log.warning("annotator: query %s: %s; counted as unreadable", missing[file].qid, reason)
             answer = {"answer": text, "model": settings.model, "tries": attempt + 1}
-            artifact_files.write_whole(file, json.dumps(answer, indent=1) + "\n")
+            files.write_whole(file, json.dumps(answer, indent=1) + "\n")
         talks = again
         if not talks:
             break
-    return [_kept(file, query) for file, query in zip(files, queries, strict=True)]
+    return [_kept(file, query) for file, query in zip(kept, queries, strict=True)]
 
 
 def request(query: mbeir.Query) -> str:
@@ -282,9 +282,7 @@ def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> s
     if query.image:
         path = root.image_path(query.image)
         if not path.is_file():
-            raise artifact_files.ElvaDataError(
-                f"image {path} is missing; restore the file or drop the record"
-            )
+            raise files.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
         image = hashlib.sha256(path.read_bytes()).hexdigest()
     model = (settings.kind, settings.model, settings.max_tokens)
     return _hash(prompt_hash(), *model, query.modality, query.text, image)

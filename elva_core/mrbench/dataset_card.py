@@ -148,7 +148,7 @@ def card(
         checked = (
             f"A person accepted {agreement['accepted']} of {agreement['checked']} sampled queries: "
             f"{shares['precision']}, 95 % interval that holds at every look {shares['low']} to "
-            f"{shares['high']}. Wanted: {shares['wanted']}; verdict: {agreement['verdict']}."
+            f"{shares['high']}. Wanted: {shares['wanted']}; decision: {agreement['decision']}."
         )
     return CARD.format(
         data=settings.data.name,

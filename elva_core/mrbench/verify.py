@@ -44,7 +44,7 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
 
     Returns:
         checked, accepted, precision; low and high, a 95 % interval that holds at every look
-        (`lasting_interval`); wanted; verdict (`verdict`). Shares are NaN while nothing is filled in.
+        (`lasting_interval`); wanted; decision (`decision`). Shares are NaN while nothing is filled in.
 
     Raises:
         ElvaDataError: another word in `accept`.
@@ -61,7 +61,7 @@ def agreement(table: pd.DataFrame, wanted: float) -> dict[str, object]:
         "low": low,
         "high": high,
         "wanted": wanted,
-        "verdict": verdict(accepted, n, len(table), wanted),
+        "decision": decision(accepted, n, len(table), wanted),
     }
 
 
@@ -101,7 +101,7 @@ def lasting_interval(accepted: int, checked: int) -> tuple[float, float]:
     return end(0.0), end(1.0)
 
 
-def verdict(accepted: int, checked: int, sampled: int, wanted: float) -> str:
+def decision(accepted: int, checked: int, sampled: int, wanted: float) -> str:
     """The stop rule: "above" or "below" the wanted precision, as soon as `evidence` rules it out.
 
     Else "not verified" before the first answer, "go on" after it, "undecided" at the end of the sheet.
@@ -146,7 +146,7 @@ def sheet(rows: pd.DataFrame, root: mbeir.Root, path: Path, *, wanted: float):
         lines = (heading, row["text"], row["grains"])
         question.value = "<br>".join(html.escape(line) for line in lines if line)
         progress.value = "Is the query made of these grains? " + _progress(state, len(table))
-        done = state["verdict"] in ("above", "below") and not row["accept"]
+        done = state["decision"] in ("above", "below") and not row["accept"]
         buttons["Accept"].disabled = buttons["Reject"].disabled = done
         buttons["Back"].disabled, buttons["Skip"].disabled = place == 0, place == len(table) - 1
 

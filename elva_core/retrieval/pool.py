@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from elva_core.data import mbeir
 from elva_core.data.items import candidate_item
@@ -17,6 +19,8 @@ class Pool:
     """Candidates (C) in pool order with their vectors (C, D).
 
     kind: local or global. template: how the vectors were read. root: where the images are, None if not known.
+    first: (Q, D) queries and a number of answers -> (Q, n) rows, ascending, that are worth scoring; None
+        scores all.
     """
 
     unit: str
@@ -25,6 +29,7 @@ class Pool:
     vectors: Sequence
     template: str
     root: mbeir.Root | None
+    first: Callable[[np.ndarray, int], np.ndarray] | None = None
 
 
 def of_unit(

@@ -47,21 +47,22 @@ def encode(
 
     Args:
         template: "summary" writes a greedy summary and reads [RET] (ELVA), "eol" takes the prompt's last
-            state.
+            state, "bare" that at a [RET] without a summary.
 
     Returns:
-        (N, D) float32, L2-normalised, and the summary text of each item ("" for eol).
+        (N, D) float32, L2-normalised, and the summary text of each item ("" for eol and bare).
     """
-    parts = _parts(encoder, items, batch, template)
+    request = encoder.settings.eol_request if template == "eol" else encoder.settings.summary_request
+    parts = _parts(encoder, items, batch, request, summaries=template != "eol")
     mine, done = distributed.own_share(len(parts)), {}
-    with preparing(
-        encoder, lambda turn: (parts[mine[turn]], _request(encoder, template)), len(mine)
-    ) as prepare:
+    with preparing(encoder, lambda turn: (parts[mine[turn]], request), len(mine)) as prepare:
         for turn, number in enumerate(mine):
             prepare(turn)
             part, summaries = parts[number], [""] * len(parts[number])
             if template == "eol":
                 embedded = encoder.embed_eol(part)
+            elif template == "bare":
+                embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
             else:
                 out = generation.generate(encoder, part)
                 embedded = out.embeddings[:, 0]
@@ -75,11 +76,9 @@ def encode(
     return np.stack(vectors), list(texts)
 
 
-def _request(encoder: Encoder, template: str) -> str:
-    return encoder.settings.eol_request if template == "eol" else encoder.settings.summary_request
-
-
-def _parts(encoder: Encoder, items: Sequence[Item], batch: int, template: str) -> list[list[Item]]:
+def _parts(
+    encoder: Encoder, items: Sequence[Item], batch: int, request: str, *, summaries: bool
+) -> list[list[Item]]:
     """Distinct items that share a forward: `batch` of them, or as many as the encoder's `batch_tokens` allow.
 
     Rows of one shape are together: less padding, and the order does not depend on the caller.
@@ -92,8 +91,8 @@ def _parts(encoder: Encoder, items: Sequence[Item], batch: int, template: str) -
     if prompts.batch_tokens is not None:
         by_row = [item for item in distinct if item.clips]  # whose length only their video tells
         distinct = distinct[: len(distinct) - len(by_row)]
-        more = 0 if template == "eol" else prompts.max_summary_tokens + 1
-        counts = batching.lengths(encoder, distinct, _request(encoder, template)) if distinct else []
+        more = prompts.max_summary_tokens + 1 if summaries else 0
+        counts = batching.lengths(encoder, distinct, request) if distinct else []
         tokens = [count + more for count in counts]
         parts = [[distinct[i] for i in rows] for rows in batching.by_tokens(tokens, prompts.batch_tokens)]
     return parts + [by_row[start : start + batch] for start in range(0, len(by_row), batch)]

@@ -270,6 +270,26 @@ def unit_rows(vectors: np.ndarray, name: str = "row", start: int = 0) -> np.ndar
     return out / lengths[:, None] if half else out
 
 
+class Prefixes:
+    """(N, dim) float32: the first numbers of N longer vectors, of unit length again; read where it is sliced.
+
+    Raises:
+        ValueError: the vectors are shorter.
+    """
+
+    def __init__(self, vectors: np.ndarray | Sequence, dim: int) -> None:
+        if len(vectors) and dim > (size := vectors[:1].shape[1]):
+            raise ValueError(f"{dim} numbers were asked for of vectors of {size}; ask for fewer")
+        self._vectors, self._dim = vectors, dim
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __getitem__(self, rows) -> np.ndarray:
+        part = np.asarray(self._vectors[rows][:, : self._dim], np.float32)
+        return part / np.linalg.norm(part, axis=1, keepdims=True)
+
+
 def _scores_of_pairs(
     queries: torch.Tensor, query: torch.Tensor, pool: np.ndarray | Sequence, row: torch.Tensor
 ) -> torch.Tensor:

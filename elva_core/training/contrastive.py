@@ -24,7 +24,7 @@ from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses
 from elva_core.training.hard_negatives import TrainingQuery
-from elva_core.training_settings import ContrastiveSettings
+from elva_core.training_settings import ContrastiveSettings, ControlSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Pair:
     """A query, one of its positives (`candidate`) and, for the control, hard negatives of its own.
 
     did: of the candidate. positives: all judged dids, to recognise false negatives in the batch.
+    grains: texts of the grains of the query, the candidate and each negative; `loss: grains` compares them.
     """
 
     query: Item
@@ -39,6 +40,7 @@ class Pair:
     did: str
     positives: tuple[str, ...]
     negatives: tuple[Item, ...] = ()
+    grains: tuple[frozenset[str], ...] = ()
 
 
 Draw = Callable[[int, int], list[Pair]]  # (step, batch size) -> pairs
@@ -101,9 +103,16 @@ def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, s
     )
 
 
-def ranked_pairs(ranked: Sequence[TrainingQuery], seed: int) -> Draw:
-    """The control of stage 3: its queries with their positive and their own negatives."""
-    rows = [Pair(r.item, r.positive, r.positive_did, r.query.positives, r.negatives) for r in ranked]
+def ranked_pairs(ranked: Sequence[TrainingQuery], seed: int, settings: ControlSettings) -> Draw:
+    """The control of stage 3: its queries with their positive and their own negatives, all or some."""
+    rows = []
+    for r in ranked:
+        kept = range(len(r.negatives))
+        if settings.hard is not None:  # the hardest come first, the random ones last
+            kept = [*kept[: settings.hard], *kept[len(kept) - settings.random :]]
+        negatives, grains = zip(*((r.negatives[i], r.grains[2 + i]) for i in kept), strict=True)
+        judged = r.positive_did, r.query.positives
+        rows.append(Pair(r.item, r.positive, *judged, negatives, (*r.grains[:2], *grains)))
     return epochs(rows, seed, "stage3")
 
 
@@ -114,8 +123,9 @@ class SummaryCache:
         self._encoder = encoder
         self._known: dict[Item, list[int]] = {}
 
-    def __call__(self, items: Sequence[Item]) -> list[list[int]]:
-        missing = [i for i in dict.fromkeys(items) if i not in self._known]
+    def __call__(self, items: Sequence[Item], bare: set[Item]) -> list[list[int]]:
+        """Token ids; none for an item of `bare`."""
+        missing = [i for i in dict.fromkeys(items) if i not in self._known and i not in bare]
         if missing:
             decoder = self._encoder.backbone.get_decoder()
             training = decoder.training
@@ -127,7 +137,7 @@ class SummaryCache:
                     summaries = (summary for (summary,) in out.summaries(self._encoder.end_id))
                     self._known.update(zip(part, summaries, strict=True))
             decoder.train(training)
-        return [self._known[i] for i in items]
+        return [[] if i in bare else self._known[i] for i in items]
 
 
 def ret_step(step: int, share: float) -> bool:
@@ -189,12 +199,21 @@ def train(
         use_ret = ret_step(step, settings.ret_share)
         place = torch.tensor(list(chain(*rows)), device=encoder.device).argsort()  # of each item among them
         chunks = distributed.own_share(len(rows))
+        chance = distributed.rng_for(seed, "bare", step).random(len(items))
+        bare = {item for item, u in zip(items, chance, strict=True) if u < settings.bare_share}
+        if not encoder.settings.candidate_summaries:
+            bare.update(items[len(pairs) :])
         if use_ret:
-            summaries([items[i] for chunk in chunks for i in rows[chunk]])  # written together, and kept
+            computed = [items[i] for chunk in chunks for i in rows[chunk]]
+            summaries(computed, bare)  # written together, and kept
         ignore = None
         if settings.mask_false_negatives:
             ignore = losses.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
             ignore = torch.nn.functional.pad(ignore, (0, len(items) - 2 * len(pairs))).to(encoder.device)
+        overlap = None
+        if isinstance(settings, ControlSettings) and settings.loss == "grains":
+            answers = [p.grains[1] for p in pairs] + [g for p in pairs for g in p.grains[2:]]
+            overlap = losses.overlap([p.grains[0] for p in pairs], answers).to(encoder.device)
         accuracy, written = [], {}
         tokens, places = encoder.tokens_read, encoder.places_read
 
@@ -204,7 +223,7 @@ def train(
             part = [items[i] for i in rows[chunk]]
             if not use_ret:
                 return encoder.embed_eol(part), torch.zeros((), device=encoder.device)
-            vectors, writing = encoder.embed_summaries(part, summaries(part))
+            vectors, writing = encoder.embed_summaries(part, summaries(part, bare))
             share = settings.summary_weight * len(vectors) / len(items)
             written[chunk] = float(writing.detach())
             return vectors, share * writing
@@ -214,7 +233,12 @@ def train(
             best = (queries @ candidates.T).detach()
             best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
-            return losses.infonce(queries, candidates, temperature=settings.temperature, ignore=ignore)
+            nested = zip(*(losses.nested(side, settings.dims) for side in (queries, candidates)), strict=True)
+            how = {"temperature": settings.temperature}
+            if overlap is None:
+                return torch.stack([losses.infonce(*sides, ignore=ignore, **how) for sides in nested]).mean()
+            how["grain_temperature"] = settings.grain_temperature
+            return torch.stack([losses.graded(*sides, overlap, **how) for sides in nested]).mean()
 
         # the gradient, with the embeddings of all processes as each other's negatives
         alone = distributed.processes().num_processes == 1

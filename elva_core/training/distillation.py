@@ -64,7 +64,8 @@ def train(
     Returns:
         one row per step: loss, cosine (mean, to the item's target), kl (nats), grad_norm, step_time (s).
     """
-    bank, draw = targets.to(encoder.device), epochs(range(len(items)), seed, "distil")
+    banks = losses.nested(targets.to(encoder.device), settings.dims)
+    draw, temperature = epochs(range(len(items)), seed, "distil"), settings.temperature
 
     def drawn(step: int) -> tuple[list[int], list[list[int]]]:
         # rows of one shape together: less padding
@@ -84,8 +85,11 @@ def train(
             # dropout is the same on any number of processes
             torch.manual_seed(mbeir.stable_hash(seed, step, number))
             chunk = chunks[number]
-            vectors = encoder.embed_eol([items[i] for i in chunk])
-            distance, kl = losses.distillation(vectors, bank[chunk], bank, temperature=settings.temperature)
+            nested = zip(
+                losses.nested(encoder.embed_eol([items[i] for i in chunk]), settings.dims), banks, strict=True
+            )
+            parts = [losses.distillation(v, b[chunk], b, temperature=temperature) for v, b in nested]
+            distance, kl = (torch.stack(part).mean(0) for part in zip(*parts, strict=True))
             ((distance + settings.kl_weight * kl).sum() / len(rows)).backward()
             sums["distance"] += float(distance.detach().sum())
             sums["kl"] += float(kl.detach().sum())

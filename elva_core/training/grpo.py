@@ -15,6 +15,10 @@ How this departs from textbook GRPO:
   divides the centred rewards) are named and computed as TRL's.
 * The candidates' side: the paper's rollout has a summary of every positive and negative as well
   (`rollout_sides: all`); with `query` they are constants, encoded once per step or as mining encoded them.
+  With `both` every other step rolls out the positives instead, each paid by the same rules for its query
+  among other queries (hard_negatives.exchanged).
+* `resample`: a group without spread of rewards teaches nothing and gives way to another query's (DAPO).
+* `gradient: gated` adds InfoNCE of the rollouts whose reward is below their group's mean (after ARR).
 
     rows = train(encoder, ranked, settings.stage3, seed=17, folder=out)
 """
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,46 +38,18 @@ from elva_core.data.items import Item
 from elva_core.models import generation, vllm_sampler
 from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
-from elva_core.training import loop, losses, rewards
+from elva_core.training import hard_negatives, loop, losses, rewards
 from elva_core.training.contrastive import epochs
 from elva_core.training.hard_negatives import TrainingQuery
-from elva_core.training_settings import RewardSettings, RlvrSettings
+from elva_core.training_settings import RlvrSettings
 
+FLAT = 1e-6  # standard deviation of rewards below which a group has no spread
 COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
-
-
-class Scored(NamedTuple):
-    """Rewards of one step, each (Q, G)."""
-
-    total: torch.Tensor
-    margin: torch.Tensor
-    rank: torch.Tensor
-    cosine: torch.Tensor  # to the positive
-    position: torch.Tensor  # rank of the positive, from 1
-    rewarded_negatives: torch.Tensor  # negatives above the positive whose printed weight is below 0
-
-
-def reward(positive: torch.Tensor, negatives: torch.Tensor, settings: RewardSettings) -> Scored:
-    """Rewards of rollouts.
-
-    Args:
-        positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
-    """
-    form, reduction = settings.form, settings.penalty_reduction
-    margin = rewards.margin_reward(positive, negatives, delta=settings.delta)
-    rank = rewards.rank_reward(positive, negatives, gamma=settings.gamma, form=form, reduction=reduction)
-    r, k = rewards.ranks(positive, negatives)
-    rewarded = ((k < r[..., None]) & (rewards.negative_weights(k, "printed") < 0)).sum(-1)
-    alpha, epsilon = settings.alpha, settings.epsilon
-    if settings.weights == "adaptive":
-        alpha, epsilon = rewards.adaptive_weights(r, alpha=alpha, epsilon=epsilon)
-    total = rewards.total_reward(margin, rank, alpha=alpha, epsilon=epsilon)
-    return Scored(total, margin, rank, positive, r, rewarded)
 
 
 def sides(ranked: TrainingQuery, which: str) -> list[Item]:
     """Items of a query whose summaries are actions: itself, or itself, its positive and all its negatives."""
-    return [ranked.item] if which == "query" else [ranked.item, ranked.positive, *ranked.negatives]
+    return [ranked.item, ranked.positive, *ranked.negatives] if which == "all" else [ranked.item]
 
 
 def candidates_once(
@@ -83,7 +60,12 @@ def candidates_once(
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
     for part in [*_parts(texts, chunk), *_parts(images, chunk)]:
-        vectors.update(zip(part, generation.generate(encoder, part).embeddings[:, 0], strict=True))
+        if encoder.settings.candidate_summaries:
+            embedded = generation.generate(encoder, part).embeddings[:, 0]
+        else:
+            with torch.no_grad():
+                embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
+        vectors.update(zip(part, embedded, strict=True))
     positives = torch.stack([vectors[r.positive] for r in ranked])
     negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
     return positives, negatives
@@ -99,20 +81,26 @@ def candidates_as_mined(
 
 def cosines(
     encoder: Encoder, ranked: Sequence[TrainingQuery], vectors: torch.Tensor, settings: RlvrSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N).
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N), for each of `dims`.
 
     Args:
         vectors: (Q, sides, G, D) embeddings of the rollouts; the paper's action is a rollout of all sides.
     """
-    queries = vectors[:, 0]
     if settings.rollout_sides == "all":
-        return (queries * vectors[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", queries, vectors[:, 2:])
+        rollouts = losses.nested(vectors, settings.dims)
+        return [
+            ((v[:, 0] * v[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", v[:, 0], v[:, 2:])) for v in rollouts
+        ]
     if settings.candidates == "mined":
         positives, negatives = candidates_as_mined(encoder, ranked)
     else:
         positives, negatives = candidates_once(encoder, ranked, settings.chunk)
-    return torch.einsum("qgd,qd->qg", queries, positives), torch.einsum("qgd,qnd->qgn", queries, negatives)
+    nested = (losses.nested(x, settings.dims) for x in (vectors[:, 0], positives, negatives))
+    return [
+        (torch.einsum("qgd,qd->qg", q, p), torch.einsum("qgd,qnd->qgn", q, n))
+        for q, p, n in zip(*nested, strict=True)
+    ]
 
 
 def step(
@@ -121,6 +109,7 @@ def step(
     settings: RlvrSettings,
     noise: torch.Tensor,
     sampler: generation.Sampler = generation.in_process,
+    spares: Sequence[tuple[Sequence[TrainingQuery], torch.Tensor]] = (),
 ) -> dict[str, float]:
     """One GRPO step: samples, scores, and leaves the gradient in the adapter's parameters.
 
@@ -128,13 +117,64 @@ def step(
 
     Args:
         noise: (Q, sides, G, T) uniform in [0, 1); decides what is sampled.
+        spares: Q queries and their noise per round: each takes the place of the query before it whose rewards
+            have no spread. What has none in the end stays.
 
     Returns:
         what is logged, of the whole step.
     """
-    # sample G summaries of every acting item
-    rows = distributed.own_share(len(ranked))
-    mine, share = [ranked[i] for i in rows], len(rows) / len(ranked)
+    rows, again = distributed.own_share(len(ranked)), 0
+    groups = rolled_out(encoder, ranked, rows, noise, settings, sampler)
+    for queries, uniform in spares:
+        flat = groups.scored.total.std(dim=1) < FLAT
+        if not flat.any():
+            break
+        rows = [row for row, without in zip(groups.rows, flat.tolist(), strict=True) if without]
+        fresh = rolled_out(encoder, queries, rows, uniform, settings, sampler)
+        groups, again = _joined(_only(groups, ~flat), fresh), again + len(rows)
+    acting, sampled, scored = groups.acting, groups.sampled, groups.scored
+
+    # advantages: "batch" divides by the standard deviation over all processes
+    spread = None
+    if settings.scale_rewards == "batch":
+        totals = distributed.exchanged(dict(zip(groups.rows, scored.total, strict=True)))
+        spread = torch.stack(list(totals.values())).std()
+    gain = losses.advantages(scored.total, settings.scale_rewards, spread)
+    # every side of a query shares its advantage
+    gain = gain.repeat_interleave(len(acting) // len(groups.rows), dim=0)
+
+    share = len(groups.rows) / len(ranked)
+    policy_metrics = learn(encoder, acting, sampled, gain, groups.slope, settings, share=share)
+    weighted = {name: value * share for name, value in _step_metrics(encoder, scored, sampled).items()}
+    if spares:
+        weighted["resampled"] = again / len(ranked)
+    return policy_metrics | distributed.summed(weighted)
+
+
+class Groups(NamedTuple):
+    """Rollouts of Q queries and what they have earned.
+
+    rows: their places in the step. acting: R = Q * sides items, whose rollouts are `sampled`, in chunks.
+    slope: (R, G, D) derivative by the embeddings of what `learn` raises through them.
+    """
+
+    rows: list[int]
+    acting: list[Item]
+    sampled: list[generation.Rollouts]
+    scored: rewards.Scored
+    slope: torch.Tensor
+
+
+def rolled_out(
+    encoder: Encoder,
+    ranked: Sequence[TrainingQuery],
+    rows: list[int],
+    noise: torch.Tensor,
+    settings: RlvrSettings,
+    sampler: generation.Sampler,
+) -> Groups:
+    """G summaries of every acting item of some `rows` of a step's queries, and their rewards."""
+    mine = [ranked[i] for i in rows]
     acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
     noises = _chunks(noise[rows].flatten(0, 1), settings)
     sampled = sampler(encoder, _chunks(acting, settings), noises, settings.temperature)
@@ -142,22 +182,51 @@ def step(
     # rewards, and their derivative by the embeddings, which the pathwise gradient needs
     vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
     grouped = vectors.unflatten(0, (len(mine), -1))
-    scored = reward(*cosines(encoder, mine, grouped, settings), settings.reward)
-    (slope,) = torch.autograd.grad(scored.total.mean(1).sum() / len(ranked), vectors)
-    scored = Scored(*(x.detach() for x in scored))
+    written = torch.cat([(s.actions & (s.tokens != encoder.end_id)).sum(-1) for s in sampled])
+    lengths = written.float().unflatten(0, (len(mine), -1)).mean(1)
+    by_dim = [
+        (rewards.reward(*sides, settings.reward, lengths), _infonce(*sides, settings))
+        for sides in cosines(encoder, mine, grouped, settings)
+    ]
+    columns = zip(*(scored for scored, _ in by_dim), strict=True)
+    scored = rewards.Scored(*(torch.stack(column).float().mean(0) for column in columns))
+    raised = scored.total
+    if settings.gradient == "gated":
+        low = scored.total < scored.total.mean(dim=1, keepdim=True)
+        raised = settings.infonce_weight * low * torch.stack([chance for _, chance in by_dim]).mean(0)
+    (slope,) = torch.autograd.grad(raised.mean(1).sum() / len(ranked), vectors)
+    return Groups(rows, acting, sampled, rewards.Scored(*(x.detach() for x in scored)), slope)
 
-    # advantages: "batch" divides by the standard deviation over all processes
-    spread = None
-    if settings.scale_rewards == "batch":
-        totals = distributed.exchanged(dict(zip(rows, scored.total, strict=True)))
-        spread = torch.stack(list(totals.values())).std()
-    gain = losses.advantages(scored.total, settings.scale_rewards, spread)
-    gain = gain.repeat_interleave(grouped.shape[1], dim=0)  # every side of a query shares its advantage
 
-    policy_metrics = learn(encoder, acting, sampled, gain, slope, settings, share=share)
-    metrics = _step_metrics(encoder, scored, sampled)
-    weighted = {name: value * len(mine) / len(ranked) for name, value in metrics.items()}
-    return policy_metrics | distributed.summed(weighted)
+def _infonce(positive: torch.Tensor, negatives: torch.Tensor, settings: RlvrSettings) -> torch.Tensor:
+    """Log-probability (Q, G) of the positive among all candidates."""
+    scores = torch.cat([positive[..., None], negatives], dim=-1) / settings.infonce_temperature
+    return scores.log_softmax(-1)[..., 0]
+
+
+def _only(groups: Groups, kept: torch.Tensor) -> Groups:
+    """Those of some queries, (Q,) bool."""
+    wide = kept.repeat_interleave(len(groups.acting) // len(groups.rows))
+    parts = zip(groups.sampled, _as_sampled(wide, groups.sampled), strict=True)
+    return Groups(
+        [row for row, keep in zip(groups.rows, kept.tolist(), strict=True) if keep],
+        [item for item, keep in zip(groups.acting, wide.tolist(), strict=True) if keep],
+        [out.only(keep) for out, keep in parts if keep.any()],
+        rewards.Scored(*(x[kept] for x in groups.scored)),
+        groups.slope[wide],
+    )
+
+
+def _joined(first: Groups, second: Groups) -> Groups:
+    scored = rewards.Scored(*map(torch.cat, zip(first.scored, second.scored, strict=True)))
+    slope = torch.cat([first.slope, second.slope])
+    return Groups(*(a + b for a, b in zip(first[:3], second[:3], strict=True)), scored, slope)
+
+
+def _as_sampled(rows, sampled: Sequence[generation.Rollouts]) -> list:
+    """Rows of R inputs in the chunks of their rollouts."""
+    sizes = [len(out.tokens) for out in sampled]
+    return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def learn(
@@ -175,11 +244,12 @@ def learn(
     through the embedding computed after them (`pathwise`); `full` is both, the gradient of the expected
     reward with ranks held fixed. It is exact, up to the centring by the group's own mean, with scale_rewards
     "none" and loss_type "dr_grpo" times the cap; the paper's standardised advantages only change how the two
-    terms are weighted.
+    terms are weighted. `gated` is the score with another slope.
 
     Args:
         acting: R inputs. sampled: their rollouts, in chunks.
-        gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding.
+        gain: (R, G) advantages. slope: (R, G, D) derivative of the mean reward by each embedding, or of what
+            else is raised through them.
         share: of the step's inputs that these R are; the rest is with other processes.
 
     Returns:
@@ -190,7 +260,7 @@ def learn(
         gain = torch.zeros_like(gain)
     # only the token mean over all sequences needs to know the other chunks
     tokens = distributed.summed({"tokens": sum(int(s.actions.sum()) for s in sampled)})["tokens"]
-    parts = zip(*(_chunks(x, settings) for x in (acting, gain, slope)), sampled, strict=True)
+    parts = zip(*(_as_sampled(x, sampled) for x in (acting, gain, slope)), sampled, strict=True)
     for part, gains, slopes, out in parts:
         # log-probabilities of the sampled tokens under the reference and, with a graph, under the policy
         with torch.no_grad(), encoder.model.disable_adapter():
@@ -225,7 +295,7 @@ def _chunks(rows, settings: RlvrSettings) -> list:
 
 
 def _step_metrics(
-    encoder: Encoder, scored: Scored, sampled: Sequence[generation.Rollouts]
+    encoder: Encoder, scored: rewards.Scored, sampled: Sequence[generation.Rollouts]
 ) -> dict[str, float]:
     """Step metrics of this process's queries: rewards, ranks, entropy (nats per token), summaries."""
     spread = scored.total.std(dim=1)
@@ -238,7 +308,7 @@ def _step_metrics(
         "reward_margin": float(scored.margin.mean()),
         "reward_rank": float(scored.rank.mean()),
         "reward_std": float(spread.mean()),
-        "frac_reward_zero_std": float((spread < 1e-6).float().mean()),
+        "frac_reward_zero_std": float((spread < FLAT).float().mean()),
         "cos_positive": float(scored.cosine.mean()),
         "rank_positive": float(scored.position.float().mean()),
         "rewarded_negatives": float(scored.rewarded_negatives.float().mean()),
@@ -309,25 +379,37 @@ def train(
     if per_step < processes:
         value = f"stage3.queries_per_step = {per_step}"
         raise ValueError(f"{value} is fewer than the {processes} processes; raise it")
-    draw, acting = epochs(ranked, seed, "stage3"), len(sides(ranked[0], settings.rollout_sides))
+    acting = len(sides(ranked[0], settings.rollout_sides))
     shape = (per_step, acting, settings.num_generations, encoder.settings.max_summary_tokens)
+    resample, both = settings.resample, settings.rollout_sides == "both"
+
+    def drawn_from(queries: Sequence[TrainingQuery]) -> list:
+        """What even and what odd steps draw from: queries of the step, and those that replace them."""
+        turns = [queries, hard_negatives.exchanged(queries, settings.negatives, seed)] if both else [queries]
+        return [[epochs(rows, seed, scope) for scope in ("stage3", "stage3 spare")] for rows in turns]
+
+    def uniform(i: int, *scope: int) -> torch.Tensor:
+        return torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i, *scope))
+
+    turns = drawn_from(ranked)
 
     def reads(i: int) -> tuple[list[Item], str]:
-        ranks, which = draw(i, per_step), settings.rollout_sides
-        which = "all" if settings.candidates == "step" else which
-        mine = [ranks[row] for row in distributed.own_share(len(ranks))]
-        return [item for r in mine for item in sides(r, which)], encoder.settings.summary_request
+        which = "all" if settings.candidates == "step" else settings.rollout_sides
+        drawn = turns[i % len(turns)][0](i, per_step)
+        own = [drawn[row] for row in distributed.own_share(len(drawn))]
+        return [item for r in own for item in sides(r, which)], encoder.settings.summary_request
 
     @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
-        nonlocal draw
+        nonlocal turns
         prepare(i)
         if again and i and i % again == 0:
-            draw = epochs(mine(), seed, "stage3")
-        noise = torch.rand(shape, generator=distributed.torch_rng(seed, "rollout", i))
-        row = step(encoder, draw(i, per_step), settings, noise, sampler)
+            turns = drawn_from(mine())
+        draw, spare = turns[i % len(turns)]
+        spares = [(spare(i * resample + k, per_step), uniform(i, k)) for k in range(resample)]
+        row = step(encoder, draw(i, per_step), settings, uniform(i), sampler, spares)
         distributed.sum_gradients(parameters.values())
-        return row
+        return row | ({"candidates_act": float(i % 2)} if both else {})
 
     steps = settings.queries // per_step
     with (

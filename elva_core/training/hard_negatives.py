@@ -7,7 +7,7 @@ threshold (likely an unjudged positive), keep the next `hard`; add `random` ones
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ class TrainingQuery:
 
     positive_cosine, cosines: that model's, of the positive and of the negatives. near: (D,) its embedding of
     the positive. bank: (C, D) its embeddings of the whole pool, shared by the queries; the negatives are its
-    `rows`.
+    `rows`. asking: (D,) its embedding of the query. grains: texts of the grains of the query, the positive
+    and each negative.
     """
 
     query: mbeir.Query
@@ -41,6 +42,8 @@ class TrainingQuery:
     near: np.ndarray
     bank: np.ndarray
     rows: tuple[int, ...]
+    asking: np.ndarray
+    grains: tuple[frozenset[str], ...] = ()
 
     @property
     def vectors(self) -> np.ndarray:
@@ -66,17 +69,35 @@ def choose(
     Raises:
         ElvaDataError: the pool has too few rows.
     """
-    limit, count = settings.threshold, settings.hard + settings.random
-    if settings.margin is not None:
-        limit = min(limit, positive + settings.margin)
+    limit, count = _limit(positive, settings), settings.hard + settings.random
     order = np.argsort(-scores, kind="stable")
     order = order[~np.isin(order, list(excluded))]
     hard = order[scores[order] <= limit][: settings.hard]
     rest = order[~np.isin(order, hard)]
     if len(order) < count:
-        advice = "lower stage3.negatives or raise their pool"
+        advice = "lower stage3.negatives or raise their pool (rollout_sides: both, stage3.queries)"
         raise files.ElvaDataError(f"{len(order)} candidates for {count} negatives of a query; {advice}")
     return np.concatenate([hard, rng.permutation(rest)[: count - len(hard)]]).tolist()
+
+
+def hardness(
+    scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings
+) -> tuple[int, float]:
+    """What queries are ordered by, the easiest first.
+
+    Returns:
+        rank of the positive among the candidates that may be its negatives, from 1, a tie counts against it;
+        cosine of the first of them minus the positive's.
+    """
+    rivals = np.delete(scores, list(excluded))
+    rivals = rivals[rivals <= _limit(positive, settings)]
+    return 1 + int((rivals >= positive).sum()), float(rivals.max(initial=-1.0)) - positive
+
+
+def _limit(positive: float, settings: NegativeSettings) -> float:
+    """Cosine above which a candidate is taken for a positive that nobody has judged."""
+    margin = float("inf") if settings.margin is None else settings.margin
+    return min(settings.threshold, positive + margin)
 
 
 class Mined(NamedTuple):
@@ -84,7 +105,7 @@ class Mined(NamedTuple):
 
     queries: (M,) rows of the union train file. positives: (M,), negatives: (M, N) rows of the train pool.
     rows: (M, N) rows of the bank. positive_cosine: (M,), cosines: (M, N). near: (M, D) embeddings of the
-    positives. bank: (C, D) embeddings of all candidates that were ranked.
+    positives, asking: (M, D) of the queries. bank: (C, D) embeddings of all candidates that were ranked.
     """
 
     queries: np.ndarray
@@ -94,6 +115,7 @@ class Mined(NamedTuple):
     positive_cosine: np.ndarray
     cosines: np.ndarray
     near: np.ndarray
+    asking: np.ndarray
     bank: np.ndarray
 
 
@@ -109,7 +131,8 @@ def select(
     """`settings.queries` train queries, the same number per task, with the negatives that the model chooses.
 
     Negatives have the modality of the positive. The pool may be sampled (`settings.negatives.pool` per
-    modality).
+    modality). With `settings.negatives.difficulty` more queries are mined, and of each task those kept that
+    are as hard for this model as it says.
 
     Args:
         batch: items per forward. excluded: units, or patterns of units, whose queries are left out.
@@ -118,8 +141,8 @@ def select(
         ElvaDataError: a judged candidate is not in the train pool, or the pool is too small.
     """
     queries, pool = root.union_train(), root.pool("", "train", "global")
-    drawn = _equal_draw(queries, root.trained_rows(excluded), settings.queries, seed)
-    chosen, banks, bank_start = [], [], 0
+    drawn = _equal_draw(queries, root.trained_rows(excluded), settings.mined_queries, seed)
+    chosen, banks, bank_start, hard = [], [], 0, {}
     for modality in mbeir.MODALITIES:
         rng = distributed.rng_for(seed, "negatives", modality)
         rows = [row for row in drawn if mbeir.CANDIDATE_MODALITY[queries[row].task] == modality]
@@ -130,9 +153,10 @@ def select(
         members, asking = pool.rows_of(modality), [queries[row] for row in rows]
         members = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
         positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for q in asking]
-        bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in members], batch=batch)
+        side = {"batch": batch, "template": encoder.settings.pool_template}
+        bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in members], **side)
         vectors, _ = encode(encoder, [_train_item(root, q, seed) for q in asking], batch=batch)
-        near, _ = encode(encoder, [candidate_item(root, pool[row]) for row in positives], batch=batch)
+        near, _ = encode(encoder, [candidate_item(root, pool[row]) for row in positives], **side)
 
         for row, query, positive, vector, close in zip(rows, asking, positives, vectors, near, strict=True):
             scores, cosine = bank @ vector, float(vector @ close)
@@ -140,10 +164,14 @@ def select(
             judged_places = set(np.flatnonzero(np.isin(members, judged)).tolist())
             places = np.array(choose(scores, judged_places, cosine, settings.negatives, rng))
             negatives = members[places], places + bank_start
-            chosen.append((row, positive, *negatives, cosine, scores[places], close))
+            chosen.append((row, positive, *negatives, cosine, scores[places], close, vector))
+            hard[row] = hardness(scores, judged_places, cosine, settings.negatives)
         banks.append(bank)
         bank_start += len(bank)
 
+    if settings.negatives.difficulty:
+        kept = _share_of(hard, queries, settings.negatives.difficulty)
+        chosen = [columns for columns in chosen if columns[0] in kept]
     order = distributed.rng_for(seed, "stage3 order").permutation(len(chosen))
     columns = zip(*(chosen[i] for i in order), strict=True)
     return Mined(*map(np.array, columns), np.concatenate(banks))
@@ -157,15 +185,63 @@ def _train_item(root: mbeir.Root, query: mbeir.Query, seed: int) -> Item:
 def assemble(mined: Mined, root: mbeir.Root, seed: int) -> list[TrainingQuery]:
     """The queries with their texts and images, read from the root."""
     queries, pool = root.union_train(), root.pool("", "train", "global")
+    # of many negatives few are distinct
+    distinct = {int(row): pool[row] for row in np.unique([*mined.positives, *mined.negatives.flat])}
+    items = {row: candidate_item(root, candidate) for row, candidate in distinct.items()}
+    texts = {row: _grains(candidate) for row, candidate in distinct.items()}
     ranked = []
     for i, row in enumerate(mined.queries):
-        query, positive = queries[row], pool[mined.positives[i]]
-        items = _train_item(root, query, seed), candidate_item(root, positive)
-        negatives = tuple(candidate_item(root, pool[r]) for r in mined.negatives[i])
+        query, positive, others = queries[row], int(mined.positives[i]), mined.negatives[i].tolist()
+        pair = _train_item(root, query, seed), items[positive]
+        negatives = tuple(items[other] for other in others)
         cosines = float(mined.positive_cosine[i]), tuple(mined.cosines[i].tolist())
-        vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist())
-        ranked.append(TrainingQuery(query, *items, positive.did, negatives, *cosines, *vectors))
+        vectors = mined.near[i], mined.bank, tuple(mined.rows[i].tolist()), mined.asking[i]
+        grains = _grains(query), *(texts[r] for r in (positive, *others))
+        did = distinct[positive].did
+        ranked.append(TrainingQuery(query, *pair, did, negatives, *cosines, *vectors, grains))
     return ranked
+
+
+def _grains(record: mbeir.Query | mbeir.Candidate) -> frozenset[str]:
+    return frozenset(text for _, text in mbeir.grains(record))
+
+
+def exchanged(ranked: Sequence[TrainingQuery], settings: NegativeSettings, seed: int) -> list[TrainingQuery]:
+    """The same pairs with query and candidate in each other's place: the positive asks for its query.
+
+    Its negatives are other queries that ask for its modality, chosen by the rules of `choose`: those that it
+    is a hard negative of, and random ones; none that it is judged relevant for. Ours: the paper says neither
+    how a candidate's summary is rewarded nor against what.
+
+    Raises:
+        ElvaDataError: a modality has too few queries.
+    """
+    rng, pairs = distributed.rng_for(seed, "exchanged"), list(ranked)
+    for modality in mbeir.MODALITIES:
+        places = [i for i, r in enumerate(ranked) if mbeir.CANDIDATE_MODALITY[r.query.task] == modality]
+        askers = [ranked[i] for i in places]
+        bank = np.stack([r.asking for r in askers]) if askers else np.empty(0)
+        relevant: dict[str, set[int]] = {}
+        for row, asker in enumerate(askers):
+            for did in asker.query.positives:
+                relevant.setdefault(did, set()).add(row)
+        for place, r in zip(places, askers, strict=True):
+            scores = bank @ r.near
+            rows = choose(scores, relevant[r.positive_did], r.positive_cosine, settings, rng)
+            pairs[place] = replace(
+                r,
+                item=r.positive,
+                positive=r.item,
+                positive_did=r.query.qid,
+                negatives=tuple(askers[row].item for row in rows),
+                cosines=tuple(scores[rows].tolist()),
+                near=r.asking,
+                bank=bank,
+                rows=tuple(rows),
+                asking=r.near,
+                grains=(),
+            )
+    return pairs
 
 
 def write(mined: Mined, path: Path) -> None:
@@ -177,6 +253,29 @@ def write(mined: Mined, path: Path) -> None:
 def read(path: Path, root: mbeir.Root, seed: int) -> list[TrainingQuery]:
     """The queries with the negatives that `write` has put into `path`."""
     return assemble(Mined(**load_file(path)), root, seed)
+
+
+def _share_of(
+    hardness: dict[int, tuple[int, float]],
+    queries: mbeir.Records[mbeir.Query],
+    difficulty: tuple[float, float],
+) -> set[int]:
+    """Rows whose place by hardness among those of their (dataset, task) lies between two shares."""
+    kept = set()
+    for members in _groups(list(hardness), queries).values():
+        low, high = (round(share * len(members)) for share in difficulty)
+        kept.update(sorted(members, key=lambda row: (*hardness[row], row))[low:high])
+    return kept
+
+
+def _groups(rows: list[int], queries: mbeir.Records[mbeir.Query]) -> dict[tuple[int, int], list[int]]:
+    """Rows by (dataset, task)."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in rows:
+        groups.setdefault((int(queries.ids[row]) // mbeir.QUERY_ID_BASE, int(queries.kinds[row])), []).append(
+            row
+        )
+    return groups
 
 
 def _judged(pool: mbeir.Pool, did: str) -> int:
@@ -193,9 +292,7 @@ def _equal_draw(queries: mbeir.Records[mbeir.Query], allowed: np.ndarray, count:
     """
     base = mbeir.QUERY_ID_BASE
     _, firsts = np.unique(queries.ids[allowed], return_index=True)
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row in allowed[firsts].tolist():
-        groups.setdefault((int(queries.ids[row]) // base, int(queries.kinds[row])), []).append(row)
+    groups = _groups(allowed[firsts].tolist(), queries)
     rows, per_group = [], -(-count // len(groups))
     for (dataset, _), members in sorted(groups.items()):
         qids = {row: f"{dataset}:{queries.ids[row] - dataset * base}" for row in members}

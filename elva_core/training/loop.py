@@ -6,12 +6,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from elva_core import zero
 from elva_core.distributed import processes
@@ -19,19 +20,6 @@ from elva_core.files import whole, write_whole
 from elva_core.training_settings import OptimiserSettings
 
 log = logging.getLogger("elva")
-
-
-def track(steps: Iterable[int], total: int, every_s: float = 30.0) -> Iterator[int]:
-    """Yields the steps and logs a plain line every `every_s` seconds: done, rate, time left."""
-    started = last = time.monotonic()
-    for done, step in enumerate(steps):
-        yield step
-        now = time.monotonic()
-        if now - last >= every_s:
-            rate = (done + 1) / (now - started)
-            left = (total - step - 1) / rate
-            log.info("step %d of %d, %.2f steps/s, %.0f s left", step + 1, total, rate, left)
-            last = now
 
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
@@ -63,7 +51,8 @@ def train_loop(
     """Train loop over `parameters`; resumes from folder/checkpoint if there is one.
 
     Args:
-        optimisers: between them they hold every parameter; none means one AdamW over all.
+        optimisers: between them they hold every parameter; none means one AdamW over all. A group's `rate`
+            is its share of the learning rate.
         step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns
             what to log.
         check: returns the reason to stop, given the row that was logged.
@@ -81,13 +70,17 @@ def train_loop(
     checkpoint = folder / "checkpoint"
     rows = _restore(checkpoint, parameters, optimisers)
 
-    for step in track(range(len(rows), steps), steps):
+    quiet = not processes().is_main_process
+    progress = tqdm(
+        range(len(rows), steps), folder.name, steps, unit="step", initial=len(rows), disable=quiet
+    )
+    for step in progress:
         began = time.perf_counter()
         rate = learning_rate(step, steps, settings)
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
         row = {"step": step, "lr": rate} | step_fn(step)
 
         # the guard looks before the weights move

@@ -13,6 +13,22 @@ import torch
 ADVANTAGE_EPSILON = 1e-4  # TRL's and UME-R1's; keeps a zero-variance group at advantage 0
 
 
+def nested(vectors: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
+    """Prefixes of embeddings (..., D), one (..., dim) per dim, L2-normalised anew; all of them without dims.
+
+    Source: Kusupati et al. 2022, Matryoshka Representation Learning.
+
+    Raises:
+        ValueError: a dim exceeds D.
+
+    >>> [part.tolist() for part in nested(torch.tensor([[0.6, 0.0, 0.8]]), [1, 3])]
+    [[[1.0]], [[0.6000000238418579, 0.0, 0.800000011920929]]]
+    """
+    if max(dims, default=0) > vectors.shape[-1]:
+        raise ValueError(f"dims = {list(dims)}, but embeddings have {vectors.shape[-1]} numbers; lower them")
+    return [torch.nn.functional.normalize(vectors[..., :dim], dim=-1) for dim in dims] or [vectors]
+
+
 def infonce(
     queries: torch.Tensor, candidates: torch.Tensor, *, temperature: float, ignore: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -47,6 +63,37 @@ def false_negatives(positives: Sequence[Sequence[str]], candidates: Sequence[str
     return torch.tensor(
         [[i != j and did in dids for j, did in enumerate(candidates)] for i, dids in enumerate(relevant)]
     )
+
+
+def overlap(queries: Sequence[frozenset], candidates: Sequence[frozenset]) -> torch.Tensor:
+    """(B, C) share of grains that query and candidate have in common, of all that either has; 0 without any.
+
+    >>> overlap([frozenset("ab")], [frozenset("ab"), frozenset("ac"), frozenset()])
+    tensor([[1.0000, 0.3333, 0.0000]])
+    """
+    return torch.tensor([[len(q & c) / max(1, len(q | c)) for c in candidates] for q in queries])
+
+
+def graded(
+    queries: torch.Tensor,
+    candidates: torch.Tensor,
+    overlap: torch.Tensor,
+    *,
+    temperature: float,
+    grain_temperature: float,
+) -> torch.Tensor:
+    """Listwise divergence KL(t || p): t the softmax of overlaps, p that of cosines; mean, in nats.
+
+    Ranking by degree without reinforcement learning: negatives differ, as their overlap does. It sees the
+    grains, so it is a bound for what sees judgements alone.
+
+    Args:
+        queries: (B, D), candidates: (C, D) float32, L2-normalised. overlap: (B, C).
+        temperature, grain_temperature: divide the cosines and the overlaps.
+    """
+    log_p = torch.log_softmax(queries @ candidates.T / temperature, dim=1)
+    target = torch.log_softmax(overlap / grain_temperature, dim=1)
+    return torch.nn.functional.kl_div(log_p, target, reduction="batchmean", log_target=True)
 
 
 def distillation(

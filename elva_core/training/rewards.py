@@ -6,7 +6,11 @@ cosine; N negatives of a query; any leading dimensions (queries, rollouts) are k
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from elva_core.training_settings import RewardSettings
 
 
 def margin_reward(positive: torch.Tensor, negatives: torch.Tensor, *, delta: float) -> torch.Tensor:
@@ -98,3 +102,40 @@ def adaptive_weights(
     """
     solved = (rank == 1).float().flatten(1).mean(1).view(-1, *[1] * (rank.ndim - 1))
     return (alpha + epsilon) * solved, (alpha + epsilon) * (1 - solved)
+
+
+class Scored(NamedTuple):
+    """Rewards of one step, each (Q, G)."""
+
+    total: torch.Tensor
+    margin: torch.Tensor
+    rank: torch.Tensor
+    cosine: torch.Tensor  # to the positive
+    position: torch.Tensor  # rank of the positive, from 1
+    rewarded_negatives: torch.Tensor  # negatives above the positive whose printed weight is below 0
+
+
+def reward(
+    positive: torch.Tensor,
+    negatives: torch.Tensor,
+    settings: RewardSettings,
+    lengths: torch.Tensor | None = None,
+) -> Scored:
+    """Rewards of rollouts.
+
+    Args:
+        positive: (Q, G) cosines to the positive. negatives: (Q, G, N) cosines to the negatives.
+        lengths: (Q, G) tokens written, which `token_cost` is paid for.
+    """
+    form, reduction = settings.form, settings.penalty_reduction
+    margin = margin_reward(positive, negatives, delta=settings.delta)
+    rank = rank_reward(positive, negatives, gamma=settings.gamma, form=form, reduction=reduction)
+    r, k = ranks(positive, negatives)
+    rewarded = ((k < r[..., None]) & (negative_weights(k, "printed") < 0)).sum(-1)
+    alpha, epsilon = settings.alpha, settings.epsilon
+    if settings.weights == "adaptive":
+        alpha, epsilon = adaptive_weights(r, alpha=alpha, epsilon=epsilon)
+    total = total_reward(margin, rank, alpha=alpha, epsilon=epsilon)
+    if lengths is not None:
+        total = total - settings.token_cost * lengths
+    return Scored(total, margin, rank, positive, r, rewarded)

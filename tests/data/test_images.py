@@ -62,7 +62,7 @@ def sent(pixels: bytes | str) -> np.ndarray:
 
 def handed_in(image) -> np.ndarray:
     """What the model sees of an image that sentence-transformers or mteb hands over."""
-    with inputs.items([("", image)]) as (item,):
+    with inputs.items([("", image, "")]) as (item,):
         return np.asarray(images.open_image(item.image))
 
 

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from elva_core.data import images, lint, mbeir
+from elva_core.data.items import Item
 from elva_core.files import ElvaDataError
 from elva_core.mrbench import annotate, build
 from elva_core.training import contrastive
@@ -403,3 +405,7 @@ def test_excluded_units_leave_every_row_of_their_dataset_and_task_out_of_trainin
 def test_a_pattern_that_no_unit_matches_is_refused_with_the_units_there_are(root):
     with pytest.raises(ElvaDataError, match=r"nights_task4.*emoji_task4"):
         root.trained_rows(["nights_task4"])
+
+
+def test_an_image_given_as_a_string_is_an_image_and_no_text():
+    assert Item("a dog", "a.jpg") == Item("a dog", Path("a.jpg")) and Item("a dog", "a.jpg").images == [Path("a.jpg")]

@@ -18,9 +18,8 @@ from sklearn.metrics import average_precision_score
 from conftest import COMMAND, started
 from elva_core import cli
 from elva_core import config as profiles
-from elva_core.data import caption_sets, emoji_variants, mbeir
+from elva_core.data import caption_sets, emoji_variants, mbeir, sources
 from elva_core.data import emoji as ec
-from elva_core.data import sources as prepare
 from elva_core.data.caption_sets import GENECIS, SETS, SUGARCREPE, Task
 from elva_core.data.items import Item
 from elva_core.evaluation import captions, statistics
@@ -565,7 +564,7 @@ def profile():
 @pytest.fixture(scope="module")
 def own(profile, tmp_path_factory):
     """The rows of the embedded collection: name -> (source, tasks)."""
-    sources = captions.sources(profile, tmp_path_factory.mktemp("own"))
+    sources = captions.profile_sets(profile, tmp_path_factory.mktemp("own"))
     return {source.name: (source, captions.load(source)) for source in sources}
 
 
@@ -627,14 +626,14 @@ def test_a_negation_denies_one_grain(own):
 def test_a_language_of_training_is_no_unseen_one(profile, tmp_path):
     for language in ("en", "de"):
         with pytest.raises(ElvaDataError, match="is trained on"):
-            prepare.write_unseen(profile.changed({"unseen": {"language": language}}), tmp_path)
+            sources.write_unseen(profile.changed({"unseen": {"language": language}}), tmp_path)
     with pytest.raises(ElvaDataError, match=r"unseen\.sets"):
-        captions.sources(profile.model_copy(update={"unseen": None}), tmp_path)
+        captions.profile_sets(profile.model_copy(update={"unseen": None}), tmp_path)
 
 
 def test_sets_of_a_profile_are_scored_where_they_are(profile, sets):
     asked = profile.model_copy(update={"unseen": profiles.UnseenSettings(sets=str(sets))})
-    found = captions.sources(asked, sets / "nowhere")
+    found = captions.profile_sets(asked, sets / "nowhere")
     assert [source.name for source in found] == list(SETS) and all(captions.load(source) for source in found)
     with pytest.raises(ValueError, match="either sets"):
         profiles.UnseenSettings(sets="x", language="es", queries=3)
@@ -642,7 +641,7 @@ def test_sets_of_a_profile_are_scored_where_they_are(profile, sets):
 
 def test_a_chain_without_the_sets_goes_on_with_empty_tables(profile, tmp_path):
     asked = profile.model_copy(update={"unseen": profiles.UnseenSettings(sets=str(tmp_path / "nowhere"))})
-    loaded = captions.sources(asked, tmp_path)
+    loaded = captions.profile_sets(asked, tmp_path)
     hits = pd.concat([pd.DataFrame(), captions.measure(loaded, None, "stage 2")], ignore_index=True)
     results = captions.table(hits, 10, 0)
     gains = captions.differences(hits, "stage 3", "stage 2", 10, 0, statistics.reported())

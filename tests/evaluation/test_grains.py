@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core.data import emoji, mbeir
+from elva_core.data import emoji, items, mbeir
 from elva_core.evaluation import grains
 from elva_core.retrieval import retriever
 
@@ -108,3 +108,58 @@ def test_the_growth_of_the_distance_is_paired_over_queries():
     table = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 50)
     (growth,) = table[table["baseline"] == "stage 2"].to_dict("records")
     assert growth["model"] == "stage 3" and [growth[c] for c in ("ci_low", "value", "ci_high")] == pytest.approx([0.1] * 3)
+
+
+def test_twins_are_the_candidates_that_differ_in_one_grain_and_count_ahead_of_the_positive(tiny, root, smoke):
+    """Every pair of query and candidate compared grain by grain, and the pool sorted by numpy."""
+    searcher = retriever.Searcher(tiny, root, "test", smoke.evaluation)
+    table = grains.twins(searcher, root).set_index(["unit", "qid", "kind"])
+    unit, compared = "emoji_task0", 0
+    candidates = list(root.pool(unit, "test"))
+    pool = searcher.vectors([items.candidate_item(root, c) for c in candidates]).astype(float)
+    for q in root.queries(unit, "test"):
+        vector = searcher.vectors([searcher.query(q, unit)])[0].astype(float)
+        order = [candidates[i] for i in np.argsort(-(pool @ vector).astype(np.float32), kind="stable")]
+        first = next(i for i, c in enumerate(order) if c.did in q.positives)
+        for place, (kind, text) in enumerate(mbeir.grains(q)):
+            near = []
+            for i, c in enumerate(order):
+                differs = [a != b for a, b in zip(mbeir.grains(c), mbeir.grains(q), strict=False)]
+                alone = len(mbeir.grains(c)) == len(mbeir.grains(q)) and differs.index(True) == place if any(differs) else False
+                if alone and sum(differs) == 1 and mbeir.grains(c)[place][0] == kind and mbeir.grains(c)[place][1] != text:
+                    near.append(i)
+            assert ((unit, q.qid, kind) in table.index) == bool(near)
+            if near:
+                row = table.loc[(unit, q.qid, kind)]
+                assert (row["twins"], row["first"]) == (len(near), near[0] + 1)
+                assert row["value"] == pytest.approx(np.mean([i < first for i in near]))
+                compared += 1
+    assert compared > 5
+
+
+def test_twins_ahead_are_paired_over_queries_and_said_beside_the_distance():
+    rows = [("stage 2", "a", "who", 0.5), ("stage 2", "a", "tone", 1.0), ("stage 2", "b", "who", 0.5)]
+    rows += [("stage 3", "a", "who", 0.3), ("stage 3", "a", "tone", 0.8), ("stage 3", "b", "who", 0.3)]
+    twins = pd.DataFrame(rows, columns=["model", "qid", "kind", "value"]).assign(unit="x_task0")
+    table = grains.twins_ahead(twins, 50).set_index("group")
+    assert table.loc["any grain", ["old value", "new value", "value", "n"]].tolist() == pytest.approx([0.625, 0.425, -0.2, 2])
+    assert table.loc["who", "value"] == pytest.approx(-0.2) and table.loc["tone", "n"] == 1
+    rows = [("stage 2", "a", 0.1), ("stage 2", "b", 0.5), ("stage 3", "a", 0.0), ("stage 3", "b", 0.6)]
+    distance = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 200)
+    said = grains.what_grows(distance, table.reset_index())
+    assert said.startswith("From stage 2 to stage 3 the grain distance does not change: +0.000 [-0.100, 0.100] (n = 2 queries)")
+    assert "fewer of the one-grain twins stand ahead of the positive: 62.5 to 42.5 %, -20.0 points [-20.0, -20.0]" in said
+
+
+def test_the_query_to_show_is_the_one_of_median_change_of_rank():
+    three = [["who", "a"], ["what", "b"], ["tone", "c"]]
+    queries = [query("x", *three), query("y", *three[:2]), query("z", *three), query("w", *three), query("v", *three)]
+
+    def result(ranks):
+        return retriever.UnitResult("u", "local", queries, [[r] for r in ranks], [], [], np.zeros((0, 0)), None, ())
+
+    # ratios 2, (too few grains), 1 (did not move), 8, 0.5: the median of 0.5, 2, 8 is that of the first
+    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3) == 0
+    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([4, 1, 3, 8, 1]), 3) == 0  # none moved: the first
+    with pytest.raises(ValueError, match="no query has 4 grains"):
+        grains.median_gain(result([1] * 5), result([1] * 5), 4)

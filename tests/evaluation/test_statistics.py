@@ -100,3 +100,15 @@ def test_a_paired_difference_joins_queries_by_name_and_turns_its_sign(hits):
     values = hits.set_index(["model", "task", "qid"])["value"]
     assert there["value"].tolist() == [values["new", r.task, r.qid] - values["old", r.task, r.qid] for r in there.itertuples()]
     assert there["value"].tolist() == (-back["value"]).tolist() and len(there) == 39
+
+
+def test_a_share_is_a_ratio_of_averages_over_tasks_and_no_number_where_the_whole_may_be_nothing():
+    """Task a gains 2 of 4 points from the part, task b 1 of 1: averages 1.5 and 2.5, not the mean of the two ratios."""
+    rows = [("a", 2.0, 4.0)] * 10 + [("b", 1.0, 1.0)] * 30
+    table = pd.DataFrame(rows, columns=["unit", "part", "whole"])
+    assert statistics.share(table, "part", "whole", 50, (0, "x")) == {"value": 0.6, "ci_low": 0.6, "ci_high": 0.6, "n": 40}
+    mixed = pd.DataFrame({"unit": "a", "part": 1.0, "whole": [1.0, -1.0] * 20})
+    assert np.isnan(statistics.share(mixed, "part", "whole", 50, (0, "x"))["value"])
+    # where both are the same the share is one in every draw: queries are resampled together
+    paired = pd.DataFrame({"unit": "a", "part": np.arange(20.0), "whole": np.arange(20.0)})
+    assert statistics.share(paired, "part", "whole", 50, (0, "x"))["ci_low"] == pytest.approx(1)

@@ -74,3 +74,11 @@ def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
     assert table.loc["average", "by seed"] == pytest.approx((50, 100, 25))
     assert table.loc["average", "spread"] == pytest.approx(np.std([50, 100, 25], ddof=1))
     assert table.loc["x_task0", "value"] == pytest.approx(100 * (2 + 2 + 1) / 6)
+
+
+def test_speeds_are_means_over_the_seeds_of_timed_arms_and_empty_without_any(made_up):
+    assert compare.speeds(made_up).empty
+    runs = made_up.runs.assign(**{"hit@5": [0.1, 0.3, 0.5, 0.5, 0.5]})
+    timed = runs.assign(queries_s=[10, 20, np.nan, np.nan, np.nan], query_passes=[4, 2, np.nan, np.nan, np.nan])
+    (row,) = compare.speeds(dataclasses.replace(made_up, runs=timed)).to_dict("records")
+    assert row == {"arm": "old", "hit@5": pytest.approx(20), "passes": 3, "queries a second": 15, "seeds": 2}

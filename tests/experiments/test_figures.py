@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from elva_core.experiments import figures
+from elva_core.experiments import figures, pictures
 
 TABLE = pd.DataFrame(
     {"value": [0.5, 0.2], "ci_low": [0.4, 0.1], "ci_high": [0.7, 0.4], "n": 10, "seeds": [(17,), (17,)], "by seed": [(0.5,), (0.2,)]}
@@ -69,10 +69,10 @@ WITH_PRICES = {  # what is drawn, and which words must be in it as they are
         [PRICE, SHOP],
     ),
     "quality_against_speed": (lambda: figures.quality_against_speed(COSTS, TITLE), [PRICE, SHOP, TITLE]),
-    "second_look": (lambda: figures.second_look(COSTS, PRICE, TITLE), [PRICE, SHOP, TITLE]),
-    "image_grid": (lambda: figures.image_grid([(PRICE, CELLS)], TITLE), [PRICE, SHOP, TITLE]),
-    "retrieved": (lambda: figures.retrieved([(PRICE, None, [(SHOP, [(PRICE, None, True)])])], TITLE), [PRICE, SHOP, TITLE]),
-    "contact_sheet": (lambda: figures.contact_sheet([(PRICE, None, SHOP), (SHOP, None, PRICE)], TITLE), [PRICE, SHOP, TITLE]),
+    "second_look": (lambda: figures.reranking(COSTS, PRICE, TITLE), [PRICE, SHOP, TITLE]),
+    "image_grid": (lambda: pictures.image_grid([(PRICE, CELLS)], TITLE), [PRICE, SHOP, TITLE]),
+    "retrieved": (lambda: pictures.retrieved([(PRICE, None, [(SHOP, [(PRICE, None, True)])])], TITLE), [PRICE, SHOP, TITLE]),
+    "contact_sheet": (lambda: pictures.contact_sheet([(PRICE, None, SHOP), (SHOP, None, PRICE)], TITLE), [PRICE, SHOP, TITLE]),
 }
 
 
@@ -88,7 +88,8 @@ def test_text_is_text_in_every_figure(name):
 
 
 def test_ticks_of_a_logarithmic_axis_stay_powers():
-    figure, _ = figures.rank_weights([1, 10, 100], 0.5)
+    figure = pictures.PlainFigure()
+    figure.subplots().set(xscale="log", xlim=(1, 1000))
     figure.savefig(io.BytesIO(), format="png")
     ticks = [text for axis in figure.axes for text in axis.get_xticklabels() if "$" in text.get_text()]
     assert ticks and all(text.get_parse_math() for text in ticks)
@@ -96,5 +97,5 @@ def test_ticks_of_a_logarithmic_axis_stay_powers():
 
 def test_every_positive_is_framed():
     rows = [("costs", None, [("stage 3", [("a", None, True), ("b", None, False)]), ("stage 2", [("b", None, False)])])]
-    figure = figures.retrieved(rows, "t")
+    figure = pictures.retrieved(rows, "t")
     assert [a.spines["top"].get_visible() for a in figure.axes] == [False, True, False, False, False, False]

@@ -40,7 +40,7 @@ from elva_core import cli, distributed, files
 files.OUTPUTS = Path(sys.argv[1])
 distributed.processes()
 with contextlib.redirect_stderr(io.StringIO()) as said:
-    status = cli.main(["train", "stage1", "smoke", "--seed", "2"])
+    status = cli.main(["train", "stage1", "smoke", "--seed", "1"])
 sys.stdout.write(f"status {status}, lines {said.getvalue().count('is in use by process')}\\n")
 """
 
@@ -48,10 +48,15 @@ sys.stdout.write(f"status {status}, lines {said.getvalue().count('is in use by p
 @pytest.fixture
 def outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
-    monkeypatch.setenv("ELVA_FINGERPRINT", "")
     monkeypatch.delenv(lock.HOLDER, raising=False)
     yield tmp_path / "outputs"
-    lock.give_back("smoke")
+    lock.give_back("smoke/seed-1")
+
+
+def checkpoint(outputs):
+    """Of the stage that a kernel has begun."""
+    (begun,) = outputs.glob("smoke/seed-1/.10_prepare_data.*.partial")
+    return begun / "work/checkpoint"
 
 
 @contextmanager
@@ -68,28 +73,29 @@ def kernel(outputs):
         process.wait()
 
 
-@pytest.mark.parametrize("command", [["run", "smoke", "--seed", "2"], ["train", "stage1", "smoke"], ["study", "smoke"]])
+@pytest.mark.parametrize("command", [["run", "smoke"], ["train", "stage1", "smoke"], ["study", "smoke"]])
 def test_the_second_run_of_a_profile_is_refused_with_one_line_and_takes_nothing_away(outputs, capsys, command):
     with kernel(outputs) as holder:
-        assert cli.main(command) == 1
+        assert cli.main([*command, "--seed", "1"]) == 1
         said = capsys.readouterr().err
-        assert said.startswith(f"error: outputs/smoke is in use by process {holder.pid} on host {HOST}; ") and said.count("\n") == 1
+        assert said.startswith(f"error: outputs/smoke/seed-1 is in use by process {holder.pid} on host {HOST}; ") and said.count("\n") == 1
         assert f"kill {holder.pid}" in said
-        assert (outputs / "smoke/.10_prepare_data.partial/work/checkpoint").read_text() == "two days"
-        lock.give_back("smoke")  # not ours
+        assert checkpoint(outputs).read_text() == "two days"
+        lock.give_back("smoke/seed-1")  # not ours
         with pytest.raises(lock.LockedError):
-            stages.open_stage("20_build_mrbench", "smoke", 2)
-        lock.take("cpu")  # another profile
-        lock.give_back("cpu")
+            stages.open_stage("20_build_mrbench", "smoke", 1)
+        for other in ("cpu/seed-1", "smoke/seed-2", "smoke/study"):
+            assert lock.take(other)
+            lock.give_back(other)
 
 
 def test_a_stage_that_is_closed_frees_its_profile_while_its_kernel_lives(outputs):
     with kernel(outputs) as holder:
         print(file=holder.stdin, flush=True)
         assert holder.stdout.readline() == "closed\n"
-        assert lock.take("smoke") and not lock.take("smoke")
-        lock.give_back("smoke")
-        assert not (outputs / "smoke/.lock").exists()
+        assert lock.take("smoke/seed-1") and not lock.take("smoke/seed-1")
+        lock.give_back("smoke/seed-1")
+        assert not (outputs / "smoke/seed-1/.lock").exists()
 
 
 @pytest.mark.slow
@@ -99,10 +105,10 @@ def test_a_lock_whose_process_was_killed_is_taken_over_with_its_work(outputs):
             time.sleep(random.Random(seed).random() / 20)
             holder.send_signal(signal.SIGKILL)
             holder.wait()
-            assert (outputs / "smoke/.lock").read_text() == f"{HOST} {holder.pid}"
-        assert (outputs / "smoke/.10_prepare_data.partial/work/checkpoint").read_text() == "two days"
-        assert lock.take("smoke") and (outputs / "smoke/.lock").read_text() == f"{HOST} {os.getpid()}"
-        lock.give_back("smoke")
+            assert (outputs / "smoke/seed-1/.lock").read_text() == f"{HOST} {holder.pid}"
+        assert checkpoint(outputs).read_text() == "two days"
+        assert lock.take("smoke/seed-1") and (outputs / "smoke/seed-1/.lock").read_text() == f"{HOST} {os.getpid()}"
+        lock.give_back("smoke/seed-1")
 
 
 def test_where_a_file_system_has_no_locks_the_process_in_the_file_is_looked_for(outputs, monkeypatch):
@@ -112,23 +118,23 @@ def test_where_a_file_system_has_no_locks_the_process_in_the_file_is_looked_for(
     monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     with kernel(outputs) as holder:
         with pytest.raises(lock.LockedError, match=f"process {holder.pid} on host"):
-            lock.take("smoke")
+            lock.take("smoke/seed-1")
         holder.kill()
         holder.wait()
-        assert lock.take("smoke")
-        lock.give_back("smoke")
+        assert lock.take("smoke/seed-1")
+        lock.give_back("smoke/seed-1")
 
 
 def test_a_lock_of_another_host_is_taken_over_only_after_its_file_was_deleted(outputs, capsys):
-    path = outputs / "smoke/.lock"
+    path = outputs / "smoke/seed-1/.lock"
     files.write_whole(path, "far-away 123")
     for _ in range(2):
-        assert cli.main(["run", "smoke"]) == 1
+        assert cli.main(["run", "smoke", "--seed", "1"]) == 1
         said = capsys.readouterr().err
         assert "process 123 on host far-away" in said and f"delete {path}" in said and said.count("\n") == 1
     assert path.read_text() == "far-away 123"
     path.unlink()
-    assert lock.take("smoke")
+    assert lock.take("smoke/seed-1")
 
 
 def race(rank, count, port, outputs):
@@ -137,7 +143,7 @@ def race(rank, count, port, outputs):
     end = time.monotonic() + 3
     while time.monotonic() < end:
         try:
-            with lock.held("smoke"):
+            with lock.held("smoke/seed-1"):
                 inside.mkdir()
                 inside.rmdir()
                 times += 1
@@ -167,7 +173,7 @@ def test_notebooks_of_the_chain_are_the_same_holder_as_the_chain(outputs, monkey
     monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(files.REPOSITORY))
     chain.run("smoke", seed=1, only="00")
-    assert stages.manifest("smoke", first)["seed"] == 1 and not (outputs / "smoke/.lock").exists()
+    assert stages.manifest("smoke", 1, first)["seed"] == 1 and not (outputs / "smoke/seed-1/.lock").exists()
     with kernel(outputs), pytest.raises(lock.LockedError):
         chain.run("smoke", seed=1, only="00", force=True)
 

@@ -40,11 +40,6 @@ def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model
     planned = sizes.of_config(tiny.backbone.config)
     assert estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}})).sizes == planned
     assert sum(p.numel() for p in tiny.backbone.parameters()) == planned.parameters
-    bound, rows = sizes.of_tiny(smoke.backbone.tiny, sizes.known().tiny_tokens), tiny.backbone.config.get_text_config().vocab_size
-    unused = (bound.vocabulary - rows) * bound.hidden  # of words that the texts do not hold
-    assert unused >= 0
-    differing = {"vocabulary": rows, "parameters": bound.parameters - unused, "logit": bound.logit - 2 * unused}
-    assert dataclasses.replace(bound, **differing) == planned
     tiny.add_lora(smoke.stage2.lora, seed=0)
     assert sum(p.numel() for p in tiny.trainable().values()) == planned.adapter(smoke.stage2.lora.rank) + planned.hidden
 

@@ -11,7 +11,7 @@ from elva_core.evaluation import statistics
 from elva_core.experiments import jobs, stages, study
 from elva_core.experiments.study import Arm
 from elva_core.mrbench import annotate, build
-from elva_core.training import teach
+from elva_core.values import model_source
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,7 @@ def test_a_backbone_of_the_profile_is_a_folder_of_the_repository_in_the_chain_an
     (tmp_path / "models/base").mkdir(parents=True)
     for path, source in (("models/base", f"{tmp_path}/models/base"), ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct")):
         changed = profile.changed({"backbone": {"path": path}})
-        assert teach.ensure(changed.backbone, changed.encoder, root, tmp_path) == source
-        assert study.backbone_for(changed, "the chain's", root, tmp_path) == source
+        assert model_source(changed.backbone.path) == source
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
@@ -107,14 +106,17 @@ def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
         study.arms(profile.changed({"study": {"arms": ("stage 4",)}}))
 
 
-def test_arms_of_every_seed_run_first_and_the_others_once(profile):
-    plan = study.planned(profile.changed({"study": {"seeds": (5, 6), "arms": ()}}))
+def test_arms_of_most_seeds_run_first(profile):
+    plan = study.planned(profile.changed({"study": {"seeds": (5, 6, 7, 8), "arms": ()}}))
     seeds = {name: [s for n, _, s in plan if n == name] for name, _, _ in plan}
     assert all(
-        own == ([5, 6] if study.arms(profile.changed({"study": {"arms": ()}}))[name].every_seed else [5]) for name, own in seeds.items()
+        own == {"all": [5, 6, 7, 8], 3: [5, 6, 7], 1: [5]}[study.arms(profile.changed({"study": {"arms": ()}}))[name].seeds]
+        for name, own in seeds.items()
     )
-    everywhere = [arm.every_seed for _, arm, _ in plan]
-    assert everywhere == sorted(everywhere, reverse=True)
+    counts = [len(seeds[name]) for name, _, _ in plan]
+    assert counts == sorted(counts, reverse=True) and set(counts) == {4, 3, 1}
+    of_all = [seed for (_, _, seed), count in zip(plan, counts, strict=True) if count == 4]
+    assert of_all == sorted(of_all)  # seed by seed
 
 
 @pytest.mark.slow
@@ -133,6 +135,22 @@ def test_a_killed_study_goes_on_and_only_a_changed_arm_is_run_again(profile, run
     assert set(held_out["unit"]) == {"emoji_task4", "emoji_task6", "emoji_task8"}
 
 
+@pytest.mark.slow
+def test_every_arm_that_nobody_has_side_by_side_runs_to_its_result(profile, run, tmp_path):
+    names = [name for name, arm in study.arms(profile.changed({"study": {"arms": ()}})).items() if arm.group == "side by side"]
+    stage3 = {"queries": 24, "queries_per_step": 12}
+    small = profile.changed({"stage3": stage3, "study": {"arms": names, "seeds": (1,)}})
+    assert len(run(small)) == len(names) >= 11 and run(small) == []
+    found = study.read(tmp_path / "study", small)
+    runs = found.runs.set_index("arm")
+    assert runs["hit@5"].between(0, 1).all() and set(runs.index) == set(names)
+    assert (runs["steps"] > 0).tolist() == [study.arms(small)[name].trains != "nothing" for name in runs.index]
+    timed = runs.loc[[name for name in names if study.arms(small)[name].timed]]
+    assert (timed["queries_s"] > 0).all() and (timed["query_passes"] >= 1).all() and len(timed) == 2
+    assert {"own stage 2"} < {study.arms(small)[name].start for name in names}
+    assert len(list((tmp_path / "work").glob("stage2-*"))) == 4  # the profile's, two that are read otherwise, the adaptive one
+
+
 @pytest.mark.parametrize("recorded", [None, "0" * 64])
 def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, model_folder, tmp_path, recorded):
     folder, weights = tmp_path / "study", study.backbone_hash(model_folder)
@@ -147,7 +165,7 @@ def test_a_study_goes_on_only_with_the_backbone_it_began_with(profile, run, mode
     before = recorded or "not recorded"
     assert study.recorded_backbone(folder, only) == before
     with pytest.raises(
-        ValueError, match=f"{folder}.* sha256 {before}; {model_folder} has {weights}.*[Mm]ove that folder away, or give the old"
+        ValueError, match=f"{folder}.* sha256 {before}; the chain's has {weights}.*[Mm]ove that folder away, or give the old"
     ):
         run(only)
 
@@ -168,7 +186,7 @@ def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, 
 
 def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "OUTPUTS", tmp_path)
-    trained = stages.stage_folder("smoke", "30_pretrain_contrastive")
+    trained = stages.stage_folder("smoke", 1, "30_pretrain_contrastive")
     assert study.chain_backbone(trained) == "not recorded"
     stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
     jobs.record_backbone(stage, model_folder)

@@ -19,11 +19,11 @@ WANTED = 0.9
 
 def test_agreement_and_its_interval():
     got = verify.agreement(pd.DataFrame({"accept": ["yes"] * 8 + ["No", "no ", "", None]}), WANTED)
-    assert (got["checked"], got["accepted"], got["precision"], got["verdict"]) == (10, 8, 0.8, "go on")
+    assert (got["checked"], got["accepted"], got["precision"], got["decision"]) == (10, 8, 0.8, "go on")
     # wider than Wilson's interval of 8 of 10: centre (0.8 + 0.19207) / 1.38415 = 0.71674, half-width 0.22656
     assert got["low"] < 0.4902 < 0.9433 < got["high"]
     nothing = verify.agreement(pd.DataFrame({"accept": ["", ""]}), WANTED)
-    assert np.isnan(nothing["precision"]) and np.isnan(nothing["high"]) and nothing["verdict"] == "not verified"
+    assert np.isnan(nothing["precision"]) and np.isnan(nothing["high"]) and nothing["decision"] == "not verified"
     with pytest.raises(files.ElvaDataError, match="maybe"):
         verify.agreement(pd.DataFrame({"accept": ["maybe"]}), WANTED)
 
@@ -34,7 +34,7 @@ def decided():
     ours, wilson = np.zeros((2, ROWS + 1, ROWS + 1), dtype=bool)
     for n in range(1, ROWS + 1):
         for accepted in range(n + 1):
-            ours[accepted, n] = verify.verdict(accepted, n, ROWS, WANTED) in ("above", "below")
+            ours[accepted, n] = verify.decision(accepted, n, ROWS, WANTED) in ("above", "below")
             wilson[accepted, n] = abs(accepted / n - WANTED) > 1.959964 * np.sqrt(WANTED * (1 - WANTED) / n)  # its score test
     return ours, wilson
 
@@ -73,8 +73,8 @@ def test_the_lasting_interval_ends_where_the_stop_rule_decides():
         assert 0 <= low <= accepted / n <= high <= 1
         for wanted in (0.05, 0.3, 0.6, 0.9, 0.97):
             expected = "above" if low > wanted else "below" if high < wanted else "go on"
-            assert verify.verdict(accepted, n, ROWS, wanted) == expected
-    assert verify.verdict(50, 60, 60, 0.85) == "undecided"
+            assert verify.decision(accepted, n, ROWS, wanted) == expected
+    assert verify.decision(50, 60, 60, 0.85) == "undecided"
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_an_answer_is_written_whole_or_not_at_all(sampled, interrupted):
 def test_the_stop_rule_ends_the_questions_but_not_the_corrections(sampled):
     click, buttons, _, _, progress = opened(sampled, wanted=0.01)
     click("Accept")
-    assert verify.verdict(1, 1, 3, 0.01) == "above" and "Stop" in progress.value
+    assert verify.decision(1, 1, 3, 0.01) == "above" and "Stop" in progress.value
     assert buttons["Accept"].disabled and buttons["Reject"].disabled
     click("Back")
     assert not buttons["Reject"].disabled

@@ -1,4 +1,4 @@
-"""A second look: prompts and scores of the reranker, its training, and what fusion does to a ranking."""
+"""A reranking: prompts and scores of the reranker, its training, and what fusion does to a ranking."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def searcher(model, root, smoke):
 
 
 @pytest.fixture(scope="module")
-def seen(model, searcher, smoke) -> reranking.Seen:
-    return reranking.look_again(model, searcher, searcher.evaluate("emoji_task0"), smoke.rerank)
+def seen(model, searcher, smoke) -> reranking.Reranked:
+    return reranking.rerank_unit(model, searcher, searcher.evaluate("emoji_task0"), smoke.rerank)
 
 
 def permuted(one: Asked, order) -> Asked:
@@ -233,7 +233,7 @@ def test_the_weight_is_the_best_of_validation_and_ties_trust_the_retriever():
     """One query, two candidates, the second right: only weights below 0.3 put it first, and the largest of them is taken."""
     result = retriever.UnitResult("u", "local", [None], [[2]], [[2]], [1], np.array([[0, 1]]), np.array([[0.7, 0.0]]), [None] * 2)
     one = Asked("1", data_items.Item("q"), ("a", "b"), (data_items.Item("a"), data_items.Item("b")))
-    seen = reranking.Seen(result, [one], {"pointwise": np.array([[0.0, 0.3]]), "listwise": np.array([[0.0, -1.0]])})
+    seen = reranking.Reranked(result, [one], {"pointwise": np.array([[0.0, 0.3]]), "listwise": np.array([[0.0, -1.0]])})
     table = reranking.weigh([seen], temperature=1.0)
     own = table[table["kind"] == "pointwise"].set_index("weight")["mrr"]
     assert (own[own.index < 0.3] == 1.0).all() and (own[own.index > 0.3] == 0.5).all()
@@ -254,7 +254,7 @@ def test_table_figure_and_claims_of_a_second_look(model, searcher, seen, setting
     table = reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken)
     assert table["seconds"].isna().tolist() == ["best" in m for m in table["model"]]
     assert reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken)["hit@1"].between(0, 100).all()
-    assert len(figures.second_look(table, "stage 3", "MRBench").axes) == 2
+    assert len(figures.reranking(table, "stage 3", "MRBench").axes) == 2
     pairs = reranking.compared(hits, "stage 3", [1, 5], 50, 0)
     times = results.scores(taken, scale=1000.0, value=taken["seconds"], metric="milliseconds per query")
     assert len(results.points(pairs)) == 2 * 4 and times["value"].tolist() == pytest.approx((1000 * taken["seconds"]).tolist())

@@ -74,3 +74,9 @@ def test_unknown_forms_are_refused():
         rewards.negative_weights(torch.tensor([1]), "typo")
     with pytest.raises(ValueError, match="neither sum nor mean"):
         rewards.rank_reward(torch.tensor(0.1), torch.tensor([0.2]), gamma=0.1, reduction="max")
+
+
+def test_the_margin_weighs_as_much_as_a_query_is_solved():
+    alpha, epsilon = rewards.adaptive_weights(torch.tensor([[1, 1, 1, 1], [1, 4, 2, 1], [3, 2, 2, 9]]), alpha=0.4, epsilon=0.6)
+    assert alpha.flatten().tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert (alpha + epsilon).flatten().tolist() == pytest.approx([1.0] * 3)

@@ -1,0 +1,317 @@
+"""Where the gain over the EOL baseline comes from: generation, hard negatives, ranking reward.
+
+rows = decomposition.table(study, decomposition.grain_kinds(bench), samples=1000)
+decomposition.overview(rows)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from elva_core import config
+from elva_core.config import ProfileError, Settings
+from elva_core.data import mbeir
+from elva_core.evaluation import statistics
+from elva_core.experiments import compare, figures, results, study
+from elva_core.experiments.pictures import PlainFigure
+from elva_core.experiments.study import Study
+
+EOL, RET, CONTROL, STAGE3 = CHAIN = ("stage 2, EOL only", "stage 2", "InfoNCE control", "stage 3")
+# step -> (new, old): each changes one thing; the last two are sums of steps
+STEPS = {"generation": (RET, EOL), "hard negatives": (CONTROL, RET), "ranking reward": (STAGE3, CONTROL)}
+SUMS = {"hard negatives and reward": (STAGE3, RET), "all": (STAGE3, EOL)}
+CUTOFFS = (1, 5)
+EXPERIMENT = "where the gain comes from"  # in measured.csv and claims.csv
+COLOURS = {"generation": figures.BLUE, "hard negatives": figures.AMBER, "ranking reward": figures.RED}
+
+
+def grain_kinds(bench: mbeir.Root, split: str = "test") -> pd.DataFrame:
+    """unit, qid, kind: a row for each kind of grain that a query of the benchmark has."""
+    rows = [
+        (unit, query.qid, kind)
+        for unit in bench.units(split)
+        for query in bench.queries(unit, split)
+        for kind in dict(mbeir.grains(query))
+    ]
+    return pd.DataFrame(rows, columns=["unit", "qid", "kind"])
+
+
+def seeds_of(done: Study) -> list[int]:
+    """The seeds under which every arm of the chain that has a result was trained: steps then add up."""
+    trained = set(done.runs["arm"])
+    names = [name for name in CHAIN if name in trained]
+    return compare.shared_seeds(done, names) if names else []
+
+
+def missing(done: Study, seeds: Sequence[int]) -> str:
+    """Arms of the chain and their planned seeds without a result, in words; "" where nothing is missing."""
+    there = done.runs.groupby("arm")["seed"].agg(set)
+    lacking = {name: [seed for seed in seeds if seed not in there.get(name, set())] for name in CHAIN}
+    words = [f"{name}, seeds {', '.join(map(str, absent))}" for name, absent in lacking.items() if absent]
+    return "; ".join(words)
+
+
+def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.DataFrame:
+    """Every step at hit@1 and hit@5: on MRBench's average, on each task, on the queries with each grain kind.
+
+    Args:
+        kinds: `grain_kinds`; None leaves the grain kinds out.
+
+    Returns:
+        step, new, old, unit ("" but for a task), group ("" but for a grain kind), metric; old value, new
+        value (percent); value, ci_low, ci_high (points, queries resampled inside each task); relative,
+        relative low, relative high (percent of old); n, seeds (tuple), missing (`missing`, in every row),
+        paper (percent, where it has one) and verdict. A step without its arms has rows on the average whose
+        values are nan.
+    """
+    seeds, trained = seeds_of(done), set(done.runs["arm"])
+    samples, lacking = settings.evaluation.bootstrap, missing(done, settings.study.seeds)
+    done = replace(done, runs=done.runs[done.runs["seed"].isin(seeds)])
+    rows = []
+    for step, (new, old) in (STEPS | SUMS).items():
+        names = {"step": step, "new": new, "old": old, "unit": "", "group": "", "seeds": tuple(seeds)}
+        if not seeds or not {new, old} <= trained:
+            rows += [names | {"metric": f"hit@{k}"} for k in CUTOFFS]
+            continue
+        hits = compare.averaged(done, [new, old], CUTOFFS)
+        parts = [({}, hits)]
+        parts += [({"unit": unit}, part) for unit, part in hits.groupby("unit", sort=False)]
+        for kind, queries in () if kinds is None else kinds.groupby("kind", sort=False):
+            part = hits.merge(queries[["unit", "qid"]], on=["unit", "qid"])
+            parts.append(({"group": f"queries with {kind}"}, part))
+        for where, part in parts:
+            for k in CUTOFFS:
+                pair = statistics.comparison(part, new, old, k, samples, 0)
+                percent = ("old value", "new value", *results.NUMBERS)
+                rows.append(names | where | pair | {name: 100 * pair[name] for name in percent})
+    columns = ["step", "new", "old", "unit", "group", "metric", "old value", "new value", *results.NUMBERS]
+    columns += ["relative", "relative low", "relative high", "n", "seeds"]
+    return _beside_paper(pd.DataFrame(rows, columns=columns).assign(missing=lacking), settings.evidence)
+
+
+def _beside_paper(rows: pd.DataFrame, evidence: bool) -> pd.DataFrame:
+    """With the paper's gain on MRBench, which is over EOL at hit@5, and, of a run that is evidence, the
+    verdict on it.
+    """
+    average = (rows["unit"] == "") & (rows["group"] == "")
+    printed = average & (rows["step"] == "all") & (rows["metric"] == "hit@5")
+    rows["paper"] = np.where(printed, statistics.reported()["mrbench_gain"]["value"], np.nan)
+    rows["verdict"] = [
+        statistics.verdict(r["paper"], r["relative low"], r["relative high"], difference=True)
+        if evidence and r["paper"] == r["paper"] and r["value"] == r["value"]
+        else ""
+        for r in rows.to_dict("records")
+    ]
+    return rows
+
+
+def average(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `table` on MRBench's average, those of missing arms among them."""
+    return rows[(rows["unit"] == "") & (rows["group"] == "")]
+
+
+def at_cutoff(rows: pd.DataFrame, k: int) -> pd.DataFrame:
+    """The rows of `table` on MRBench's average at one cut-off, by step."""
+    return average(rows)[lambda table: table["metric"] == f"hit@{k}"].set_index("step")
+
+
+def overview(rows: pd.DataFrame) -> pd.DataFrame:
+    """The average as people read it: a line per step, points and relative gain at each cut-off."""
+    lines = []
+    for step, part in average(rows).groupby("step", sort=False):
+        line = {"step": step, "what is compared": f"{part['new'].iloc[0]} over {part['old'].iloc[0]}"}
+        for row in part.to_dict("records"):
+            line[f"{row['metric']}, points"] = _interval(row, "value", "ci_low", "ci_high")
+            line[f"{row['metric']}, %"] = _interval(row, "relative", "relative low", "relative high")
+        judged = part.dropna(subset="paper")
+        line["paper, %"] = f"{judged['paper'].iloc[0]:+.1f}" if len(judged) else ""
+        line["verdict"] = " ".join(filter(None, part["verdict"]))
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _interval(row: Mapping, value: str, low: str, high: str) -> str:
+    if row[value] != row[value]:
+        return "not run"
+    middle, low, high = (round(row[name], 1) + 0.0 for name in (value, low, high))  # no -0.0
+    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
+    """What the average shows at one cut-off, in words, and what has not been run, with its command."""
+    steps = at_cutoff(rows, k)
+    listed = [f"{step} {_interval(steps.loc[step], *results.NUMBERS)}" for step in STEPS]
+    whole, words = steps.loc["all"], []
+    if whole["value"] == whole["value"]:
+        gain = _interval(whole, "relative", "relative low", "relative high")
+        words.append(
+            f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %"
+            + (f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else "")
+        )
+    words.append(f"in points: {', '.join(listed)}" + _counted(steps))
+    if lacking := rows["missing"].iloc[0]:
+        words.append(f"not run: {lacking} (python -m elva_core study {profile})")
+    return ". ".join(word[0].upper() + word[1:] for word in words) + "."
+
+
+def _counted(rows: pd.DataFrame) -> str:
+    """n and seeds behind the rows, in brackets."""
+    measured = rows.dropna(subset="value")
+    if measured.empty:
+        return ""
+    return f" (n = {int(measured['n'].min()):,} queries, seeds {', '.join(map(str, rows['seeds'].iloc[0]))})"
+
+
+def measured(rows: pd.DataFrame, parts: pd.DataFrame, **columns: str) -> pd.DataFrame:
+    """Results in the one schema: points of every step, and its share of stage 3's gain over EOL.
+
+    The relative gain over EOL itself is one of MRBench's main claims.
+
+    Args:
+        parts: `shares`. columns: dataset, backbone.
+    """
+    there = rows.dropna(subset="value").drop(columns="paper")
+    there = there.assign(seed=there["seeds"].map(results.seed_label), paper=np.nan)
+    columns |= {"experiment": EXPERIMENT}
+    parts = parts.dropna(subset="value").assign(
+        model=parts["step"], seed=results.seed_label(rows["seeds"].iloc[0])
+    )
+    parts["metric"] = "share of the gain over EOL at " + parts["metric"] + ", %"
+    return pd.concat(
+        [results.points(there, scale=1.0, **columns), results.scores(parts, scale=1.0, **columns)]
+    )
+
+
+def _panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure of `size` inches with one of its axes for each cut-off."""
+    with mpl.rc_context(figures.STYLE):
+        drawn = PlainFigure(figsize=size, layout="constrained")
+        return drawn, drawn.subplots(1, len(CUTOFFS))
+
+
+def figure(rows: pd.DataFrame) -> Figure:
+    """Step chart: points over the EOL baseline after each step, a panel for each cut-off.
+
+    A bar goes from the level before its step to the level after it, with the step's paired 95 % interval; the
+    last bar is their sum. A step that was not run is named in its place.
+    """
+    drawn, axes = _panels((9.6, 3.7))
+    for axis, k in zip(axes, CUTOFFS, strict=True):
+        steps = at_cutoff(rows, k)
+        level, names = 0.0, [*STEPS, "all"]
+        for place, step in enumerate(names):
+            row = steps.loc[step]
+            if row["value"] != row["value"]:
+                axis.text(place, level, "not run", ha="center", va="bottom", color="#666666")
+                continue
+            start = 0.0 if step == "all" else level
+            end = start + row["value"]
+            spread = [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]]
+            colour = COLOURS.get(step, figures.GREY)
+            axis.bar(place, row["value"], bottom=start, width=0.6, color=colour)
+            axis.errorbar(place, end, yerr=np.clip(spread, 0, None), color="black", capsize=3, elinewidth=0.9)
+            axis.annotate(f"{row['value']:+.1f}", (place + 0.34, end), fontsize=8, va="center")
+            level = end if step != "all" else level
+        axis.axhline(0, color="black", linewidth=0.8)
+        there = steps.loc[names].dropna(subset="value")["old"].tolist()  # the first has no bar before it
+        axis.set(ylabel=f"points of hit@{k} over {(there or [EOL])[0]}", xlim=(-0.6, len(names) - 0.1))
+        axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+        axis.margins(y=0.12)
+    counted = _counted(average(rows)).strip(" ()") or "no result yet"
+    drawn.suptitle(
+        f"From the EOL baseline to stage 3, MRBench average\n{counted}; 95 % intervals, paired", fontsize=10
+    )
+    return drawn
+
+
+def shares(done: Study, samples: int) -> pd.DataFrame:
+    """What part of stage 3's gain over the EOL baseline each step is.
+
+    Returns:
+        step, metric, value, ci_low, ci_high (percent; nan where the gain may be zero), n queries; no rows
+        where an arm of the chain has no result.
+    """
+    columns, rows = ["step", "metric", *results.NUMBERS, "n"], []
+    if set(CHAIN) <= set(done.runs["arm"]):
+        hits = compare.averaged(done, CHAIN, CUTOFFS)
+        for k in CUTOFFS:
+            wide = hits.pivot(index=["unit", "qid"], columns="model", values=f"hit@{k}").reset_index()
+            wide["whole"] = wide[STAGE3] - wide[EOL]
+            for step, (new, old) in STEPS.items():
+                wide["part"] = wide[new] - wide[old]
+                part = statistics.share(wide, "part", "whole", samples, (0, "share", step, k))
+                rows.append({"step": step, "metric": f"hit@{k}"} | part)
+    out = pd.DataFrame(rows, columns=columns)
+    out[results.NUMBERS] *= 100
+    return out
+
+
+def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]:
+    """The steps under backbones that read more or less well: this study, and those of `study.reading`.
+
+    Returns:
+        profile, reading (percent: `headroom.reading` of stage 2, mean over its seeds), step, metric, value,
+        ci_low, ci_high (points), n; and what was not run, with its command ("" where nothing is missing).
+    """
+    studies, words, rows = {settings.profile: done}, [], []
+    for name in settings.study.reading:
+        try:
+            studies[name] = study.read(study.folders(name)[0], config.load(name))
+        except ProfileError as error:
+            words.append(f"{name}: {error}")
+    if not settings.study.reading:
+        words.append(
+            "no other backbone: teach one for fewer steps (python -m elva_core teach), write a profile that "
+            f"extends {settings.profile} with that backbone.path, run it (python -m elva_core run PROFILE, "
+            f"study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
+        )
+    for name, one in studies.items():
+        runs = one.runs[one.runs["arm"] == RET]
+        reading = 100 * runs["reading"].mean() if "reading" in runs else np.nan
+        if np.isnan(reading):
+            words.append(
+                f"{name}: its results have no reading of stage 2; move {study.folders(name)[0]} away and run "
+                f"python -m elva_core study {name}"
+            )
+            continue
+        steps = average(table(one, None, settings)).dropna(subset="value")
+        rows.append(steps[["step", "metric", *results.NUMBERS, "n"]].assign(profile=name, reading=reading))
+    columns = ["profile", "reading", "step", "metric", *results.NUMBERS, "n"]
+    out = pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
+    return out.reset_index(drop=True), "Not run: " + "; ".join(words) + "." if words else ""
+
+
+def reading_figure(rows: pd.DataFrame) -> Figure:
+    """Points of each step against how well the backbone reads, a panel for each cut-off."""
+    drawn, axes = _panels((9.6, 3.4))
+    for axis, k in zip(axes, CUTOFFS, strict=True):
+        for place, step in enumerate(STEPS):
+            chosen = rows["step"].eq(step) & rows["metric"].eq(f"hit@{k}")
+            part = rows[chosen].sort_values("reading")
+            ends = np.abs(part[["ci_low", "ci_high"]].sub(part["value"], axis=0)).to_numpy().T
+            beside = part["reading"] + 0.4 * (place - 1)  # else intervals hide one another
+            style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
+            axis.errorbar(beside, part["value"], yerr=ends, **style)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="pictures whose summary is exact under stage 2, %", ylabel=f"points of hit@{k}")
+    axes[0].legend(frameon=False, fontsize=8)
+    n = f"n = {int(rows['n'].min()):,} queries a point" if len(rows) else "not run"
+    drawn.suptitle(f"Each step against how well the backbone reads\n{n}, 95 % intervals", fontsize=10)
+    return drawn
+
+
+def public_work() -> pd.DataFrame:
+    """What others report on the same question: scores, points of generation and of RL, share of RL."""
+    works = pd.DataFrame(statistics.reported()["public_work"]["works"])
+    none, written, learnt = (works[name].astype(float) for name in ("no generation", "generation", "with RL"))
+    points = {"of generation, points": written - none, "of RL, points": learnt - written}
+    share = (100 * (learnt - written) / (learnt - none)).where(learnt > none)
+    order = ["work", "benchmark", "no generation", "generation", "with RL", *points, "share of RL, %"]
+    works = works.assign(**points, **{"share of RL, %": share}, note=works["note"].fillna(""))
+    return works[[*order, "note", "source"]]

@@ -1,0 +1,190 @@
+"""Where the gain comes from: steps that add up, what is missing, shares, public work; ranks by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from elva_core.config import ProfileError
+from elva_core.evaluation import headroom, statistics
+from elva_core.experiments import claims, compare, decomposition, report, results, study
+from elva_core.experiments.study import Study
+
+# ranks of eight queries, four in each of two tasks, under each arm and seed
+RANKS = {
+    ("stage 2, EOL only", 17): [1, 9, 9, 9, 9, 9, 9, 9],
+    ("stage 2, EOL only", 18): [1, 1, 9, 9, 9, 9, 9, 9],
+    ("stage 2", 17): [1, 1, 9, 9, 2, 9, 9, 9],
+    ("stage 2", 18): [1, 1, 9, 9, 9, 9, 9, 9],
+    ("InfoNCE control", 17): [1, 1, 9, 9, 2, 9, 9, 9],
+    ("InfoNCE control", 18): [9, 1, 9, 9, 9, 9, 9, 9],
+    ("stage 3", 17): [1, 1, 1, 1, 2, 2, 9, 9],
+    ("stage 3", 18): [1, 1, 1, 1, 1, 9, 9, 9],
+    ("stage 3", 19): [9] * 8,  # no other arm has this seed
+}
+KINDS = pd.DataFrame([("x_task0", "1:1", "tone"), ("x_task1", "1:5", "tone"), ("x_task1", "1:6", "tone")], columns=["unit", "qid", "kind"])
+
+
+def made(ranks=RANKS, **runs) -> Study:
+    rows = [
+        {"arm": arm, "seed": seed, "unit": f"x_task{i // 4}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
+        for (arm, seed), of_arm in ranks.items()
+        for i, rank in enumerate(of_arm)
+    ]
+    trained = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks]).assign(**runs)
+    return Study(trained, pd.DataFrame(rows), *[pd.DataFrame()] * 3)
+
+
+def without(*arms):
+    return made({key: ranks for key, ranks in RANKS.items() if key[0] not in arms})
+
+
+@pytest.fixture
+def settings(smoke):
+    return smoke.changed({"evidence": True, "study": {"seeds": [17, 18]}})
+
+
+@pytest.fixture
+def table(settings):
+    return decomposition.table(made(), KINDS, settings)
+
+
+def chosen(table, step, metric="hit@5", unit="", group=""):
+    (row,) = table.query("step == @step and metric == @metric and unit == @unit and group == @group").to_dict("records")
+    return row
+
+
+def test_steps_add_up_to_the_gain_on_the_seeds_that_all_arms_have(table):
+    # hit@5 in percent over both seeds: EOL 3 of 16, [RET] 5, control 4, stage 3 11; tasks of one size
+    values = [chosen(table, step)["value"] for step in (*decomposition.STEPS, *decomposition.SUMS)]
+    assert values == pytest.approx([12.5, -6.25, 43.75, 37.5, 50.0])
+    whole = chosen(table, "all")
+    assert (whole["old value"], whole["new value"]) == pytest.approx((18.75, 68.75)) and whole["relative"] == pytest.approx(800 / 3)
+    assert whole["seeds"] == (17, 18) and whole["n"] == 8
+    at1 = [chosen(table, step, "hit@1")["value"] for step in (*decomposition.STEPS, *decomposition.SUMS)]
+    assert at1 == pytest.approx([6.25, -6.25, 37.5, 31.25, 37.5])
+
+
+def test_a_step_is_the_paired_difference_that_the_other_tables_have(settings, table):
+    same = compare.differences(made(), [("stage 3", "InfoNCE control")], 5, settings.evaluation.bootstrap).iloc[0]
+    row = chosen(table, "ranking reward")
+    assert [row[c] for c in results.NUMBERS] == pytest.approx(same[results.NUMBERS].tolist())
+
+
+def test_tasks_and_grain_kinds_have_rows_of_their_own(table):
+    assert chosen(table, "all", unit="x_task1")["value"] == pytest.approx(37.5)
+    # with tone: the first query of task 0, which all arms but the control have; task 1: EOL none, stage 3 two of two and one of two
+    row = chosen(table, "all", group="queries with tone")
+    assert row["value"] == pytest.approx((0 + 75) / 2) and row["n"] == 3
+
+
+def test_only_the_gain_over_eol_at_five_has_the_papers_figure_and_a_verdict(table, settings):
+    judged = table.dropna(subset="paper")
+    assert judged[["step", "metric", "paper"]].values.tolist() == [["all", "hit@5", statistics.reported()["mrbench_gain"]["value"]]]
+    assert judged["verdict"].item() == "reproduced" and (table["verdict"] != "").sum() == 1
+    plumbing = decomposition.table(made(), None, settings.changed({"evidence": False}))
+    assert set(plumbing["verdict"]) == {""}
+
+
+def test_the_sentence_names_the_gain_its_steps_n_and_seeds(table):
+    said = decomposition.sentence(table, "cpu")
+    assert said.startswith("Stage 3 over stage 2, EOL only, hit@5: +50.0 [") and "(paper +13.1 %: reproduced)" in said
+    assert "generation +12.5 [" in said and "hard negatives -6.2 [" in said and "ranking reward +43.8 [" in said
+    assert said.endswith("(n = 8 queries, seeds 17, 18).")
+    assert "paper" not in decomposition.sentence(table, "cpu", k=1)
+
+
+def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
+    lacking = smoke.changed({"study": {"seeds": [17, 18, 19]}})
+    rows = decomposition.table(without("stage 2, EOL only"), None, lacking)
+    overview = decomposition.overview(rows).set_index("step")["hit@5, points"]
+    assert overview["generation"] == overview["all"] == "not run" and overview["ranking reward"].startswith("+43.8")
+    said = decomposition.sentence(rows, "cpu")
+    assert "stage 2, EOL only, seeds 17, 18, 19; stage 2, seeds 19; InfoNCE control, seeds 19 (python -m elva_core study cpu)" in said
+    written = [text.get_text() for text in decomposition.figure(rows).findobj(Text)]
+    assert written.count("not run") == 2 * len(decomposition.CUTOFFS)
+    nothing = decomposition.table(made({("x", 1): [1]}), None, smoke)
+    assert set(decomposition.overview(nothing)["hit@1, %"]) == {"not run"} and decomposition.figure(nothing)
+    assert decomposition.measured(nothing, decomposition.shares(made({("x", 1): [1]}), 5), dataset="d", backbone="b").empty
+
+
+def test_a_bar_goes_from_the_level_before_its_step_to_the_level_after_it(table):
+    figure = decomposition.figure(table)
+    bars = [(bar.get_y(), bar.get_height()) for bar in figure.axes[1].patches]
+    assert [start for start, _ in bars] == pytest.approx([0, 12.5, 6.25, 0])
+    assert [start + height for start, height in bars] == pytest.approx([12.5, 6.25, 50, 50])
+    ends = {tuple(np.round(s[:, 1], 4)) for lines in figure.axes[1].collections for s in lines.get_segments()}
+    row = chosen(table, "ranking reward")
+    assert tuple(np.round([6.25 + row["ci_low"], 6.25 + row["ci_high"]], 4)) in ends
+    assert "n = 8 queries, seeds 17, 18" in figure.get_suptitle()
+
+
+def test_shares_of_the_gain_are_those_of_the_points(table):
+    parts = decomposition.shares(made(), 100).set_index(["step", "metric"])["value"]
+    assert parts["ranking reward", "hit@5"] == pytest.approx(100 * 43.75 / 50) and parts.xs("hit@5", level=1).sum() == pytest.approx(100)
+    assert decomposition.shares(without("InfoNCE control"), 5).empty
+
+
+def test_what_is_measured_is_in_the_schema_and_no_second_claim(table):
+    rows = decomposition.measured(table, decomposition.shares(made(), 100), dataset="d", backbone="b")
+    assert list(rows.columns) == results.SCHEMA and rows["value"].notna().all() and set(rows["seed"]) == {"2 (17, 18)"}
+    assembled = claims.assemble(rows, statistics.reported(), evidence=True)
+    ours = assembled[assembled["ours"].notna()]
+    assert len(ours) == len(rows) and set(ours["verdict"]) == {""}
+    steps = ours[ours["metric"] == "difference of hit@5, points"].set_index("claim")["ours"]
+    assert steps["stage 3 over stage 2, EOL only, x_task1"] == pytest.approx(37.5)
+
+
+def test_the_report_reads_the_tables_back(table, settings, tmp_path):
+    hits = [
+        {"model": m, "summaries": s, "unit": "x_task0", "qid": f"1:{i}", "hit@1": float(i < n), "hit@5": float(i < n)}
+        for m, s, n in (("stage 2", headroom.GREEDY, 10), ("stage 2", headroom.BEST, 30), ("stage 3", headroom.GREEDY, 20))
+        for i in range(40)
+    ]
+    hits = pd.DataFrame(hits)
+    written = {"60_ablate/decomposition": table, "70_analyse_grains/headroom": headroom.table(hits, (1, 5), 20, 0)}
+    written["70_analyse_grains/shares"] = headroom.shares_taken(hits, (1, 5), 100)
+    for name, rows in written.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    run = SimpleNamespace(settings=settings, require=lambda stage: tmp_path / stage)
+    back = report.study_table(run, "decomposition")
+    pd.testing.assert_frame_equal(decomposition.overview(back), decomposition.overview(table))
+    text = report.gain(run)
+    assert decomposition.sentence(table, settings.profile) in text and "| greedy | 25.0 | 50.0 | 25.0 | 50.0 |" in text
+    assert "| all | stage 3 over stage 2, EOL only | +37.5" in text and "Embed-RL-2B" in text and "50 % [" in text
+
+
+def test_public_work_has_sources_and_shares_computed_from_its_scores():
+    works = decomposition.public_work().set_index("work")
+    assert works["source"].str.len().min() > 3 and works["benchmark"].notna().all()
+    assert works.loc["Embed-RL-2B", "share of RL, %"] == pytest.approx(100 * 1.5 / 6.6)
+    assert works.loc["LREM", "of generation, points"] < 0 < works.loc["LREM", "of RL, points"]
+    assert np.isnan(works.loc["TRACE", "share of RL, %"]) and works.loc["TRACE", "of generation, points"] == pytest.approx(-1)
+
+
+def test_steps_against_reading_have_a_point_for_each_backbone_and_name_what_was_not_run(settings, monkeypatch):
+    asked = settings.changed({"study": {"reading": ["worse", "absent"]}})
+    profiles = {"worse": dataclasses.replace(made(reading=0.25)), "absent": None}
+
+    def read(folder, _):
+        if profiles[folder] is None:
+            raise ProfileError("absent holds no result; run: python -m elva_core study absent")
+        return profiles[folder]
+
+    monkeypatch.setattr(decomposition.config, "load", lambda name: settings)
+    monkeypatch.setattr(study, "folders", lambda name: (name, name))
+    monkeypatch.setattr(study, "read", read)
+    rows, said = decomposition.against_reading(made(reading=0.5), asked)
+    points = rows.query("step == 'generation' and metric == 'hit@5'").set_index("profile")
+    assert points["reading"].to_dict() == {"smoke": 50.0, "worse": 25.0} and points["value"].tolist() == pytest.approx([12.5, 12.5])
+    assert said == "Not run: absent: absent holds no result; run: python -m elva_core study absent."
+    drawn = [line.get_xdata() for line in decomposition.reading_figure(rows).axes[1].lines]
+    assert any(len(x) == 2 and x[0] == pytest.approx(25, abs=1) and x[1] == pytest.approx(50, abs=1) for x in drawn)
+    rows, said = decomposition.against_reading(made(), settings)
+    assert rows.empty and "no other backbone" in said and "no reading of stage 2" in said and decomposition.reading_figure(rows)

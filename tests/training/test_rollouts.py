@@ -1,0 +1,70 @@
+"""Rollouts of a step before they are learnt from: groups drawn again, what is raised through embeddings, what tokens cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import mined
+from elva_core.models import encoder, generation
+from elva_core.training import grpo, losses
+
+
+@pytest.fixture
+def ranked(tiny, root, smoke):
+    return mined(tiny, root, smoke, 8)
+
+
+def stage3(smoke, **changes):
+    return smoke.stage3.model_copy(update={"num_generations": 3, "candidates": "mined"} | changes)
+
+
+def noise(encoder, ranked, settings, seed=0):
+    sides = len(grpo.sides(ranked[0], settings.rollout_sides))
+    shape = (len(ranked), sides, settings.num_generations, encoder.settings.max_summary_tokens)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_of(model_folder, smoke, asked, settings, *given):
+    """Of one step, and what it logs."""
+    model = encoder.load(model_folder, smoke.encoder)
+    model.add_lora(settings.lora, seed=0)
+    row = grpo.step(model, asked, settings, *given)
+    return torch.cat([p.grad.flatten() for p in model.trainable().values() if p.grad is not None]), row
+
+
+@pytest.mark.parametrize("sides", ["query", "all"])
+def test_a_group_without_spread_gives_way_to_the_next_query(model_folder, smoke, tiny, ranked, sides):
+    """As if the other query had been drawn in its place; without another one with spread it stays, and is counted."""
+    settings = stage3(smoke, rollout_sides=sides, scale_rewards="none", chunk=5, resample=2)
+    uniform, flat, fresh = (noise(tiny, ranked[:3], settings, seed) for seed in range(3))
+    uniform[1] = flat[:] = uniform[1, :1, :1]  # the same summary in all rollouts
+    spare, drawn = ranked[3:6], [ranked[0], ranked[2], ranked[4]]
+    given = uniform, generation.in_process, [(spare[::-1], flat), (spare, fresh)]
+    found, row = gradient_of(model_folder, smoke, ranked[:3], settings, *given)
+    wanted, plain = gradient_of(model_folder, smoke, drawn, settings, torch.stack([uniform[0], uniform[2], fresh[1]]))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    assert row.pop("resampled") == pytest.approx(2 / 3) and row == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    _, row = gradient_of(model_folder, smoke, ranked[:3], settings, uniform, generation.in_process, [(spare, flat)])
+    assert row["resampled"] == row["frac_reward_zero_std"] == pytest.approx(1 / 3)
+
+
+def test_gated_raises_infonce_of_the_rollouts_below_their_mean_alone(tiny, ranked, smoke):
+    settings = stage3(smoke, gradient="gated", infonce_weight=0.5)
+    groups = grpo.rolled_out(tiny, ranked[:2], [0, 1], noise(tiny, ranked[:2], settings), settings, generation.in_process)
+    vectors = torch.cat([s.embeddings for s in groups.sampled]).requires_grad_()
+    total, low = torch.zeros(()), groups.scored.total < groups.scored.total.mean(1, keepdim=True)
+    for q, g in low.nonzero().tolist():
+        total = total - losses.infonce(vectors[q, g][None], torch.from_numpy(ranked[q].vectors), temperature=0.05)
+    (wanted,) = torch.autograd.grad(0.5 * total / low.numel(), vectors)
+    torch.testing.assert_close(groups.slope, wanted, atol=1e-6, rtol=1e-4)
+    assert 0 < low.sum() < low.numel()
+
+
+def test_a_token_costs(tiny, ranked, smoke):
+    settings = stage3(smoke)
+    paying = settings.model_copy(update={"reward": settings.reward.model_copy(update={"token_cost": 0.25})})
+    given = ranked[:2], [0, 1], noise(tiny, ranked[:2], settings)
+    free, costly = (grpo.rolled_out(tiny, *given, s, generation.in_process) for s in (settings, paying))
+    words = [[len(summary) for summary in group] for s in free.sampled for group in s.summaries(tiny.end_id)]
+    torch.testing.assert_close(free.scored.total - costly.scored.total, 0.25 * torch.tensor(words).float())
