@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,7 @@ class Encoder:
         self.vision: Vision | None = None
         if self.backbone.config.model_type in SPLICED:
             self.vision = Vision(self.backbone, processor, keep=settings.cache_vision)
+        self.reader = chat.Reader(self.backbone, processor, self._chat)
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
@@ -92,6 +93,8 @@ class Encoder:
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows).to(self.device)
         self._placeholders = placeholders(processor)
+        # of all batches so far, without (on the device) and with their padding
+        self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
 
     @property
     def splices(self) -> bool:
@@ -147,11 +150,13 @@ class Encoder:
     ) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
         if self.splices:
-            return self._spliced(items, request, endings)
-        chats = [self._chat(item, request) for item in items]
-        given = chat.read(self.backbone, self.processor, chats, endings)
-        mask, positions = given.pop("attention_mask"), given.pop("position_ids")
-        return Batch(given["input_ids"], mask, positions, given)
+            batch = self._spliced(items, request, endings)
+        else:
+            given = self.reader.batch(items, request, endings)
+            batch = Batch(given["input_ids"], given.pop("attention_mask"), given.pop("position_ids"), given)
+        self.tokens_read = self.tokens_read + batch.mask.sum()
+        self.places_read += batch.mask.numel()
+        return batch
 
     def _spliced(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
         backbone, config = self.backbone, self.backbone.config
@@ -275,17 +280,18 @@ class Encoder:
             self.backbone.gradient_checkpointing_disable()
 
     def forgetful(self) -> Encoder:
-        """The same model that keeps no vision features.
-
-        For images whose files are gone, or changed, at the next call, or whose cost is measured.
-        """
+        """The same model that keeps no vision features: files may be gone, or changed, at the next call."""
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
 
     def forget(self) -> None:
-        """Drops the vision features that were kept: the next batch computes those of its images anew."""
+        """Drops the vision features that were kept."""
         if self.vision:
             self.vision.forget()
+
+    def one_step(self) -> AbstractContextManager[None]:
+        """Around a step of training: the tower sees each image once."""
+        return (self.vision or self.reader).one_step()
 
     def save(
         self,
