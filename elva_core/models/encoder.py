@@ -15,7 +15,6 @@ processor says (chat.py).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -25,24 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import files, sharding
+from elva_core import sharding
 from elva_core.config import EncoderSettings
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.models import chat
 from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, mixed
+from elva_core.models.lineage import lineage
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
 from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
 from elva_core.training_settings import LoraSettings
 
 POOLING = "last position, L2-normalised"
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Qwen2-VL's chat template makes this of a video; as text it passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -316,29 +314,6 @@ class Encoder:
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
         card |= {"stage": stage, "parents": lineage(parent)} | ({"dims": list(dims)} if dims else {})
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
-
-
-def lineage(parent: str | Path) -> list[dict[str, str]]:
-    """The models that one which starts from `parent` comes from, oldest first, by stage and hash.
-
-    Returns:
-        {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose
-        weights are those of the hub's copy on this machine.
-    """
-    folder, name = Path(parent), {}
-    if not folder.is_dir():
-        if not HUB_NAME.fullmatch(str(parent)):
-            return []
-        copy = try_to_load_from_cache(str(parent), "config.json")
-        name = {"hub": str(parent)}
-        if not isinstance(copy, str):
-            return [name]
-        folder = Path(copy).parent
-    card = json.loads((folder / "elva.json").read_text()) if (folder / "elva.json").is_file() else {}
-    weights = sorted(folder.glob("*.safetensors"))
-    listed = "".join(f"{path.name} {files.file_hash(path)}\n" for path in weights)
-    this = {"stage": card.get("stage", "backbone"), "sha256": hashlib.sha256(listed.encode()).hexdigest()}
-    return [*card.get("parents", []), this | name]
 
 
 def lora_targets(model) -> str:

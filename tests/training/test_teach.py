@@ -16,6 +16,7 @@ from elva_core import config, files
 from elva_core.data import images, mbeir, sources
 from elva_core.export import backbone_card
 from elva_core.models import encoder, small_models
+from elva_core.models.lineage import lineage
 from elva_core.training import drawings, loop, teach
 from elva_core.values import merged
 from pretend_card import PretendCard
@@ -113,7 +114,7 @@ def test_the_folder_loads_and_its_card_says_what_was_measured(make, lessons, smo
 def test_a_backbone_that_ships_is_the_one_that_its_card_and_its_values_describe(name, tmp_path):
     folder = files.OUTPUTS / "backbone" / name
     made = json.loads((folder / "teaching.json").read_text())
-    assert made["sha256"] == encoder.lineage(folder)[-1]["sha256"]
+    assert made["sha256"] == lineage(folder)[-1]["sha256"]
     assert config.TeachSettings(**made["settings"]) == config.teaching(name)
     (tmp_path / "teaching.json").write_text(json.dumps(made))
     backbone_card.write(tmp_path)
