@@ -75,6 +75,10 @@ class EncoderSettings(Section):
     max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+    # processes that open and resize images ahead; results are the same for any number
+    workers: Annotated[NonNegative, Field(exclude_if=lambda value: value == 0)] = 0
+    # of passes without gradient, with padding, rows of like length together; None is evaluation.batch rows
+    batch_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     read_out: Literal["ret", "before"] = (
         "ret"  # the state that is the embedding: at [RET], or one token before
     )

@@ -89,6 +89,8 @@ class AdapterSettings(LoopSettings):
 class ContrastiveSettings(AdapterSettings):
     """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
 
+    # tokens of a forward, with padding, rows of like length together; None is `chunk` rows in their order
+    chunk_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
     temperature: PositiveFloat
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state

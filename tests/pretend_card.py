@@ -13,8 +13,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from elva_core.models import decoding
+
 CARD = torch.device("cuda", 0)
 HOST = ("numpy", "__array__", "__dlpack__")  # what needs the CPU's memory
+READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "masked_select", "unique", "cpu")
 CROSSES = ("copy_", "set_data", "_has_compatible_shallow_copy_type")  # from one device to another
 INDEXED = ("__getitem__", "__setitem__", "index_put_", "index_put")  # indices may be on the CPU
 
@@ -29,11 +32,12 @@ def _real(device: torch.device) -> torch.device:
 
 
 class PretendCard(TorchFunctionMode):
-    """`with PretendCard() as card:`; card.reads counts how often a value was handed to Python."""
+    """`with PretendCard() as card:`; card.reads counts how often the host had to wait for a value."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads, self._parameter = 0, torch.nn.Parameter.__new__
+        self.reads = 0
+        self._parameter, self._recorded = torch.nn.Parameter.__new__, decoding._Step._recorded
 
     def __enter__(self):
         def parameter(kind, data=None, requires_grad=True):  # is made past all functions of torch
@@ -41,11 +45,19 @@ class PretendCard(TorchFunctionMode):
             made._on_card = on_card(data)
             return made
 
-        torch.nn.Parameter.__new__ = parameter
+        def recorded(step):  # runs what would be a CUDA graph, which must not hand a value to the host
+            def replay():
+                before = self.reads
+                step._work()
+                assert self.reads == before, "a recorded step of decoding waits for the host"
+
+            return replay
+
+        torch.nn.Parameter.__new__, decoding._Step._recorded = parameter, recorded
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.nn.Parameter.__new__ = self._parameter
+        torch.nn.Parameter.__new__, decoding._Step._recorded = self._parameter, self._recorded
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -56,7 +68,8 @@ class PretendCard(TorchFunctionMode):
             return self._property(func, name, args, card)
         if card and name in HOST:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-        if card and name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "cpu"):
+        masks = name in INDEXED and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1]))
+        if card and (masks or name in READS):
             self.reads += 1
         if name in ("to", "cuda", "cpu"):
             return self._moved(func, name, args, kwargs)

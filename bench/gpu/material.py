@@ -28,6 +28,7 @@ from elva_core.data import mbeir
 from elva_core.data.items import Item
 from elva_core.experiments import sizes
 from elva_core.models import encoder, small_models
+from elva_core.models.arithmetic import ATTENTION
 from elva_core.models.encoder import Encoder
 from elva_core.training.contrastive import Pair
 from elva_core.training.hard_negatives import TrainingQuery
@@ -80,7 +81,7 @@ def words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choice(parts) + rng.choice(parts) for _ in range(count))
 
 
-def stock(place: Place, name: str, dtype: str, device: str | None = None):
+def stock(place: Place, name: str, dtype: str, device: str | None = None, attention: str = "sdpa"):
     """(model, processor) of a hub name of params/plan.yaml or of SMALL, as transformers runs it, with random weights."""
     prompts, rng = place.profile.encoder, random.Random(0)
     small = SMALL.get("tiny" if place.tiny else name)
@@ -101,7 +102,7 @@ def stock(place: Place, name: str, dtype: str, device: str | None = None):
     configured = AutoConfig.for_model(**values | tokens | {"text_config": text | ends | {"rope_parameters": rope}, "vision_config": vision})
     torch.manual_seed(0)
     with torch.device(device or place.device):
-        model = AutoModelForImageTextToText.from_config(configured, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_config(configured, dtype=getattr(torch, dtype), attn_implementation=attention)
     encoder.add_ret_token(model, tokenizer, prompts.ret_token)
     return model.requires_grad_(False).eval(), processor
 
@@ -120,7 +121,7 @@ def _tokenizer(texts: list[str], rows: int) -> Qwen2Tokenizer:
 
 def embedder(place: Place, name: str, dtype: str, device: str | None = None) -> Encoder:
     """The same model as this package runs it."""
-    return Encoder(*stock(place, name, dtype, device), place.profile.encoder)
+    return Encoder(*stock(place, name, dtype, device, ATTENTION), place.profile.encoder)
 
 
 def pictures(place: Place, count: int) -> list[Path]:
@@ -166,7 +167,7 @@ def ranked(model: Encoder, queries: list[Item], negatives: int) -> list[Training
     for item in queries:
         vectors = rng.normal(size=(negatives + 1, width)).astype(np.float32)
         near, *bank = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        mined = (0.0, (0.0,) * negatives, near, np.stack(bank), tuple(range(negatives)))
+        mined = (0.0, (0.0,) * negatives, near, np.stack(bank), tuple(range(negatives)), near)
         out.append(TrainingQuery(query, item, candidates[0], "1:1", candidates[1:], *mined))
     return out
 

@@ -182,20 +182,23 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     Args:
         distance: `mean_distance`. twins: `twins_ahead`.
     """
-    growth, words = distance[distance["baseline"] == "stage 2"].iloc[0], []
-    rounded = {name: round(growth[name], 3) + 0.0 for name in ("value", "ci_low", "ci_high")}  # no -0.000
-    moved = "grows" if rounded["ci_low"] > 0 else "shrinks" if rounded["ci_high"] < 0 else "does not change"
-    by = "{value:+.3f} [{ci_low:.3f}, {ci_high:.3f}]".format(**rounded)
-    words.append(f"From stage 2 to stage 3 the grain distance {moved}: {by} (n = {growth['n']:,} queries)")
-    row = twins[twins["group"] == "any grain"].iloc[0]
-    fewer = "fewer" if row["ci_high"] < 0 else "more" if row["ci_low"] > 0 else "as many"
-    percent = {name: 100 * row[name] for name in ("old value", "new value", "value", "ci_low", "ci_high")}
-    by = "{old value:.1f} to {new value:.1f} %, {value:+.1f} points [{ci_low:.1f}, {ci_high:.1f}]"
-    words.append(
-        f"{fewer} of the one-grain twins stand ahead of the positive: {by.format(**percent)} "
-        f"(n = {row['n']:,} queries)"
+
+    def changed(row: pd.Series, scale: float, digits: int) -> str:
+        value, low, high = (round(scale * row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
+        clear = "grows" if low > 0 else "shrinks" if high < 0 else "has no clear change"
+        return f"{clear}, {value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+    growth = distance[distance["baseline"] == "stage 2"].iloc[0]
+    twins = twins.set_index("group")
+    every, kinds = twins.loc["any grain"], twins.drop("any grain")
+    clear = kinds[(kinds["ci_low"] > 0) | (kinds["ci_high"] < 0)]
+    listed = [f"{kind} {changed(row, 100, 1)}" for kind, row in clear.iterrows()]
+    before = f"{100 * every['old value']:.1f} % under stage 2"
+    return (
+        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). "
+        f"The share of one-grain twins ahead of the positive, {before}, {changed(every, 100, 1)} points "
+        f"(n = {every['n']:,} queries); by the grain that differs: {'; '.join(listed) or 'no clear change'}."
     )
-    return "; ".join(words) + "."
 
 
 def median_gain(old: UnitResult, new: UnitResult, fewest: int) -> int:

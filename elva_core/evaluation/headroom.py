@@ -22,7 +22,7 @@ from elva_core.retrieval.retriever import Embedded, Searcher
 
 # whose summaries a query and its candidates are read with; unless named, candidates have greedy ones
 GREEDY, SAMPLED, BEST = "greedy", "one sampled", "best sampled"
-TRUE, ALL_TRUE = "true one, query", "true ones, query and candidates"
+TRUE, ALL_TRUE = "true, query", "true, both sides"
 
 
 def measure(

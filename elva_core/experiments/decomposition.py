@@ -154,7 +154,7 @@ def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
             f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %"
             + (f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else "")
         )
-    words.append(f"in points: {', '.join(listed)}" + _counted(steps))
+    words.append(f"in points of hit@{k}: {', '.join(listed)}" + _counted(steps))
     if lacking := rows["missing"].iloc[0]:
         words.append(f"not run: {lacking} (python -m elva_core study {profile})")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
@@ -267,9 +267,10 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
             words.append(f"{name}: {error}")
     if not settings.study.reading:
         words.append(
-            "no other backbone: teach one for fewer steps (python -m elva_core teach), write a profile that "
-            f"extends {settings.profile} with that backbone.path, run it (python -m elva_core run PROFILE, "
-            f"study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
+            "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a "
+            f"profile that extends {settings.profile} with such a backbone.path, run it (python -m "
+            "elva_core run PROFILE, study PROFILE), and name it in study.reading of "
+            f"params/{settings.profile}.yaml"
         )
     for name, one in studies.items():
         runs = one.runs[one.runs["arm"] == RET]

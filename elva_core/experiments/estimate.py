@@ -316,8 +316,9 @@ class Workload:
         rank, per_call = s.lora.rank, self.inputs(rollout_sides)
         shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap}
         for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
-            side = self.side(which)
-            cost += self.write(n, side, s.num_generations, per_call=per_call, rank=rank)
+            side, inputs = self.side(which), self.own_queries * round(n / rows)
+            together = max(1, s.decode_rows // s.num_generations) if s.decode_rows else inputs
+            cost += self.write(n, side, s.num_generations, per_call=min(together, inputs), rank=rank)
             cost += self.read(n, side, request, per_call=per_call, **shape)
             cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
         if rollout_sides == "query" and s.candidates == "step":

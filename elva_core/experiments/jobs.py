@@ -23,6 +23,7 @@ from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir, sources
 from elva_core.experiments import stages
 from elva_core.models import encoder
+from elva_core.models.lineage import lineage
 from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker
 from elva_core.values import model_source
 
@@ -105,7 +106,7 @@ def backbone_hash(backbone: str | Path) -> str:
     Raises:
         ValueError: there are no weights to hash.
     """
-    weights = encoder.lineage(backbone)[-1:]
+    weights = lineage(backbone)[-1:]
     if not weights or "sha256" not in weights[0]:
         raise ValueError(
             f"{backbone} has no weights on this machine; give a model folder, or download it first"

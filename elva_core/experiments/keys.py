@@ -98,9 +98,9 @@ def made_from(settings: Settings, seed: int, stage: str) -> dict:
     values = settings.model_dump(mode="json", include=sections, exclude_defaults=True)
     inputs = {name: _content(settings.profile, seed, name) for name in STAGES[stage]}
     if stage == "10_prepare_data" and settings.data.root:
-        inputs["data.root"] = _hash(_texts(Path(settings.data.root)), _texts(Path(settings.data.nli)))
+        inputs["data.root"] = _hash(*map(_listed, (settings.data.root, settings.data.nli)))
     if stage == "30_pretrain_contrastive":
-        inputs["backbone"] = _weights(Path(model_source(settings.backbone.path)))
+        inputs["backbone.path"] = _weights(Path(model_source(settings.backbone.path)))
     if "study" in sections and stage != "00_check_environment":
         rows = arms(settings).items()
         values["arms"] = {
@@ -163,13 +163,14 @@ def _weights(folder: Path) -> str:
     return _hash(list(read))
 
 
-def _texts(place: Path) -> list:
-    """Names, sizes and times of the tables of an M-BEIR root, or of a file; images are not looked at."""
-    places = [place] if place.is_file() else []
+def _listed(name: str) -> list:
+    """Names, sizes and times of a file, or of the tables of an M-BEIR root; not of its many images."""
+    place = Path(name)
+    paths = [place] if place.is_file() else [path for path in place.glob("*") if path.is_file()]
     for part in ("query", "cand_pool", "qrels", "instructions"):
         for folder, _, names in os.walk(place / part, followlinks=True):
-            places += [Path(folder) / name for name in names]
-    status = {str(path.relative_to(place.parent)): path.stat() for path in places}
+            paths += [Path(folder) / name for name in names]
+    status = {path.relative_to(place.parent).as_posix(): path.stat() for path in paths}
     return sorted((name, s.st_size, s.st_mtime_ns) for name, s in status.items())
 
 

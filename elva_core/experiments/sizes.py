@@ -226,17 +226,16 @@ class Sizes:
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.
 
-        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a
-        byte whatever the dtype. With checkpointing only each layer's input stays, and one layer at a time is
-        computed again.
+        Adapters take their inputs in the model's dtype; dropout makes a copy of each and a mask of a byte.
+        With checkpointing only each layer's input stays, and one layer at a time is computed again.
         """
         h, inner = self.hidden, self.intermediate
         inputs = 6 * h + inner  # of the adapters of q, k, v, o, gate, up and of down
-        plain = 4 * inputs if width < 4 else 4 * (2 * h + inner)  # in one dtype the norms' outputs are shared
-        copies = (4 + 1) * inputs if dropout else plain
-        attention = width * 4 * h  # queries, repeated keys and values, result
+        copies = (width + 1) * inputs if dropout else width * (2 * h + inner)  # the norms' outputs are shared
+        # queries, repeated keys and values, result; under autocast a copy of it
+        attention = width * (4 if width == 4 else 5) * h
         norms, mlp = 4 * 2 * h, width * 3 * inner
-        layer = copies + 4 * 7 * rank + norms + attention + mlp
+        layer = copies + width * 7 * rank + norms + attention + mlp
         return width * h * self.layers + layer if checkpointing else self.layers * layer
 
 

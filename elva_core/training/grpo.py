@@ -35,6 +35,7 @@ import torch
 from elva_core import distributed
 from elva_core.data.items import Item
 from elva_core.models import generation, vllm_sampler
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import hard_negatives, loop, losses, rewards
 from elva_core.training.contrastive import epochs
@@ -252,8 +253,16 @@ def train(
     def draw(i: int, size: int) -> list[TrainingQuery]:
         return turns[i % len(turns)][0](i, size)
 
+    def reads(i: int) -> tuple[list[Item], str]:
+        which = "all" if settings.candidates == "step" else settings.rollout_sides
+        drawn = draw(i, per_step)
+        share = [drawn[row] for row in distributed.own_share(len(drawn))]
+        return [item for r in share for item in sides(r, which)], encoder.settings.summary_request
+
+    @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
         nonlocal turns
+        prepare(i)
         if again and i and i % again == 0:
             turns = drawn_from(mine())
         _, spare = turns[i % len(turns)]
@@ -262,10 +271,14 @@ def train(
         distributed.sum_gradients(parameters.values())
         return row | ({"candidates_act": float(i % 2)} if both else {})
 
-    with sampler_of(encoder, settings, folder / "vllm") as sampler:
+    steps = settings.queries // per_step
+    with (
+        sampler_of(encoder, settings, folder / "vllm") as sampler,
+        preparing(encoder, reads, steps) as prepare,
+    ):
         encoder.add_lora(settings.lora, seed=seed)
         encoder.model.eval()
-        parameters, steps = encoder.trainable(), settings.queries // per_step
+        parameters = encoder.trainable()
         rows = loop.train_loop(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

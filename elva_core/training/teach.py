@@ -30,6 +30,7 @@ from elva_core.data import mbeir, sources, styles
 from elva_core.data.items import candidate_item, query_item
 from elva_core.models import chat, encoder, small_models
 from elva_core.models.encoder import Encoder
+from elva_core.models.lineage import lineage
 from elva_core.models.vision import VisionFeatures
 from elva_core.retrieval import retriever
 from elva_core.training import drawings, loop
@@ -63,7 +64,7 @@ def make(
     parts = (settings, profile.encoder, profile.data)
     # without defaults: a new value leaves what was begun
     key = hashlib.sha256("".join(part.model_dump_json(exclude_defaults=True) for part in parts).encode())
-    key.update(json.dumps(encoder.lineage(first)).encode() if first else b"")
+    key.update(json.dumps(lineage(first)).encode() if first else b"")
     work = work / f"teach-{key.hexdigest()[:16]}"
     if not (work / "data").is_dir():
         shutil.rmtree(work / "data.partial", ignore_errors=True)
@@ -290,7 +291,7 @@ def _save(
     taught.processor.save_pretrained(partial_folder)
     written = encoder.load(partial_folder, profile.encoder, device=str(taught.device))
     record = made | {"joint_steps": made["settings"]["joint"]["steps"] if step is None else step}
-    record["sha256"] = encoder.lineage(partial_folder)[-1]["sha256"]
+    record["sha256"] = lineage(partial_folder)[-1]["sha256"]
     record["reading"] = reading(written, root, batch=profile.evaluation.batch)
     files.write_whole(partial_folder / "teaching.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     partial_folder.rename(out)

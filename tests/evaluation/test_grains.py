@@ -147,8 +147,9 @@ def test_twins_ahead_are_paired_over_queries_and_said_beside_the_distance():
     rows = [("stage 2", "a", 0.1), ("stage 2", "b", 0.5), ("stage 3", "a", 0.0), ("stage 3", "b", 0.6)]
     distance = grains.mean_distance(pd.DataFrame(rows, columns=["model", "qid", "distance"]), 200)
     said = grains.what_grows(distance, table.reset_index())
-    assert said.startswith("From stage 2 to stage 3 the grain distance does not change: +0.000 [-0.100, 0.100] (n = 2 queries)")
-    assert "fewer of the one-grain twins stand ahead of the positive: 62.5 to 42.5 %, -20.0 points [-20.0, -20.0]" in said
+    assert said.startswith("From stage 2 to stage 3 the grain distance has no clear change, +0.000 [-0.100, 0.100] (n = 2 queries).")
+    assert "ahead of the positive, 62.5 % under stage 2, shrinks, -20.0 [-20.0, -20.0] points (n = 2 queries)" in said
+    assert said.endswith("by the grain that differs: who shrinks, -20.0 [-20.0, -20.0]; tone shrinks, -20.0 [-20.0, -20.0].")
 
 
 def test_the_query_to_show_is_the_one_of_median_change_of_rank():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from elva_core import config, files
 from elva_core.experiments import estimate, measured, plan, sizes
@@ -126,6 +127,23 @@ def test_every_section_of_make_gpu_runs_on_a_simulated_device(tmp_path):
     for name in ("same as on the CPU", "resume after a kill", "small backbone, three stages and search"):
         assert result["sections"][name]["ok"], result["sections"][name]
     assert (tmp_path / "simulated-device.png").stat().st_size > 1000
+
+
+def test_a_card_that_computes_something_else_is_named(monkeypatch, tmp_path):
+    """A gradient that is not a number in float32, and one in bfloat16 further off than twice a CPU's."""
+    monkeypatch.syspath_prepend(str(files.REPOSITORY / "bench/gpu"))
+    import correct
+    from material import Place
+
+    one = torch.ones(4)
+    read = iter(
+        {"EOL embeddings": one + a, "gradient of stage 1, 64 tokens": one + b}
+        for a, b in ((0, 0), (5e-5, float("nan")), (0.01, 0.01), (0.019, 0.03))  # CPU float32, card, CPU bfloat16, card
+    )
+    monkeypatch.setattr(correct, "readings", lambda *_: next(read))
+    made = correct.as_on_the_cpu(Place("cpu", True, tmp_path))
+    assert not made["ok"]
+    assert made["differs"] == [f"gradient of stage 1, 64 tokens in {dtype}" for dtype in ("float32", "bfloat16")]
 
 
 def test_without_a_card_make_gpu_says_so_and_ends_well(tmp_path):

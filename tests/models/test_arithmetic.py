@@ -50,7 +50,7 @@ def test_a_token_of_padding_sees_itself_and_every_other_what_precedes_it(tiny, i
 def test_embeddings_are_those_of_transformers_own_mask(tiny, items):
     with torch.no_grad():
         ours = tiny.embed_eol(items)
-        tiny.backbone.set_attn_implementation("sdpa")
+        tiny.backbone.get_decoder().config._attn_implementation = "sdpa"
         theirs = tiny.embed_eol(items)
     assert not all(mask.any(-1).all() for mask in masks_of(tiny, items)[0])  # there a row saw nothing
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)

@@ -39,7 +39,7 @@ def test_a_token_takes_nothing_from_the_host_and_tells_it_nothing(adapted, items
         work._read()
     names = {event.key for event in seen.key_averages()}
     assert "aten::index_copy_" in names and "aten::scaled_dot_product_attention" in names
-    assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::cat"}
+    assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"}
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_a_token_that_is_recorded_and_replayed_is_the_one_that_is_computed(adapt
 
 
 @pytest.mark.parametrize(
-    ("family", "whole"), [(families.qwen3_vl, True), (families.llava_next, True), (families.idefics3, True), (families.gemma3, False)]
+    ("family", "whole"), [(families.qwen3_vl, True), (families.llava_next, False), (families.idefics3, True), (families.gemma3, False)]
 )
 def test_a_cache_with_windows_is_not_fixed(family, whole, texts):
     config, processor = family(texts)

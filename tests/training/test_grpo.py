@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import exit_codes, mined
 from elva_core import distributed
-from elva_core.models import encoder, generation
+from elva_core.models import decoding, encoder, generation
 from elva_core.training import contrastive, grpo, loop, rewards, rollouts
 from elva_core.training_settings import NegativeSettings, RlvrSettings
 
@@ -286,7 +286,7 @@ def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_th
             broken.setattr(rewards, "rank_reward", lambda *a, **k: healthy(*a, **k) * float("nan"))
         if cause == "constant":  # the same summary, whatever the noise
             broken.setattr(grpo, "COLLAPSE_WINDOW", 2)
-            broken.setattr(generation, "sample", lambda log_p, noise: log_p.argmax(-1))
+            broken.setattr(decoding, "sample", lambda chance, noise: chance.argmax(-1))
         with pytest.raises(loop.DivergedError, match=f"step {done}: .*{reason}.*before it is in .*checkpoint"):
             grpo.train(encoder.load(model_folder, smoke.encoder), ranked, wild, seed=4, folder=tmp_path)
     if cause == "runaway":  # its one step was too large to go on from

@@ -71,7 +71,7 @@ def test_stage_3_and_its_control(loaded, root, smoke, tmp_path, change):
     s = smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, **change})
     assert len(grpo.train(loaded, ranked, s, seed=1, folder=tmp_path / "rl")) == 2
     control = smoke.control.model_copy(update={"steps": 1})
-    contrastive.train(loaded, contrastive.ranked_pairs(ranked, 1), control, seed=1, folder=tmp_path / "control")
+    contrastive.train(loaded, contrastive.ranked_pairs(ranked, 1, control), control, seed=1, folder=tmp_path / "control")
     loaded.save(tmp_path / "model", stage="stage3", parent="")
 
 

@@ -16,8 +16,10 @@ from elva_core import config, files
 from elva_core.data import images, mbeir, sources
 from elva_core.export import backbone_card
 from elva_core.models import encoder, small_models
+from elva_core.models.lineage import lineage
 from elva_core.training import drawings, loop, teach
 from elva_core.values import merged
+from pretend_card import PretendCard
 
 
 @pytest.fixture
@@ -108,11 +110,11 @@ def test_the_folder_loads_and_its_card_says_what_was_measured(make, lessons, smo
     assert "4 steps of\n  16 drawings" in card and "5 steps of 16" in card
 
 
-@pytest.mark.parametrize("name", ["qwen2vl", "qwen2_5_vl", "tiny"])
+@pytest.mark.parametrize("name", sorted(p.name for p in (files.OUTPUTS / "backbone").iterdir()))
 def test_a_backbone_that_ships_is_the_one_that_its_card_and_its_values_describe(name, tmp_path):
     folder = files.OUTPUTS / "backbone" / name
     made = json.loads((folder / "teaching.json").read_text())
-    assert made["sha256"] == encoder.lineage(folder)[-1]["sha256"]
+    assert made["sha256"] == lineage(folder)[-1]["sha256"]
     assert config.TeachSettings(**made["settings"]) == config.teaching(name)
     (tmp_path / "teaching.json").write_text(json.dumps(made))
     backbone_card.write(tmp_path)
@@ -192,3 +194,9 @@ def test_a_style_without_its_package_is_named(root, lessons, tmp_path):
 def test_a_summary_names_the_grains_that_the_record_carries(root):
     q = next(q for q in root.union_train() if len(mbeir.grains(q)) == 3)
     assert mbeir.caption(q) == mbeir.normalise(" ".join(t for _, t in mbeir.grains(q)))
+
+
+def test_teaching_keeps_its_tensors_on_one_device(make, lessons, packages, tmp_path):
+    with PretendCard():
+        folder = teach.make(lessons, tmp_path / "card", tmp_path / "card-work", packages=packages, device="cuda")[-1]
+    assert (folder / "model.safetensors").is_file()
