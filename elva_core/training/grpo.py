@@ -259,7 +259,6 @@ def train(
         share = [drawn[row] for row in distributed.own_share(len(drawn))]
         return [item for r in share for item in sides(r, which)], encoder.settings.summary_request
 
-    @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
         nonlocal turns
         prepare(i)
@@ -267,7 +266,8 @@ def train(
             turns = drawn_from(mine())
         _, spare = turns[i % len(turns)]
         spares = [(spare(i * resample + k, per_step), uniform(i, k)) for k in range(resample)]
-        row = step(encoder, draw(i, per_step), settings, uniform(i), sampler, spares)
+        with encoder.one_step():  # not around mining, which would keep what the tower makes of a whole pool
+            row = step(encoder, draw(i, per_step), settings, uniform(i), sampler, spares)
         distributed.sum_gradients(parameters.values())
         return row | ({"candidates_act": float(i % 2)} if both else {})
 
