@@ -267,9 +267,9 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
             words.append(f"{name}: {error}")
     if not settings.study.reading:
         words.append(
-            "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a profile "
-            f"that extends {settings.profile} with such a backbone.path, run it (python -m elva_core run PROFILE, "
-            f"study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
+            "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a "
+            f"profile that extends {settings.profile} with such a backbone.path, run it (python -m elva_core "
+            f"run PROFILE, study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
         )
     for name, one in studies.items():
         runs = one.runs[one.runs["arm"] == RET]
