@@ -8,7 +8,7 @@ STRIP := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock reproduce study smoke test test-browser bench lint lab notebooks readme book clean
+.PHONY: help setup lock reproduce study smoke test test-browser bench gpu lint lab notebooks readme book clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, and
 bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL, generate and FAISS, into outputs/bench
 	$(BIN)/python bench/rl.py
 	$(BIN)/python bench/search.py
+
+gpu: ## right and fast on the card of this machine? eight minutes, with the Python that is there [PYTHON=python3]
+	$(PYTHON) bench/gpu
 
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ from elva_core.models.encoder import Encoder
 from elva_core.training import grpo, hard_negatives
 
 PROFILE = config.load("cpu")
+SIZES = config.teaching("qwen2vl").sizes.model_copy(update={"patch": 16})
 QUERIES, ROLLOUTS, ROUNDS, WARMUP = 4, 8, 7, 1
 BATCH = QUERIES * ROLLOUTS  # summaries a turn, in every comparison
 SIDES = {16: 128, 256: 512}  # visual tokens -> pixels, at 16-pixel patches merged two by two
@@ -52,7 +53,7 @@ FOLDER = files.REPOSITORY / "outputs/bench"
 def stock(tokens: int):
     """(model, processor) of the laptop profile with random weights, as transformers runs it; images give `tokens` visual tokens."""
     names = ["Frau läuft mittlere Hautfarbe.", "Ein Bild."] * 50
-    model, processor = small_models.build(names, PROFILE.backbone.tiny.model_copy(update={"image_side": SIDES[tokens]}), seed=0)
+    model, processor = small_models.build(names, SIZES.model_copy(update={"image_side": SIDES[tokens]}), seed=0)
     encoder.add_ret_token(model, processor.tokenizer, PROFILE.encoder.ret_token)
     model.requires_grad_(False)
     return model.eval(), processor
@@ -78,7 +79,7 @@ def rl_step(
     """One update as the profile makes it: sampling, embeddings, rewards against mined candidates, policy gradient, KL, optimiser."""
     candidates = (Item("Ein Bild."), Item("Frau läuft."), Item("Hautfarbe."))
     query = mbeir.Query("1:1", None, None, "image", (), (), 3)
-    near, *bank = np.eye(PROFILE.backbone.tiny.hidden, dtype=np.float32)[:3]
+    near, *bank = np.eye(SIZES.hidden, dtype=np.float32)[:3]
     mined = (0.0, (0.0, 0.0), near, np.stack(bank), (0, 1), near)
     ranked = [hard_negatives.TrainingQuery(query, Item("", path), candidates[0], "1:1", candidates[1:], *mined) for path in paths]
     asked = PROFILE.stage3.model_copy(update={"num_generations": rollouts, "chunk": chunk})

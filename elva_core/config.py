@@ -56,30 +56,10 @@ class DataSettings(Section):
     exclude_units: tuple[str, ...] = ()  # units, or patterns of units, whose queries no training sees
 
 
-class TinySettings(Section):
-    """Sizes of the small model that is built here."""
-
-    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
-    hidden: Positive
-    layers: Positive
-    heads: Positive
-    intermediate: Positive
-    vision_hidden: Positive
-    vision_layers: Positive
-    vision_heads: Positive
-    patch: Positive
-    image_side: Positive
-    vocabulary: Positive
-    spare_rows: Positive
-
-
 class BackboneSettings(Section):
-    """A folder or hub name, or a small model taught here."""
+    """The model that stage 1 starts from."""
 
-    path: str | None = None  # as values.model_source reads it
-    seed: NonNegative = 0
-    tiny: TinySettings | None = None
-    teach: TeachSettings | None = None
+    path: str  # a folder or a name on the hub, as values.model_source reads it
 
 
 class EncoderSettings(Section):
@@ -95,6 +75,10 @@ class EncoderSettings(Section):
     max_pixels: Positive | None = None
     max_summary_tokens: Positive
     cache_vision: bool
+    # processes that open and resize images ahead; results are the same for any number
+    workers: Annotated[NonNegative, Field(exclude_if=lambda value: value == 0)] = 0
+    # of passes without gradient, with padding, rows of like length together; None is evaluation.batch rows
+    batch_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     read_out: Literal["ret", "before"] = (
         "ret"  # the state that is the embedding: at [RET], or one token before
     )
@@ -250,24 +234,40 @@ def load(profile: str) -> Settings:
     Raises:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
+    path = PARAMS / f"{profile}.yaml"
     try:
-        return Settings(profile=profile, **_extended(profile))
+        return Settings(profile=profile, **_extended(path))
     except ValidationError as error:
-        raise ProfileError(f"{PARAMS / f'{profile}.yaml'}: {problems(error)}") from None
+        raise ProfileError(f"{path}: {problems(error)}") from None
 
 
-def _extended(profile: str, *below: str) -> dict:
-    """Values of a profile over those of the one it extends; `below` are those that extend it."""
-    values = _read(path := PARAMS / f"{profile}.yaml")
+def teaching(name: str) -> TeachSettings:
+    """How a small backbone is made: params/backbone/<name>.yaml.
+
+    Raises:
+        ProfileError: as `load`.
+    """
+    path = PARAMS / "backbone" / f"{name}.yaml"
+    try:
+        return TeachSettings(**_extended(path))
+    except ValidationError as error:
+        raise ProfileError(f"{path}: {problems(error)}") from None
+
+
+def _extended(path: Path, *below: Path) -> dict:
+    """The values of a file over those of the file beside it that it extends; `below` extend this one."""
+    values = _read(path)
     parent = values.pop("extends", None)
-    if parent in (profile, *below):
+    if parent in {known.stem for known in (path, *below)}:
         raise ProfileError(f"{path}: extends {parent}, which is this profile or extends it; name another one")
-    return values if parent is None else merged(_extended(parent, profile, *below), values)
+    if parent is None:
+        return values
+    return merged(_extended(path.with_name(f"{parent}.yaml"), path, *below), values)
 
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        known = sorted(p.stem for p in PARAMS.glob("*.yaml") if p.stem not in NO_PROFILES)
+        known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")
     try:
         values = files.read_yaml(path)

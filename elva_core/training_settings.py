@@ -25,13 +25,51 @@ class LoopSettings(Section):
     optimiser: OptimiserSettings
 
 
-class TeachSettings(Section):
-    """How the small backbone learns to see and to summarise before any stage of the paper."""
+class SmallModelSettings(Section):
+    """Sizes of a small model of the real classes."""
 
-    jitter: NonNegativeFloat  # spread of a random gain and offset of normalised pixels
-    warp: NonNegativeFloat  # largest random scale, turn and shift of a drawing
-    vision: LoopSettings
-    language: LoopSettings
+    architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    intermediate: Positive
+    vision_hidden: Positive
+    vision_layers: Positive
+    vision_heads: Positive
+    patch: Positive
+    image_side: Positive
+    vocabulary: Positive
+    spare_rows: Positive
+
+
+class RedrawSettings(Section):
+    """How much a drawing is changed each time that it is shown; zeros show it as it is."""
+
+    warp: NonNegativeFloat  # turn, shear, shift, and change of scale and aspect
+    jitter: NonNegativeFloat  # gain and offset of its colours
+    blur: Share  # or sharpening
+    holes: Share  # drawings with a white square in them
+
+
+class TeachSettings(Section):
+    """How a small backbone is made that can read drawings: params/backbone/<name>.yaml."""
+
+    profile: str  # whose data, vocabulary and prompts
+    seed: NonNegative
+    sizes: SmallModelSettings
+    first: str | None = None  # a backbone whose words and weights are taken over as far as they fit
+    vendors: tuple[str, ...]  # of the embedded collection, whose drawings it sees
+    styles: tuple[str, ...]  # npm packages of @iconify-json, likewise
+    redraw: RedrawSettings
+    dropout: Share  # in the tower
+    label_smoothing: Share  # of captions
+    bfloat16: bool  # matrix products in half the bits
+    tower: LoopSettings  # grains of drawings by a linear readout
+    joint: LoopSettings  # captions of drawings, of texts, and of both; tower and language model
+    tower_rate: PositiveFloat  # in the joint lesson, of the language model's rate
+    keep: tuple[
+        Positive, ...
+    ] = ()  # steps of the joint lesson after which a copy is kept, which reads less well
 
 
 class LoraSettings(Section):
@@ -51,6 +89,8 @@ class AdapterSettings(LoopSettings):
 class ContrastiveSettings(AdapterSettings):
     """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
 
+    # tokens of a forward, with padding, rows of like length together; None is `chunk` rows in their order
+    chunk_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
     temperature: PositiveFloat
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
@@ -136,6 +176,7 @@ class RlvrSettings(Section):
     infonce_weight: NonNegativeFloat = 0.1  # of gradient: gated, as LREM's
     infonce_temperature: PositiveFloat = 0.05  # that of stages 1 and 2
     chunk: Positive  # rollouts per forward; bounds the memory of a step
+    decode_rows: Positive | None = None  # rollouts sampled together, without a graph; None is all of a step's
     dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings

@@ -59,9 +59,9 @@ def texts(root) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def model_folder(texts, smoke, tmp_path_factory) -> Path:
+def model_folder(texts, tmp_path_factory) -> Path:
     """A tiny Qwen2-VL of the real class with random weights, saved as a pretrained folder."""
-    model, processor = small_models.build(texts, smoke.backbone.tiny, seed=5)
+    model, processor = small_models.build(texts, config.teaching("tiny").sizes, seed=5)
     encoder.add_ret_token(model, processor.tokenizer, "[RET]")
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)

@@ -70,9 +70,22 @@ def test_bad_profiles_are_named(params, change, message):
         config.load("x")
 
 
+def test_values_of_a_small_backbone_extend_others_and_bad_ones_are_named(params):
+    (params / "backbone").mkdir(exist_ok=True)
+    for name in ("qwen2vl", "tiny"):
+        (params / f"backbone/{name}.yaml").write_text((files.REPOSITORY / f"params/backbone/{name}.yaml").read_text())
+    (params / "backbone/x.yaml").write_text("extends: qwen2vl\njoint: {stepz: 3}\n")
+    tiny, whole = config.teaching("tiny"), config.teaching("qwen2vl")
+    assert (tiny.sizes.hidden, tiny.vendors) == (48, whole.vendors)
+    with pytest.raises(ProfileError, match=r"backbone/x\.yaml: joint\.stepz: "):
+        config.teaching("x")
+    with pytest.raises(ProfileError, match=r"backbone/y\.yaml is missing; profiles are \['qwen2vl', 'tiny', 'x'\]"):
+        config.teaching("y")
+
+
 PLACES = """extends: cpu
 data: {name: mine, emoji: null, root: data/M-BEIR, nli: ../nli.csv}
-backbone: {path: models/base, tiny: null, teach: null}
+backbone: {path: models/base}
 unseen: {sets: data/unseen, language: null, queries: null}
 video: {sets: /far/videos, drawings: null}
 """

@@ -177,7 +177,8 @@ class Embeddings:
             parts = [{"type": "text", "text": message["content"]}] if isinstance(message["content"], str) else message["content"]
             for part in (part for part in parts if part["type"] == "image_url"):
                 encoded = part["image_url"]["url"].removeprefix("data:image/png;base64,")
-                images.append(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB"))
+                image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")  # transparency is white
+                images.append(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
             turns.append({"role": message["role"], "content": [{"type": "image"} if p["type"] == "image_url" else p for p in parts]})
         how = {name: body[name] for name in ("add_generation_prompt", "continue_final_message")}
         template = self._processor.chat_template

@@ -65,13 +65,15 @@ def evaluate(
     loaded = open_model(model, settings)
     other = pool_model and pool_encoder(pool_model, loaded, settings)
     embed_pool = other and store(other, settings.evaluation.batch)
+    dims = dim or json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", ())
+    if max(dims, default=0) > (size := loaded.backbone.config.get_text_config().hidden_size):
+        raise ValueError(f"embeddings have {size} numbers, fewer than --dim {max(dims)}; name a smaller one")
     on_disk = settings.evaluation.model_copy(update={"on_disk": True})
     data, template = mbeir.Root(root), template or loaded.template
     searcher = benchmark.searcher_of(loaded, data, "test", on_disk, template, embed_pool)
     known = data.units("test")
     if lost := sorted(set(unit or ()) - set(known)):
         raise ValueError(f"{root} has no test units {lost}; it has {known}")
-    dims = dim or json.loads((model / "elva.json").read_text(encoding="utf-8")).get("dims", ())
     results = benchmark.score(searcher, unit or known, pools, out, model=model.resolve().name, dims=dims)
     if results is not None:
         print(results.pivot(index="metric", columns=["unit", "pool"], values="value").round(4).to_string())

@@ -38,12 +38,14 @@ def search(
 ) -> None:
     """Search a unit's pool, or a built index, with a text, an image, or both.
 
-    The pool of a unit is embedded once and kept. An index says which model and root it was made from; either
-    may be given instead.
+    Without any of them the model that ships is asked for drawings of emoji. The pool of a unit is embedded
+    once and kept. An index says which model and root it was made from; either may be given instead.
 
-    Example: python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
+    Examples: python -m elva_core search "woman running"
+
+    python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
     """
-    from elva_core.apps import answers
+    from elva_core.apps import answers, reference
     from elva_core.data import mbeir
     from elva_core.export import faiss_index
     from elva_core.retrieval import pool as pools
@@ -52,8 +54,11 @@ def search(
         raise ValueError("--index holds embedded candidates; leave --pool-model out")
     if index:
         model, root = faiss_index.made_from(index, model, root, unit)
+    elif not (model or root or unit):
+        model, root = reference.folder(), reference.root().folder
+        unit = reference.UNITS.get((bool(text), bool(image)), "")
     elif not (model and root and unit):
-        raise ValueError("search needs --model, --root and --unit, or --index")
+        raise ValueError("search needs --model, --root and --unit, or --index, or none of them")
     settings = config.load(profile)
     loaded, data = open_model(model, settings), mbeir.Root(root) if root else None
     if index:

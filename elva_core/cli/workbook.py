@@ -51,16 +51,20 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 @app.command(rich_help_panel=WORKBOOK)
 def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
-    """Refresh the tables of README.md with those of a profile's report.
+    """Refresh the tables of README.md by a profile's report and outputs/gpu, and the model that ships.
 
     Example: python -m elva_core readme cpu
     """
-    from elva_core.experiments import report
+    from elva_core.apps import reference
+    from elva_core.experiments import measured, report, sizes
 
     folder = keys.stage_folder(profile, seed, "90_report")
     tables = {"claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
+    blocks["gpu"] = measured.readme_block(sizes.known())
     report.update_readme(files.REPOSITORY / "README.md", blocks)
+    if (profile, seed) == (reference.PROFILE, reference.SEED):
+        print(reference.ship())
 
 
 @app.command(rich_help_panel=WORKBOOK)
@@ -100,6 +104,29 @@ def train(
     Example: accelerate launch --config_file params/accelerate/fsdp2.yaml -m elva_core train stage2 qwen2vl-2b
     """
     chain.train(stage, profile, seed)
+
+
+@app.command(rich_help_panel=TRAINING)
+def teach(
+    name: Annotated[str, Argument(metavar="NAME", help="a file of params/backbone")],
+    out: Annotated[Path, Option(help="folder of the model; must not be there yet")],
+    packages: Annotated[
+        Path | None, Option("--styles", help="node_modules with the styles' packages")
+    ] = None,
+    device: Annotated[str, Option(help="cpu, cuda")] = "cpu",
+) -> None:
+    """Make a small backbone that reads drawings, as those of outputs/backbone; goes on where it was stopped.
+
+    Example: python -m elva_core teach qwen2vl --out outputs/cache/qwen2vl --styles node_modules --device cuda
+    """
+    from elva_core import distributed
+    from elva_core.export import backbone_card
+    from elva_core.training import teach as teaching
+
+    settings = config.teaching(name)
+    distributed.start(config.load(settings.profile).threads)
+    for folder in teaching.make(settings, out, files.OUTPUTS / "cache", packages=packages, device=device):
+        backbone_card.write(folder)
 
 
 @app.command(rich_help_panel=TRAINING)

@@ -32,7 +32,7 @@ FALSE = {
     "swap": ("att", "obj"),
 }  # SugarCrepe's files
 COMPOSITIONS = ("seen composition", "unseen composition")
-SIDE = 96  # pixels of a clip; the small backbone sees 64
+SIDE = 96  # pixels of a clip; the small backbone sees 72
 # word for a motion -> turn in degrees, size, and shift in sides at a time from 0 to 1
 MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "still": lambda t: (0, 1, 0),

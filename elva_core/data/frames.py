@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 from PIL import Image
 
 from elva_core.data.images import guard_size
 from elva_core.files import ElvaDataError
+
+if TYPE_CHECKING:
+    import av  # loaded where a clip is opened: a machine that reads images alone need not have it
 
 FORMATS = "mov,matroska,webm,avi"  # no playlist, which could name other files
 TRUNCATED = 0.9  # of the frames that the header declares; AVI counts a few that hold nothing
@@ -86,6 +89,8 @@ def read(clip: Clip) -> Frames:
 
 
 def _opened(path: Path) -> av.container.InputContainer:
+    import av
+
     return av.open(str(path), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
 
 
@@ -136,6 +141,8 @@ def write(path: Path, frames: Sequence[Image.Image], *, rate: int) -> None:
     Args:
         rate: frames per second.
     """
+    import av
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with av.open(str(partial), "w", format="mp4") as container:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from elva_core.files import ElvaDataError
 
+Looked = TypeVar("Looked")
 MAX_ASPECT = 200  # Qwen2-VL's processor refuses more; M-BEIR holds images 51,200 px wide
 MAX_PIXELS = 64_000_000
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder starts another program
@@ -29,10 +32,19 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ElvaDataError: missing, truncated, not an image, too large, or too elongated.
     """
+    return _opened(path, upright_rgb)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width as the header has them, before the image is turned upright; errors of `open_image`."""
+    return _opened(path, lambda image: (image.height, image.width))
+
+
+def _opened(path: Path, look: Callable[[Image.Image], Looked]) -> Looked:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             guard_size(f"image {path}", *image.size)
-            return upright_rgb(image)
+            return look(image)
     except ElvaDataError:
         raise
     except FileNotFoundError:

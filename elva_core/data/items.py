@@ -27,6 +27,7 @@ class Item:
 
     @property
     def without_instruction(self) -> Item:
+        """The content alone."""
         return replace(self, text=self.text.removeprefix(self.instruction).lstrip(), instruction="")
 
     def __post_init__(self) -> None:

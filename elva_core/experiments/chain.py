@@ -23,6 +23,7 @@ from elva_core.experiments import lock, stages
 from elva_core.experiments.arms import arms
 from elva_core.experiments.keys import STAGES, differences, key, made_from, manifest, stage_folder
 from elva_core.experiments.stages import numbered
+from elva_core.values import model_source
 
 ABLATION, REPORT = numbered("60"), numbered("90")
 NOTEBOOKS = files.REPOSITORY / "notebooks"
@@ -277,9 +278,7 @@ def study(profile_name: str, seed: int) -> None:
     arms(profile)  # refused before anything trains
     data, bench, trained = (stage_folder(profile_name, seed, stage) for stage in STAGES[ABLATION])
     results, work = ablations.folders(profile_name)
-    done = manifest(profile_name, seed, trained.name) or {}
-    current = done.get("key") == key(made_from(profile, seed, trained.name))
-    weights = ablations.known_backbone(profile, trained if current else None)
+    weights = ablations.backbone_hash(model_source(profile.backbone.path))
     ablations.refuse_another_backbone(profile, results, weights)  # before anything trains, too
     with lock.held(f"{profile_name}/study"), lock.held(stages.seed_place(profile_name, seed)):
         for stage in (numbered("00"), *STAGES[ABLATION]):

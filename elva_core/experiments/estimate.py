@@ -17,15 +17,11 @@ from dataclasses import astuple, dataclass, field, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
-from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, of_tiny
+from elva_core.experiments import measured
+from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, task_of
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
 from elva_core.training_settings import ContrastiveSettings
-
-
-def task_of(unit: str) -> int:
-    """The number of a unit's task, which its name ends with."""
-    return int(unit.rpartition("_task")[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +82,7 @@ class Workload:
     gpu: Gpu
     kind: str  # cuda or cpu
     devices: int  # a process each
+    measured: str | None = None  # card, date and commit of what the assumptions were measured on
 
     @property
     def width(self) -> int:
@@ -319,8 +316,9 @@ class Workload:
         rank, per_call = s.lora.rank, self.inputs(rollout_sides)
         shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap}
         for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
-            side = self.side(which)
-            cost += self.write(n, side, s.num_generations, per_call=per_call, rank=rank)
+            side, inputs = self.side(which), self.own_queries * round(n / rows)
+            together = max(1, s.decode_rows // s.num_generations) if s.decode_rows else inputs
+            cost += self.write(n, side, s.num_generations, per_call=min(together, inputs), rank=rank)
             cost += self.read(n, side, request, per_call=per_call, **shape)
             cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
         if rollout_sides == "query" and s.candidates == "step":
@@ -393,8 +391,7 @@ def make(settings: Settings, *, gpu: str | None = None, devices: int = 1) -> Wor
     name = gpu or table.default_gpu[settings.device.partition(":")[0]]
     if name not in table.gpus:
         raise ProfileError(f"no GPU {name!r} in {TABLE}; it has {', '.join(table.gpus)}")
-    sizes = (
-        of_model(model.path, table.architectures) if model.path else of_tiny(model.tiny, table.tiny_tokens)
-    )
+    sizes = of_model(model.path, table.architectures)
     kind = "cpu" if name == "cpu" else "cuda"
-    return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices)
+    table, source = measured.applied(table, name)
+    return Workload(settings, table, sizes, dataset(settings, table), table.gpus[name], kind, devices, source)

@@ -18,12 +18,14 @@ from typing import Literal
 import torch
 from accelerate import PartialState, notebook_launcher
 
-from elva_core import distributed, files, sharding
+from elva_core import distributed, sharding
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir, sources
 from elva_core.experiments import stages
 from elva_core.models import encoder
-from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker, teach
+from elva_core.models.lineage import lineage
+from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker
+from elva_core.values import model_source
 
 Name = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 # stage of training -> the notebook that holds it
@@ -78,9 +80,7 @@ def following(name: Name, stage: stages.Stage) -> Job:
     if NOTEBOOKS[name] != stage.name:
         raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
-        root, _ = sources.locate(stage.require(PREPARED))
-        backbone, prompts = stage.settings.backbone, stage.settings.encoder
-        return job(name, stage, teach.ensure(backbone, prompts, root, files.OUTPUTS / "cache"))
+        return job(name, stage, model_source(stage.settings.backbone.path))
     if name in ("distil", "rerank"):
         profile = f"params/{stage.settings.profile}.yaml"
         if (section := getattr(stage.settings, name)) is None:
@@ -106,7 +106,7 @@ def backbone_hash(backbone: str | Path) -> str:
     Raises:
         ValueError: there are no weights to hash.
     """
-    weights = encoder.lineage(backbone)[-1:]
+    weights = lineage(backbone)[-1:]
     if not weights or "sha256" not in weights[0]:
         raise ValueError(
             f"{backbone} has no weights on this machine; give a model folder, or download it first"
@@ -184,8 +184,7 @@ def run(spec: Job) -> None:
     if distributed.processes().is_main_process:
         unfinished = folder / "model.partial"
         template = "eol" if spec.name in ("stage1", "distil") else "summary"
-        dims = getattr(getattr(settings, spec.name), "dims", ())  # the reranker has none
-        how = {"weights": weights, "template": template, "dims": dims}
+        how = {"weights": weights, "template": template, "dims": _dims(spec)}
         model.save(unfinished, stage=spec.name, parent=spec.start, **how)
         unfinished.rename(spec.model)
     distributed.processes().wait_for_everyone()
@@ -218,5 +217,13 @@ def _select(model: encoder.Encoder, spec: Job) -> hard_negatives.Mined:
 
 
 def _loaded(spec: Job) -> encoder.Encoder:
-    settings = spec.settings
-    return encoder.load(spec.start, settings.encoder, dtype=settings.dtype, device=settings.device)
+    """The model that training starts from. Raises ValueError where `dims` exceed its embeddings."""
+    settings, dims = spec.settings, _dims(spec)
+    loaded = encoder.load(spec.start, settings.encoder, dtype=settings.dtype, device=settings.device)
+    if max(dims, default=0) > (size := loaded.backbone.config.get_text_config().hidden_size):
+        raise ValueError(f"{spec.name}.dims = {list(dims)}, but embeddings have {size} numbers; lower them")
+    return loaded
+
+
+def _dims(spec: Job) -> tuple[int, ...]:
+    return getattr(getattr(spec.settings, spec.name), "dims", ())  # the reranker has none

@@ -16,9 +16,11 @@ from typing import NamedTuple
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.experiments.arms import arms
+from elva_core.values import model_source
 
 ALL = " ".join(name for name in Settings.model_fields if name != "profile")
 RUNS_ON = "device dtype threads "
+LARGE = 100_000_000  # bytes of weights that take longer to read than `status` may
 
 
 class Notebook(NamedTuple):
@@ -96,7 +98,9 @@ def made_from(settings: Settings, seed: int, stage: str) -> dict:
     values = settings.model_dump(mode="json", include=sections, exclude_defaults=True)
     inputs = {name: _content(settings.profile, seed, name) for name in STAGES[stage]}
     if stage == "10_prepare_data" and settings.data.root:
-        inputs["data.root"] = _hash(_texts(Path(settings.data.root)), _texts(Path(settings.data.nli)))
+        inputs["data.root"] = _hash(*map(_listed, (settings.data.root, settings.data.nli)))
+    if stage == "30_pretrain_contrastive":
+        inputs["backbone.path"] = _weights(Path(model_source(settings.backbone.path)))
     if "study" in sections and stage != "00_check_environment":
         rows = arms(settings).items()
         values["arms"] = {
@@ -152,13 +156,21 @@ def _content(profile: str, seed: int, stage: str) -> str:
     return _hash(taken, done.get("made_from", {}).get("inputs", {}).get("data.root"))
 
 
-def _texts(place: Path) -> list:
-    """Names, sizes and times of the tables of an M-BEIR root, or of a file; images are not looked at."""
-    places = [place] if place.is_file() else []
+def _weights(folder: Path) -> str:
+    """Hash of the weights in a model folder; of large ones the size and time. A hub's model has none here."""
+    paths = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    read = (files.file_hash(p) if s.st_size < LARGE else [s.st_size, s.st_mtime_ns] for p, s in paths)
+    return _hash(list(read))
+
+
+def _listed(name: str) -> list:
+    """Names, sizes and times of a file, or of the tables of an M-BEIR root; not of its many images."""
+    place = Path(name)
+    paths = [place] if place.is_file() else [path for path in place.glob("*") if path.is_file()]
     for part in ("query", "cand_pool", "qrels", "instructions"):
         for folder, _, names in os.walk(place / part, followlinks=True):
-            places += [Path(folder) / name for name in names]
-    status = {str(path.relative_to(place.parent)): path.stat() for path in places}
+            paths += [Path(folder) / name for name in names]
+    status = {path.relative_to(place.parent).as_posix(): path.stat() for path in paths}
     return sorted((name, s.st_size, s.st_mtime_ns) for name, s in status.items())
 
 

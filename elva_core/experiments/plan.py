@@ -10,7 +10,10 @@ arithmetic. Writes nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from bisect import bisect, bisect_left
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +25,8 @@ from elva_core.experiments.estimate import Cost, Side, Workload
 from elva_core.training_settings import ContrastiveSettings
 
 SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
+FILLED = (0.70, 0.85)  # of a card's memory, that the rows of a call should fill at the longest prompts
+MOST_ROWS = 4096  # per call, that are looked at
 CHECKPOINT_BYTES = 12  # of a trained parameter: weight and AdamW's two moments in float32
 
 
@@ -135,11 +140,23 @@ def show(settings: Settings, *, gpu: str | None, devices: int, console: Console)
         if any(sizes):
             memory.add_row(s.name, *(f"{size:,.3g}" if size else "" for size in sizes))
     wide = Console(file=console.file, width=max(console.width, 150))
-    for shown in (work, memory, *([] if settings.data.emoji else [_reported(settings)])):
+    more = [] if load.kind == "cpu" else [_filling(load, name)]
+    for shown in (work, memory, *more, *([] if settings.data.emoji else [_reported(settings)])):
         wide.print(shown)
     room = "disk, GB: " + ", ".join(f"{what} {size:,.3g}" for what, size in disk(load).items())
     for line in (*advice(load, planned, name), room, *_assumptions(load)):
         wide.print(line, highlight=False, soft_wrap=True)
+
+
+def _filling(load: Workload, name: str) -> Table:
+    low, high = FILLED
+    card = f"{name}'s {load.gpu.memory:g} GB"
+    title = f"Rows per call that fill {low:.0%} to {high:.0%} of {card} at the longest prompts"
+    table = _table(title, ("key", "now", "memory", "filling", "memory", "tokens"))
+    for b in budgets(load):
+        tokens = f"{b.tokens:,}" if b.tokens else ""
+        table.add_row(b.key, f"{b.rows}", f"{b.share:.0%}", f"{b.filling}", f"{b.filled:.0%}", tokens)
+    return table
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -199,8 +216,7 @@ def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
     if s3.sampler == "vllm" and vllm < weights:
         has = f"vLLM has {vllm:.0f} GB for {weights:.0f} GB of weights"
         out.append(f"cannot run: {has}; raise stage3.vllm.gpu_memory_utilization")
-    other = f"stage 3, rollout_sides: {'query' if s3.rollout_sides == 'all' else 'all'}"
-    rows = [s for s in planned if s.cost.memory and s.name != other]
+    rows = _used(load, planned)
     for s in rows:
         peak, fullest = s.cost.peak, max(x.cost.peak for x in rows if x.lower == s.lower)
         if peak > room:
@@ -210,6 +226,61 @@ def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
             used = f"waits {s.waiting:.0%} of its time and uses {peak:.0f} GB"
             out.append(f"mostly idle: {s.name} {used}; raise {s.lower}")
     return out
+
+
+class Budget(NamedTuple):
+    """Rows per call of one key; shares are those of the card's memory at the longest prompts."""
+
+    key: str
+    rows: int  # as the profile has them
+    share: float
+    filling: int  # rows that fill the card, or those of a whole step, if that takes less
+    filled: float
+    tokens: int | None  # of them, where chunks are contrastive
+
+
+def budgets(load: Workload) -> list[Budget]:
+    """For every key of rows per call the rows whose fullest stage takes the middle of FILLED."""
+    out, tried = [], range(1, MOST_ROWS + 1)
+    for key in dict.fromkeys(s.lower.split()[0] for s in _used(load, stages(load)) if s.lower):
+        section, _, name = key.rpartition(".")
+        if name != "chunk" and key not in ("rerank.prompts", "evaluation.batch"):
+            continue  # a batch decides what is learnt
+        share = partial(_share, load, key)
+        rows = bisect(tried, sum(FILLED) / 2, key=share)  # so many are not above it
+        if rows and share(rows) < FILLED[0]:  # few inputs, of many rollouts each
+            rows = bisect(tried, FILLED[1], key=share)
+        whole_step = 1 + bisect_left(tried, share(MOST_ROWS), key=share)
+        rows = max(1, min(rows, whole_step))
+        now, longest = getattr(getattr(load.settings, section), name), _longest(load, section)
+        tokens = round(rows * longest) if longest else None
+        out.append(Budget(key, now, share(now), rows, share(rows), tokens))
+    return out
+
+
+def _share(load: Workload, key: str, rows: int) -> float:
+    """Share of the card's memory that the fullest stage of a key takes with so many rows per call."""
+    section, _, name = key.rpartition(".")
+    changed = replace(load, settings=load.settings.changed({section: {name: rows}}))
+    peaks = (s.cost.peak for s in _used(changed, stages(changed)) if s.lower.split()[:1] == [key])
+    return max(peaks) / load.gpu.memory
+
+
+def _longest(load: Workload, section: str) -> float:
+    """Tokens of the longest row of a contrastive stage, 0 for another section."""
+    s = getattr(load.settings, section)
+    if not isinstance(s, ContrastiveSettings):
+        return 0
+    prompts, side = load.settings.encoder, Side(0.0, float(section != "stage1"))
+    if s.ret_share:
+        return load.longest(side, prompts.summary_request) + load.cap + 1
+    return load.longest(side, prompts.eol_request)
+
+
+def _used(load: Workload, planned: list[Stage]) -> list[Stage]:
+    """Stages of a device, without the reading of stage 3 that the profile does not ask for."""
+    other = f"stage 3, rollout_sides: {'query' if load.settings.stage3.rollout_sides == 'all' else 'all'}"
+    return [s for s in planned if s.cost.memory and s.name != other]
 
 
 def _shared(load: Workload) -> list[str]:
@@ -232,9 +303,10 @@ def _assumptions(load: Workload) -> list[str]:
     query, candidate = (load.side(which, "train") for which in ("query", "candidate"))
     epochs = load.settings.stage2.steps * load.settings.stage2.batch / data.union_rows
     return [
-        f"assumed: {a.utilisation:.0%} of {gpu.tflops:g} TFLOP/s, "
+        f"{'measured on ' + load.measured if load.measured else 'assumed'}: "
+        f"{a.utilisation:.1%} of {gpu.tflops:g} TFLOP/s, "
         f"{a.bandwidth_share:.0%} of {gpu.bandwidth:g} GB/s, "
-        f"{1000 * a.seconds_per_layer[load.kind]:g} ms a layer from Python; "
+        f"{1000 * a.seconds_per_layer[load.kind]:.3g} ms a layer from Python; "
         f"{load.image_tokens:.0f} tokens an image, {query.text:.0f} text tokens a query and "
         f"{candidate.text:.0f} a candidate, {data.padding:g} times that in a padded batch",
         f"counted: {load.sizes.parameters:,} parameters; stage 2 is {epochs:.2f} epochs of "

@@ -153,14 +153,12 @@ def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
 
 def deviations(settings: Settings, reported: dict) -> list[str]:
     """Where this profile does something else than the paper, and why; each follows from its values."""
-    backbone, stage3, out = settings.backbone, settings.stage3, []
+    stage3, out = settings.stage3, []
     if settings.stage2.ret_share:
         share = f"{100 * settings.stage2.ret_share:.0f} % of the steps of stage 2 train the state at [RET]"
         out.append(f"{share}: the paper leaves open how that state becomes an embedding before stage 3.")
-    if backbone.tiny and not backbone.path:
-        family = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}[backbone.tiny.architecture]
-        size = f"A {family} of {backbone.tiny.layers} layers and width {backbone.tiny.hidden}, taught here"
-        out.append(f"{size}, instead of Qwen2-VL-2B or 7B: the class and the code path are the same.")
+    if not settings.backbone.path.startswith("Qwen/Qwen2-VL-"):
+        out.append(f"The backbone is {settings.backbone.path}, not Qwen2-VL-2B or 7B.")
     if settings.data.emoji:
         out.append("Emoji instead of M-BEIR: real images with exact grains that come with a package.")
     if settings.mrbench.annotator.kind == "exact":

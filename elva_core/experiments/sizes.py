@@ -23,10 +23,10 @@ from statistics import fmean
 import torch
 from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
 from elva_core import files
-from elva_core.config import PARAMS, ProfileError, Section, Settings, TinySettings
+from elva_core.config import PARAMS, ProfileError, Section, Settings
 from elva_core.data import mbeir
 from elva_core.values import model_source
 
@@ -78,16 +78,37 @@ class Dataset(Section):
     units: dict[str, Unit]
 
 
+class Run1(Section):
+    """What the lines of outputs/gpu/run1.jsonl do not say of themselves."""
+
+    date: str
+    commit: str
+    gpu: str
+    model: str
+    rows: int  # of a step of stage 2, queries and candidates
+    tokens: float  # of a row in its padded chunk
+    images: float  # share of the rows that have one
+    image_pixels: float
+    rank: int
+    summary: int  # tokens
+
+
 class Known(Section):
-    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions."""
+    """params/plan.yaml: GPUs, configurations of models, counts of data sets, assumptions, goals."""
 
     gpus: dict[str, Gpu]
     default_gpu: dict[str, str]
     assumed: Assumed
     architectures: dict[str, dict]
-    tiny_tokens: int
     evaluated_models: int
     datasets: dict[str, Dataset]
+    run1: Run1
+    gpu_goals: dict[str, str]  # section of `make gpu` -> what it should reach on an H100
+
+
+def task_of(unit: str) -> int:
+    """The number of a unit's task, which its name ends with."""
+    return int(unit.rpartition("_task")[2])
 
 
 def known() -> Known:
@@ -205,17 +226,16 @@ class Sizes:
     def activation_bytes(self, width: int, rank: int, *, dropout: bool, checkpointing: bool = False) -> float:
         """Bytes that one token keeps for the way back (autograd's saved tensors), `width` bytes a number.
 
-        A bfloat16 model keeps a float32 copy of every adapter's input; dropout makes a copy and a mask of a
-        byte whatever the dtype. With checkpointing only each layer's input stays, and one layer at a time is
-        computed again.
+        Adapters take their inputs in the model's dtype; dropout makes a copy of each and a mask of a byte.
+        With checkpointing only each layer's input stays, and one layer at a time is computed again.
         """
         h, inner = self.hidden, self.intermediate
         inputs = 6 * h + inner  # of the adapters of q, k, v, o, gate, up and of down
-        plain = 4 * inputs if width < 4 else 4 * (2 * h + inner)  # in one dtype the norms' outputs are shared
-        copies = (4 + 1) * inputs if dropout else plain
-        attention = width * 4 * h  # queries, repeated keys and values, result
+        copies = (width + 1) * inputs if dropout else width * (2 * h + inner)  # the norms' outputs are shared
+        # queries, repeated keys and values, result; under autocast a copy of it
+        attention = width * (4 if width == 4 else 5) * h
         norms, mlp = 4 * 2 * h, width * 3 * inner
-        layer = copies + 4 * 7 * rank + norms + attention + mlp
+        layer = copies + width * 7 * rank + norms + attention + mlp
         return width * h * self.layers + layer if checkpointing else self.layers * layer
 
 
@@ -300,28 +320,3 @@ def of_model(name: str, architectures: Mapping[str, dict]) -> Sizes:
             f"no entry for {name} in {TABLE}: architectures, and no config.json on this machine; "
             "add its sizes there"
         ) from None
-
-
-def of_tiny(tiny: TinySettings, tokens_added: int) -> Sizes:
-    """Counts of the small backbone; its vocabulary may end up smaller, if the texts hold fewer words."""
-    half_head = tiny.hidden // tiny.heads // 2
-    text = {
-        "vocab_size": tiny.vocabulary + tokens_added + tiny.spare_rows,
-        "hidden_size": tiny.hidden,
-        "intermediate_size": tiny.intermediate,
-        "num_hidden_layers": tiny.layers,
-        "num_attention_heads": tiny.heads,
-        "num_key_value_heads": tiny.heads,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half_head, 0, 0]},
-    }
-    vision = {
-        "depth": tiny.vision_layers,
-        "embed_dim": tiny.vision_hidden,
-        "hidden_size": tiny.hidden,
-        "num_heads": tiny.vision_heads,
-        "mlp_ratio": 4,
-        "patch_size": tiny.patch,
-    }
-    return of_config(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True))

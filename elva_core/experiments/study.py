@@ -27,7 +27,6 @@ from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
 from elva_core.models import encoder
-from elva_core.training import teach
 from elva_core.values import model_source
 
 log = logging.getLogger("elva")
@@ -147,7 +146,7 @@ def run(
         # where the arm starts
         parts = ("data", "stage1", "stage2", *(["encoder"] if arm.start == "own stage 2" else []))
         earlier = {part: arm.changes[part] for part in parts if part in arm.changes}
-        start = backbone_for(changed, backbone, root, work)
+        start = model_source(changed.backbone.path) if "backbone" in arm.changes else backbone
         if arm.start != "backbone":
             start = retriever(settings.changed(earlier), root, triplets, start, seed, work)
 
@@ -182,41 +181,21 @@ def run(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def known_backbone(settings: Settings, trained: Path | None) -> str | None:
-    """sha256 of the weights that the chain starts from, None where only its training will tell.
-
-    Args:
-        trained: its contrastive stage, if that is up to date.
-    """
-    if settings.backbone.path:
-        return backbone_hash(model_source(settings.backbone.path))
-    return chain_backbone(trained) if trained else None
-
-
-def refuse_another_backbone(settings: Settings, folder: Path, weights: str | None) -> None:
+def refuse_another_backbone(settings: Settings, folder: Path, weights: str) -> None:
     """Nothing may be compared with results of another backbone, or of one that was not recorded.
 
     Args:
-        weights: sha256 of the backbone; None where it is not known yet.
+        weights: sha256 of the backbone.
 
     Raises:
         ValueError: `folder` holds such results.
     """
     before = recorded_backbone(folder, settings)
-    if _manifests(folder, settings) and before != weights and (weights or before == NOT_RECORDED):
+    if _manifests(folder, settings) and before != weights:
         raise ValueError(
-            f"{folder} holds results of a backbone with sha256 {before}; the chain's has "
-            f"{weights or 'one of its own'}. Move that folder away, or give the old backbone"
+            f"{folder} holds results of a backbone with sha256 {before}; the chain's has {weights}. "
+            "Move that folder away, or give the old backbone"
         )
-
-
-def backbone_for(changed: Settings, backbone: str, root: mbeir.Root, work: Path) -> str:
-    """The model that an arm starts from: the chain's, or the path or architecture that the arm names."""
-    if changed.backbone.path:
-        return model_source(changed.backbone.path)
-    if changed.backbone.tiny.architecture == "qwen2_vl":
-        return backbone
-    return teach.ensure(changed.backbone, changed.encoder, root, work, first=backbone)
 
 
 def retriever(

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 
 from elva_core.data import mbeir
 from elva_core.export import hub
-from elva_core.models.encoder import Encoder, lineage
+from elva_core.models.encoder import Encoder
+from elva_core.models.lineage import lineage
 from elva_core.retrieval import metrics, search
 from elva_core.retrieval.pool import Pool
 from elva_core.retrieval.retriever import Embedded

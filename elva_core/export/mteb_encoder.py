@@ -17,7 +17,8 @@ from mteb.types import PromptType
 
 from elva_core.data import mbeir
 from elva_core.export import inputs
-from elva_core.models.encoder import Encoder, lineage
+from elva_core.models.encoder import Encoder
+from elva_core.models.lineage import lineage
 from elva_core.retrieval import retriever
 
 if TYPE_CHECKING:

@@ -15,33 +15,32 @@ processor says (chat.py).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.tensor.experimental import implicit_replication
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from elva_core import files, sharding
+from elva_core import sharding
 from elva_core.config import EncoderSettings
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.models import chat
+from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, mixed
+from elva_core.models.lineage import lineage
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
 from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
 from elva_core.training_settings import LoraSettings
 
 POOLING = "last position, L2-normalised"
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # Qwen2-VL's chat template makes this of a video; as text it passes through templates that know images alone
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -81,6 +80,7 @@ class Encoder:
         self.vision: Vision | None = None
         if self.backbone.config.model_type in SPLICED:
             self.vision = Vision(self.backbone, processor, keep=settings.cache_vision)
+        self.reader = chat.Reader(self.backbone, processor, self._chat)
         tokenizer = processor.tokenizer
         self.ret_id = tokenizer.convert_tokens_to_ids(settings.ret_token)
         if self.ret_id in (None, tokenizer.unk_token_id):
@@ -89,8 +89,10 @@ class Encoder:
             )
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
-        self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows)
+        self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows).to(self.device)
         self._placeholders = placeholders(processor)
+        # of all batches so far, without (on the device) and with their padding
+        self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
 
     @property
     def splices(self) -> bool:
@@ -99,7 +101,7 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.get_input_embeddings().weight.device
+        return self.backbone.device
 
     @property
     def backbone(self):
@@ -146,11 +148,13 @@ class Encoder:
     ) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
         if self.splices:
-            return self._spliced(items, request, endings)
-        chats = [self._chat(item, request) for item in items]
-        given = chat.read(self.backbone, self.processor, chats, endings)
-        mask, positions = given.pop("attention_mask"), given.pop("position_ids")
-        return Batch(given["input_ids"], mask, positions, given)
+            batch = self._spliced(items, request, endings)
+        else:
+            given = self.reader.batch(items, request, endings)
+            batch = Batch(given["input_ids"], given.pop("attention_mask"), given.pop("position_ids"), given)
+        self.tokens_read = self.tokens_read + batch.mask.sum()
+        self.places_read += batch.mask.numel()
+        return batch
 
     def _spliced(self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None) -> Batch:
         backbone, config = self.backbone, self.backbone.config
@@ -201,12 +205,13 @@ class Encoder:
     def states(self, batch: Batch, cache=None) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
         use_cache = cache is not None
-        out = self.backbone.model(**batch.inputs, past_key_values=cache, use_cache=use_cache)
+        with mixed(self.backbone):
+            out = self.backbone.model(**batch.inputs, past_key_values=cache, use_cache=use_cache)
         return out.last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Next-token logits in float32; tokens that must never be sampled get -inf. (..., D) -> (..., V)"""
-        logits = self.backbone.get_output_embeddings()(states).float()
+        logits = float32_logits(self.backbone.get_output_embeddings(), states)
         return logits.index_fill(-1, self.banned_ids.to(logits.device), float("-inf"))
 
     def embed_eol(self, items: Sequence[Item]) -> torch.Tensor:
@@ -242,6 +247,8 @@ class Encoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = get_peft_model(self.model, config)
+        if self.backbone.dtype == torch.bfloat16:
+            keep_inputs(self.model)
 
     def merge_lora(self) -> None:
         """Folds the adapter into the weights; the next stage starts a fresh one on the merged model."""
@@ -271,17 +278,18 @@ class Encoder:
             self.backbone.gradient_checkpointing_disable()
 
     def forgetful(self) -> Encoder:
-        """The same model that keeps no vision features.
-
-        For images whose files are gone, or changed, at the next call, or whose cost is measured.
-        """
+        """The same model that keeps no vision features: files may be gone, or changed, at the next call."""
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
 
     def forget(self) -> None:
-        """Drops the vision features that were kept: the next batch computes those of its images anew."""
+        """Drops the vision features that were kept."""
         if self.vision:
             self.vision.forget()
+
+    def one_step(self) -> AbstractContextManager[None]:
+        """Around a step of training: the tower sees each image once."""
+        return (self.vision or self.reader).one_step()
 
     def save(
         self,
@@ -306,29 +314,6 @@ class Encoder:
         card = {"encoder": self.settings.model_dump(), "pooling": POOLING, "template": template}
         card |= {"stage": stage, "parents": lineage(parent)} | ({"dims": list(dims)} if dims else {})
         (folder / "elva.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n")
-
-
-def lineage(parent: str | Path) -> list[dict[str, str]]:
-    """The models that one which starts from `parent` comes from, oldest first, by stage and hash.
-
-    Returns:
-        {"stage", "sha256" of the weights} of a folder; {"hub", "sha256"} of a name like owner/model, whose
-        weights are those of the hub's copy on this machine.
-    """
-    folder, name = Path(parent), {}
-    if not folder.is_dir():
-        if not HUB_NAME.fullmatch(str(parent)):
-            return []
-        copy = try_to_load_from_cache(str(parent), "config.json")
-        name = {"hub": str(parent)}
-        if not isinstance(copy, str):
-            return [name]
-        folder = Path(copy).parent
-    card = json.loads((folder / "elva.json").read_text()) if (folder / "elva.json").is_file() else {}
-    weights = sorted(folder.glob("*.safetensors"))
-    listed = "".join(f"{path.name} {files.file_hash(path)}\n" for path in weights)
-    this = {"stage": card.get("stage", "backbone"), "sha256": hashlib.sha256(listed.encode()).hexdigest()}
-    return [*card.get("parents", []), this | name]
 
 
 def lora_targets(model) -> str:
@@ -383,7 +368,7 @@ def load(
             f"{folder} has no token for padding; save one with its tokenizer "
             "(tokenizer.pad_token = tokenizer.eos_token)"
         )
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=ATTENTION)
     model.requires_grad_(False)
     if sharding.requested():  # before the device holds all of it
         sharding.shard(model.get_decoder())

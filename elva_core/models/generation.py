@@ -8,12 +8,14 @@ same two pieces, `prefill` and a continuation on the cache, so their log-probabi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
 from elva_core.data.items import Item
+from elva_core.models.decoding import Writing
 from elva_core.models.encoder import Encoder, normalised
 from elva_core.models.prefix import Prefix, advance, prefill
 
@@ -57,16 +59,6 @@ def _prefilled(encoder: Encoder, items: Sequence[Item], rollouts: int) -> Prefix
     return prefill(encoder.backbone, batch.inputs, rollouts)
 
 
-def sample(log_p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens (R,) by inverting the distribution function of (R, V) log-probabilities at (R,) uniform numbers.
-
-    >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3).log(), torch.tensor([0.1, 0.3, 0.9]))
-    tensor([0, 2, 3])
-    """
-    reached = log_p.double().exp().cumsum(-1)
-    return torch.searchsorted(reached, noise.to(reached)[:, None] * reached[:, -1:], right=True)[:, 0]
-
-
 @torch.no_grad()
 def generate(
     encoder: Encoder, items: Sequence[Item], *, noise: torch.Tensor | None = None, temperature: float = 1.0
@@ -79,46 +71,45 @@ def generate(
             most probable token is taken.
         temperature: of sampling; log-probabilities are those of the tempered distribution.
     """
+    return _rollouts(_written(encoder, items, noise, temperature))
+
+
+def _written(
+    encoder: Encoder, items: Sequence[Item], noise: torch.Tensor | None, temperature: float
+) -> dict[str, torch.Tensor]:
+    """Fields of `Rollouts`, each as long as the cap: (B, G, ...)."""
     rollouts = 1 if noise is None else noise.shape[1]
-    prefix = _prefilled(encoder, items, rollouts)
-    rows, cap = len(prefix.last), encoder.settings.max_summary_tokens
-    state, open_row = prefix.last, torch.ones(rows, dtype=torch.bool, device=prefix.last.device)
-    at_ret = encoder.settings.read_out == "ret"
-    waiting = open_row.clone()  # rows whose [RET] has not been read yet
-    embeddings = torch.zeros(rows, state.shape[-1], device=state.device)
-    tokens, actions, log_ps, entropies = [], [], [], []
-    for step in range(cap + 1):
-        if step < cap and open_row.any():
-            log_p = torch.log_softmax(encoder.logits(state) / temperature, dim=-1)
-            token = log_p.argmax(-1) if noise is None else sample(log_p, noise[..., step].flatten())
-            tokens.append(torch.where(open_row, token, encoder.pad_id))
-            actions.append(open_row)
-            log_ps.append(log_p.gather(-1, token[:, None])[:, 0] * open_row)
-            entropies.append(torch.special.entr(log_p.exp()).sum(-1) * open_row)
-            open_row = open_row & (token != encoder.end_id)
-            inputs = torch.where(open_row, token, encoder.ret_id)
-        else:
-            open_row = torch.zeros_like(open_row)
-            inputs = torch.full((rows,), encoder.ret_id, device=state.device)
-        before = state
-        state = advance(encoder.backbone, prefix, inputs[:, None], waiting[:, None])[:, 0]
-        closing = waiting & ~open_row
-        embeddings[closing] = normalised((state if at_ret else before)[closing])
-        waiting = waiting & open_row
-        if not waiting.any():
-            break
-    stack = [torch.stack(x, dim=1).unflatten(0, (-1, rollouts)) for x in (tokens, actions, log_ps, entropies)]
-    return Rollouts(*stack, embeddings.unflatten(0, (-1, rollouts)))
+    out = Writing(encoder, _prefilled(encoder, items, 1), noise, temperature).write()
+    return {name: rows.unflatten(0, (-1, rollouts)) for name, rows in out.items()}
 
 
+def _rollouts(fields: dict[str, torch.Tensor]) -> Rollouts:
+    """They end where the longest summary ends."""
+    longest = int(fields["actions"].flatten(0, 1).any(0).sum())
+    return Rollouts(**{name: x if name == "embeddings" else x[..., :longest] for name, x in fields.items()})
+
+
+@torch.no_grad()
 def in_process(
-    encoder: Encoder, parts: Sequence[Sequence[Item]], noises: Sequence[torch.Tensor], temperature: float
+    encoder: Encoder,
+    parts: Sequence[Sequence[Item]],
+    noises: Sequence[torch.Tensor],
+    temperature: float,
+    decode_rows: int | None = None,
 ) -> list[Rollouts]:
-    """The sampler of transformers: the model that is trained writes the summaries, one part after another."""
-    return [
-        generate(encoder, part, noise=noise, temperature=temperature)
-        for part, noise in zip(parts, noises, strict=True)
+    """The sampler of transformers: the model that is trained writes the summaries.
+
+    Args:
+        decode_rows: that are written together, whatever part they belong to; None is all of them.
+    """
+    items, noise = list(itertools.chain(*parts)), torch.cat(list(noises))
+    size = max(1, decode_rows // noise.shape[1]) if decode_rows else len(items)
+    calls = [
+        _written(encoder, items[first : first + size], noise[first : first + size], temperature)
+        for first in range(0, len(items), size)
     ]
+    by_part = [torch.cat([call[name] for call in calls]).split([*map(len, parts)]) for name in calls[0]]
+    return [_rollouts(dict(zip(calls[0], fields, strict=True))) for fields in zip(*by_part, strict=True)]
 
 
 def _forced(

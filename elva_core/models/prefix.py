@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from elva_core.models.arithmetic import mixed
+
+ROOM = 8  # lengths of fixed caches are multiples of it, which CUDA's attention reads without a copy
 
 
 @dataclass(slots=True)
@@ -23,6 +27,18 @@ class Prefix:
     position: torch.Tensor
 
 
+@dataclass(slots=True)
+class FixedPrefix:
+    """The same in tensors that keep their shapes and places, so that a CUDA graph can read on in them.
+
+    bias: (R, 1, 1, K) added to attention's scores, -inf where a row does not look. position: (..., R, 1).
+    """
+
+    cache: StaticCache
+    bias: torch.Tensor
+    position: torch.Tensor
+
+
 def prefill(model, inputs: Mapping[str, torch.Tensor], rollouts: int) -> Prefix:
     """Runs each of B prompts once and repeats the result for its G rollouts; rows 0..G-1 belong to prompt 0.
 
@@ -34,17 +50,74 @@ def prefill(model, inputs: Mapping[str, torch.Tensor], rollouts: int) -> Prefix:
         TypeError: some layers keep something else than keys and values.
     """
     cache = DynamicCache(config=model.config.get_text_config())
-    last = model.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    with mixed(model):
+        out = model.model(**inputs, past_key_values=cache, use_cache=True)
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         raise TypeError(
             "its layers keep a state that is no keys and values; rollouts cannot share a prompt's"
         )
-    if rollouts > 1:
-        cache.batch_repeat_interleave(rollouts)
-    mask, last = (x.repeat_interleave(rollouts, dim=0) for x in (inputs["attention_mask"], last))
-    return Prefix(
-        cache, mask, last, (inputs["position_ids"][..., -1:] + 1).repeat_interleave(rollouts, dim=-2)
-    )
+    position = inputs["position_ids"][..., -1:] + 1
+    return repeated(Prefix(cache, inputs["attention_mask"], out.last_hidden_state[:, -1], position), rollouts)
+
+
+def repeated(prefix: Prefix, rollouts: int) -> Prefix:
+    """Each row `rollouts` times, one after another; the cache is changed in place."""
+    if rollouts == 1:
+        return prefix
+    prefix.cache.batch_repeat_interleave(rollouts)
+    mask, last = (x.repeat_interleave(rollouts, dim=0) for x in (prefix.mask, prefix.last))
+    return Prefix(prefix.cache, mask, last, prefix.position.repeat_interleave(rollouts, dim=-2))
+
+
+def can_be_fixed(prefix: Prefix) -> bool:
+    """Whether every layer keeps all keys and values; one with a sliding window, say, does not."""
+    return all(type(layer) is DynamicLayer for layer in prefix.cache.layers)
+
+
+def fixed(model, prefix: Prefix, rollouts: int, more: int) -> FixedPrefix:
+    """Each row `rollouts` times with room for `more` tokens, without gradient."""
+    rows, length = len(prefix.mask) * rollouts, prefix.mask.shape[1]
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=-(-(length + more) // ROOM) * ROOM)
+    for layer, read in zip(cache.layers, prefix.cache.layers, strict=True):
+        layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (read.keys, read.values)))
+        for place, given in ((layer.keys, read.keys), (layer.values, read.values)):
+            place[:, :, :length].unflatten(0, (-1, rollouts)).copy_(given[:, None])
+        layer.cumulative_length.fill_(length)
+    bias = prefix.last.new_full((rows, 1, 1, cache.layers[0].max_cache_len), -torch.inf)
+    bias[:, 0, 0, :length].masked_fill_(prefix.mask.bool().repeat_interleave(rollouts, dim=0), 0.0)
+    return FixedPrefix(cache, bias, prefix.position.repeat_interleave(rollouts, dim=-2))
+
+
+def kept(model, prefix: FixedPrefix, rows: torch.Tensor) -> FixedPrefix:
+    """The rows (n,) int64 of it, in new tensors."""
+    cache = StaticCache(model.config.get_text_config(), max_cache_len=prefix.cache.layers[0].max_cache_len)
+    for layer, whole in zip(cache.layers, prefix.cache.layers, strict=True):
+        layer.lazy_initialization(*(x[:1].expand(len(rows), -1, -1, -1) for x in (whole.keys, whole.values)))
+        torch.index_select(whole.keys, 0, rows, out=layer.keys)
+        torch.index_select(whole.values, 0, rows, out=layer.values)
+        layer.cumulative_length.copy_(whole.cumulative_length)
+    return FixedPrefix(cache, prefix.bias[rows], prefix.position.index_select(-2, rows))
+
+
+def read_next(model, prefix: FixedPrefix, words: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """States (R, D) of one further token of each row; all of `prefix` moves along in place.
+
+    Args:
+        words: (R, D) embeddings of tokens. valid: (R,) bool, False where it is never attended to.
+    """
+    column = prefix.cache.layers[0].cumulative_length[None]
+    look = torch.zeros_like(valid, dtype=prefix.bias.dtype).masked_fill_(~valid, -torch.inf)
+    prefix.bias.index_copy_(-1, column, look[:, None, None, None])
+    with mixed(model):
+        out = model.model(
+            inputs_embeds=words[:, None],
+            attention_mask=prefix.bias,
+            position_ids=prefix.position,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
+    prefix.position.add_(1)
+    return out.last_hidden_state[:, 0]
 
 
 def advance(model, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -56,11 +129,12 @@ def advance(model, prefix: Prefix, ids: torch.Tensor, valid: torch.Tensor) -> to
     prefix.mask = torch.cat([prefix.mask, valid.long()], dim=1)
     positions = prefix.position + torch.arange(ids.shape[1], device=ids.device)
     prefix.position = prefix.position + ids.shape[1]
-    out = model.model(
-        input_ids=ids,
-        attention_mask=prefix.mask,
-        position_ids=positions,
-        past_key_values=prefix.cache,
-        use_cache=True,
-    )
+    with mixed(model):
+        out = model.model(
+            input_ids=ids,
+            attention_mask=prefix.mask,
+            position_ids=positions,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
     return out.last_hidden_state

@@ -2,7 +2,7 @@
 
 training/teach.py teaches them.
 
-model, processor = small_models.build(texts, settings.tiny, seed=0)
+model, processor = small_models.build(texts, settings.sizes, seed=0)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from elva_core.config import TinySettings
+from elva_core.training_settings import SmallModelSettings
 
 SPECIAL = (
     "<|endoftext|>",
@@ -71,32 +71,32 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
+def build(texts: Sequence[str], sizes: SmallModelSettings, *, seed: int):
     """A Qwen2-VL: (model, processor) with random weights.
 
     Args:
-        texts: that the tokenizer is trained on; images get the fixed square size of `tiny`.
+        texts: that the tokenizer is trained on; images get the fixed square size of `sizes`.
     """
-    tokenizer = train_tokenizer(texts, tiny.vocabulary)
-    pixels = tiny.image_side**2
+    tokenizer = train_tokenizer(texts, sizes.vocabulary)
+    pixels = sizes.image_side**2
     size = {"shortest_edge": pixels, "longest_edge": pixels}
-    images = Qwen2VLImageProcessor(size=size, patch_size=tiny.patch)
-    videos = Qwen2VLVideoProcessor(size=size, patch_size=tiny.patch)
+    images = Qwen2VLImageProcessor(size=size, patch_size=sizes.patch)
+    videos = Qwen2VLVideoProcessor(size=size, patch_size=sizes.patch)
     processor = Qwen2VLProcessor(
         image_processor=images, tokenizer=tokenizer, video_processor=videos, chat_template=CHAT_TEMPLATE
     )
-    half_head = tiny.hidden // tiny.heads // 2
+    half_head = sizes.hidden // sizes.heads // 2
     third = half_head // 3
     names = ("pad", "start", "end", "vision_start", "vision_end", "image", "video")
     ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(SPECIAL)), strict=True))
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": len(tokenizer) + tiny.spare_rows,
-            "hidden_size": tiny.hidden,
-            "intermediate_size": tiny.intermediate,
-            "num_hidden_layers": tiny.layers,
-            "num_attention_heads": tiny.heads,
-            "num_key_value_heads": tiny.heads,
+            "vocab_size": len(tokenizer) + sizes.spare_rows,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.heads,
             "max_position_embeddings": 2048,
             "rope_parameters": {
                 "rope_type": "default",
@@ -108,12 +108,12 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
             "pad_token_id": ids["pad"],
         },
         vision_config={
-            "depth": tiny.vision_layers,
-            "embed_dim": tiny.vision_hidden,
-            "hidden_size": tiny.hidden,
-            "num_heads": tiny.vision_heads,
+            "depth": sizes.vision_layers,
+            "embed_dim": sizes.vision_hidden,
+            "hidden_size": sizes.hidden,
+            "num_heads": sizes.vision_heads,
             "mlp_ratio": 4,
-            "patch_size": tiny.patch,
+            "patch_size": sizes.patch,
             "hidden_act": "relu",  # quick_gelu costs a third of the tower's time on a CPU
         },
         image_token_id=ids["image"],
@@ -125,13 +125,14 @@ def build(texts: Sequence[str], tiny: TinySettings, *, seed: int):
     return _with_random_weights(Qwen2VLForConditionalGeneration, config, seed), processor
 
 
-def build_second(first: str, tiny: TinySettings, *, seed: int):
-    """A Qwen2.5-VL: (model, processor) with random weights, another start for stage 3 (Table 5).
+def build_second(first: str, sizes: SmallModelSettings, *, seed: int):
+    """A Qwen2.5-VL: (model, processor), another start for stage 3 (Table 5).
 
     Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the rest has its shape.
 
     Args:
-        first: folder of a small Qwen2-VL, whose tokenizer and image processor are taken over.
+        first: folder of a small Qwen2-VL, whose tokenizer and image processor are taken over, and every
+            weight that has the same name and shape; the others, those of the gated layers, are random.
     """
     known, shared = AutoConfig.from_pretrained(first), AutoProcessor.from_pretrained(first)
     parts = ("image_processor", "tokenizer", "video_processor", "chat_template")
@@ -139,20 +140,26 @@ def build_second(first: str, tiny: TinySettings, *, seed: int):
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "tie_word_embeddings")
     text = known.text_config.to_dict()
     config = Qwen2_5_VLConfig(
-        text_config={name: text[name] for name in text if name not in ("model_type", "architectures")},
+        text_config={
+            name: text[name] for name in text if name not in ("model_type", "architectures", "dtype")
+        },
         vision_config={
-            "depth": tiny.vision_layers,
-            "hidden_size": tiny.vision_hidden,
+            "depth": sizes.vision_layers,
+            "hidden_size": sizes.vision_hidden,
             # three matrices with as many weights as two of four times the width
-            "intermediate_size": 8 * tiny.vision_hidden // 3,
-            "out_hidden_size": tiny.hidden,
-            "num_heads": tiny.vision_heads,
-            "patch_size": tiny.patch,
-            "fullatt_block_indexes": [tiny.vision_layers - 1],
+            "intermediate_size": 8 * sizes.vision_hidden // 3,
+            "out_hidden_size": sizes.hidden,
+            "num_heads": sizes.vision_heads,
+            "patch_size": sizes.patch,
+            "fullatt_block_indexes": [sizes.vision_layers - 1],
         },
         **{name: getattr(known, name) for name in tokens},
     )
-    return _with_random_weights(Qwen2_5_VLForConditionalGeneration, config, seed), processor
+    model = _with_random_weights(Qwen2_5_VLForConditionalGeneration, config, seed)
+    taken = Qwen2VLForConditionalGeneration.from_pretrained(first, dtype="float32").state_dict()
+    fitting = {n: w for n, w in model.state_dict().items() if n in taken and taken[n].shape == w.shape}
+    model.load_state_dict({n: taken[n] for n in fitting}, strict=False)
+    return model, processor
 
 
 def _with_random_weights(kind: type, config, seed: int):

@@ -8,17 +8,22 @@ The tower computes in fewer, larger operations than in transformers; its feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import AttentionInterface
+from transformers.image_utils import SizeDict
 
 from elva_core.data.frames import Clip
 from elva_core.data.frames import read as read_clip
 from elva_core.data.images import open_image
+from elva_core.data.items import Item
+from elva_core.files import ElvaDataError
 
 # Models whose features can be spliced: one token stands for an image, and only the first layer sees features
 SPLICED = ("qwen2_vl", "qwen2_5_vl")
@@ -70,11 +75,10 @@ class Vision:
 
     def __init__(self, model, processor, *, keep: bool) -> None:
         self.model, self.processor, self.keep = model, processor, keep
-        # (pixels, grids) -> pixels; set only while a small backbone is taught, which sees every image anew
-        self.augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         # file or clip -> what `stamp` said of its file, then what was made of it
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
-        self._pixels: dict[Path, tuple[Stamp, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._in_step = False
+        self.ahead = None  # elva_core.models.ahead.Ahead while images are made ready ahead
         quicken(model.model.visual)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
@@ -89,13 +93,24 @@ class Vision:
         """Drops the features that were kept."""
         self._features.clear()
 
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within it features are kept; behind it they are dropped, unless `keep`."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+            if not self.keep:
+                self.forget()
+
     def _kept_or_computed(self, sources: Sequence, compute: Callable, at_once: int) -> list[VisionFeatures]:
         missing, fresh = _changed(sources, self._features), {}
         sought = list(missing)
         for start in range(0, len(sought), at_once):
             part = sought[start : start + at_once]
             fresh |= {s: (missing[s], f) for s, f in zip(part, compute(part), strict=True)}
-        if self.keep and not self.augment:
+        if self.keep or self._in_step:
             self._features |= fresh
         return [(fresh[s] if s in fresh else self._features[s])[1] for s in sources]
 
@@ -118,24 +133,40 @@ class Vision:
         return list(map(VisionFeatures, features, grids, seconds))
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patch rows (patches, values) and grids (images, 3); rows are kept while `augment` is set."""
-        if not self.augment:
-            return self._on_device(*self._patches(paths))
-        if missing := _changed(paths, self._pixels):
-            pixels, grids = self._patches(list(missing))
-            rows = pixels.bfloat16().split(grids.prod(-1).tolist())  # half the memory of what is kept
-            read = zip(rows, grids, strict=True)
-            self._pixels |= zip(missing, zip(missing.values(), read, strict=True), strict=True)
-        rows, grids = zip(*(self._pixels[p][1] for p in paths), strict=True)
-        pixels, grids = self._on_device(torch.cat(rows).float(), torch.stack(grids))
-        return self.augment(pixels, grids), grids
+        """Patch rows (patches, values) and grids (images, 3)."""
+        images, device = [self._resized(p) for p in paths], self.model.device
+        inputs = self.processor.image_processor(images, do_resize=False, device=device, return_tensors="pt")
+        return self._on_device(inputs.pixel_values, inputs.image_grid_thw)
 
-    def _patches(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = self.processor.image_processor([open_image(p) for p in paths], return_tensors="pt")
-        return inputs.pixel_values, inputs.image_grid_thw
+    def _resized(self, path: Path) -> torch.Tensor:
+        """(3, height, width) uint8 on the model's device, from a worker or opened here."""
+        made = self.ahead.take(path) if self.ahead else None
+        pixels = made[1] if made and made[0] == stamp(path) else resized(self.processor, path)
+        if self.model.device.type == "cuda":
+            return pixels.pin_memory().to(self.model.device, non_blocking=True)
+        return pixels.to(self.model.device)
+
+    def keys(self, items: Sequence[Item], request: str) -> list[Path]:
+        """What is made ready for items: their images of which no features are kept."""
+        return list(_changed([path for item in items for path in item.images], self._features))
+
+    def prepared(self, path: Path) -> tuple[Stamp, torch.Tensor] | None:
+        """An image made ready, in a worker; None for one that cannot be, which fails where it is needed."""
+        try:
+            return stamp(path), resized(self.processor, path)
+        except ElvaDataError:
+            return None
 
     def _on_device(self, pixels: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return pixels.to(self.model.device), grids.to(self.model.device)
+
+
+def resized(processor, path: Path) -> torch.Tensor:
+    """(3, height, width) uint8, as the processor resizes an image before it does the rest."""
+    images, pixels = processor.image_processor, torch.from_numpy(np.array(open_image(path)))
+    size = images.size if isinstance(images.size, SizeDict) else SizeDict(**images.size)
+    factor = images.patch_size * images.merge_size
+    return images.resize(pixels.permute(2, 0, 1)[None], size, images.resample, factor)[0]
 
 
 def quicken(tower: torch.nn.Module) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 from elva_core import distributed, files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
-from elva_core.models.encoder import Encoder, lineage
+from elva_core.models.encoder import Encoder
+from elva_core.models.lineage import lineage
 from elva_core.retrieval.retriever import encode, identity
 
 EMBEDDINGS = files.OUTPUTS / "cache/embeddings"

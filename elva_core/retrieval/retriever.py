@@ -20,7 +20,8 @@ from elva_core import distributed, files
 from elva_core.config import EvaluationSettings
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
-from elva_core.models import generation
+from elva_core.models import batching, generation
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.models.vision import stamp
 from elva_core.retrieval import metrics, search
@@ -51,29 +52,50 @@ def encode(
     Returns:
         (N, D) float32, L2-normalised, and the summary text of each item ("" for eol and bare).
     """
-    # rows of one shape together: less padding, and the order does not depend on the caller
-    distinct = sorted(
-        dict.fromkeys(items), key=lambda item: (item.frames, len(item.images), item.length, str(item))
-    )
-    parts = [distinct[start : start + batch] for start in range(0, len(distinct), batch)]
-    done = {}
-    for number in distributed.own_share(len(parts)):
-        part, summaries = parts[number], [""] * len(parts[number])
-        if template == "eol":
-            embedded = encoder.embed_eol(part)
-        elif template == "bare":
-            embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
-        else:
-            out = generation.generate(encoder, part)
-            embedded = out.embeddings[:, 0]
-            ids = out.summaries(encoder.end_id)
-            summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in ids]
-        done[number] = embedded.float().cpu().numpy(), summaries
+    request = encoder.settings.eol_request if template == "eol" else encoder.settings.summary_request
+    parts = _parts(encoder, items, batch, request, summaries=template != "eol")
+    mine, done = distributed.own_share(len(parts)), {}
+    with preparing(encoder, lambda turn: (parts[mine[turn]], request), len(mine)) as prepare:
+        for turn, number in enumerate(mine):
+            prepare(turn)
+            part, summaries = parts[number], [""] * len(parts[number])
+            if template == "eol":
+                embedded = encoder.embed_eol(part)
+            elif template == "bare":
+                embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
+            else:
+                out = generation.generate(encoder, part)
+                embedded = out.embeddings[:, 0]
+                ids = out.summaries(encoder.end_id)
+                summaries = [encoder.processor.tokenizer.decode(summary) for (summary,) in ids]
+            done[number] = embedded.float().cpu().numpy(), summaries
     embeddings = {}
     for number, (embedded, summaries) in distributed.gathered(done).items():
         embeddings.update(zip(parts[number], zip(embedded, summaries, strict=True), strict=True))
     vectors, texts = zip(*(embeddings[item] for item in items), strict=True)
     return np.stack(vectors), list(texts)
+
+
+def _parts(
+    encoder: Encoder, items: Sequence[Item], batch: int, request: str, *, summaries: bool
+) -> list[list[Item]]:
+    """Distinct items that share a forward: `batch` of them, or as many as the encoder's `batch_tokens` allow.
+
+    Rows of one shape are together: less padding, and the order does not depend on the caller.
+    """
+    distinct = sorted(
+        dict.fromkeys(items), key=lambda item: (item.frames, len(item.images), item.length, str(item))
+    )
+    prompts, by_row = encoder.settings, distinct
+    parts: list[list[Item]] = []
+    if prompts.batch_tokens is not None:
+        by_row = [item for item in distinct if item.clips]  # whose length only their video tells
+        distinct = distinct[: len(distinct) - len(by_row)]
+        more = prompts.max_summary_tokens + 1 if summaries else 0
+        counts = batching.lengths(encoder, distinct, request) if distinct else []
+        tokens = [count + more for count in counts]
+        parts = [[distinct[i] for i in rows] for rows in batching.by_tokens(tokens, prompts.batch_tokens)]
+    return parts + [by_row[start : start + batch] for start in range(0, len(by_row), batch)]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from elva_core import distributed, files
 from elva_core.config import SUMMARIES_AT_ONCE
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
-from elva_core.models import generation
+from elva_core.models import batching, generation
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop, losses
 from elva_core.training.hard_negatives import TrainingQuery
@@ -146,6 +149,21 @@ def ret_step(step: int, share: float) -> bool:
     return int((step + 1) * share) > int(step * share)
 
 
+def _chunks(
+    encoder: Encoder, items: Sequence[Item], queries: int, settings: ContrastiveSettings, *, use_ret: bool
+) -> list[list[int]]:
+    """Places of items that share a forward; the first `queries` of the items are queries."""
+    if settings.chunk_tokens is None:
+        # never queries and candidates together: rows of one modality need less padding
+        sides, size = (range(queries), range(queries, len(items))), settings.chunk
+        return [list(side[start : start + size]) for side in sides for start in range(0, len(side), size)]
+    prompts = encoder.settings
+    # every process must cut alike, and knows only the summaries of its own chunks: all count as the longest
+    more = prompts.max_summary_tokens + 1 if use_ret else 0
+    tokens = batching.lengths(encoder, items, prompts.summary_request if use_ret else prompts.eol_request)
+    return batching.by_tokens([count + more for count in tokens], settings.chunk_tokens)
+
+
 def train(
     encoder: Encoder, draw: Draw, settings: ContrastiveSettings, *, seed: int, folder: Path
 ) -> list[dict[str, float]]:
@@ -155,30 +173,39 @@ def train(
         draw: (step, batch size) -> pairs; all pairs of a batch share its candidates as negatives.
 
     Returns:
-        one row per step: loss, batch accuracy, ret (1 or 0), summary_loss, grad_norm, step_time (s).
+        one row per step: loss, batch accuracy, ret (1 or 0), summary_loss, padding (share of the places of
+        all token rows), grad_norm, step_time (s).
     """
     summaries = SummaryCache(encoder)
 
-    def step_fn(step: int) -> dict[str, float]:
+    @lru_cache(maxsize=8)  # drawn when it is made ready, and when it comes
+    def drawn(step: int) -> tuple[list[Pair], list[Item], list[list[int]]]:
         pairs = draw(step, settings.batch)
-        use_ret = ret_step(step, settings.ret_share)
         items = [p.query for p in pairs] + [p.candidate for p in pairs]
         items += [negative for p in pairs for negative in p.negatives]
+        use_ret = ret_step(step, settings.ret_share)
+        return pairs, items, _chunks(encoder, items, len(pairs), settings, use_ret=use_ret)
+
+    def reads(step: int) -> tuple[list[Item], str]:
+        _, items, rows = drawn(step)
+        prompts, use_ret = encoder.settings, ret_step(step, settings.ret_share)
+        computed = [items[i] for chunk in distributed.own_share(len(rows)) for i in rows[chunk]]
+        return computed, prompts.summary_request if use_ret else prompts.eol_request
+
+    @encoder.one_step()
+    def step_fn(step: int) -> dict[str, float]:
+        prepare(step)
+        pairs, items, rows = drawn(step)
+        use_ret = ret_step(step, settings.ret_share)
+        place = torch.tensor(list(chain(*rows)), device=encoder.device).argsort()  # of each item among them
+        chunks = distributed.own_share(len(rows))
         chance = distributed.rng_for(seed, "bare", step).random(len(items))
         bare = {item for item, u in zip(items, chance, strict=True) if u < settings.bare_share}
         if not encoder.settings.candidate_summaries:
             bare.update(items[len(pairs) :])
-
-        # chunks never mix queries and candidates: rows of one modality need less padding
-        slices = []
-        for low, high in ((0, len(pairs)), (len(pairs), len(items))):
-            starts = range(low, high, settings.chunk)
-            slices += [slice(start, min(start + settings.chunk, high)) for start in starts]
-        chunks = distributed.own_share(len(slices))
         if use_ret:
-            summaries(
-                [item for chunk in chunks for item in items[slices[chunk]]], bare
-            )  # written together, and kept
+            computed = [items[i] for chunk in chunks for i in rows[chunk]]
+            summaries(computed, bare)  # written together, and kept
         ignore = None
         if settings.mask_false_negatives:
             ignore = losses.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
@@ -188,20 +215,21 @@ def train(
             answers = [p.grains[1] for p in pairs] + [g for p in pairs for g in p.grains[2:]]
             overlap = losses.overlap([p.grains[0] for p in pairs], answers).to(encoder.device)
         accuracy, written = [], {}
+        tokens, places = encoder.tokens_read, encoder.places_read
 
         def embed(chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
             # the same dropout in both passes of the cache
             torch.manual_seed(mbeir.stable_hash(seed, step, chunk))
-            rows = slices[chunk]
+            part = [items[i] for i in rows[chunk]]
             if not use_ret:
-                return encoder.embed_eol(items[rows]), torch.zeros((), device=encoder.device)
-            vectors, writing = encoder.embed_summaries(items[rows], summaries(items[rows], bare))
+                return encoder.embed_eol(part), torch.zeros((), device=encoder.device)
+            vectors, writing = encoder.embed_summaries(part, summaries(part, bare))
             share = settings.summary_weight * len(vectors) / len(items)
             written[chunk] = float(writing.detach())
             return vectors, share * writing
 
         def loss_fn(vectors: torch.Tensor) -> torch.Tensor:
-            queries, candidates = vectors[: len(pairs)], vectors[len(pairs) :]
+            queries, candidates = vectors[place].tensor_split([len(pairs)])
             best = (queries @ candidates.T).detach()
             best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
@@ -222,14 +250,20 @@ def train(
             exchange=None if alone else distributed.exchanged,
         )
         distributed.sum_gradients(parameters.values())
-        writing = distributed.summed({"loss": sum(written.values()), "chunks": len(written)})
+        counts = {"loss": sum(written.values()), "chunks": len(written)}
+        counts |= {"tokens": float(encoder.tokens_read - tokens), "places": encoder.places_read - places}
+        sums = distributed.summed(counts)
         return {
             "loss": float(loss),
             "accuracy": accuracy[0],
             "ret": float(use_ret),
-            "summary_loss": writing["loss"] / max(1, writing["chunks"]),
+            "summary_loss": sums["loss"] / max(1, sums["chunks"]),
+            "padding": 1 - sums["tokens"] / sums["places"],
         }
 
     checkpointing = settings.gradient_checkpointing
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
+    with (
+        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        preparing(encoder, reads, settings.steps) as prepare,
+    ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from elva_core import distributed, files
 from elva_core.data import mbeir
 from elva_core.data.items import Item
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.retrieval import retriever
 from elva_core.training import loop, losses
@@ -66,10 +67,19 @@ def train(
     banks = losses.nested(targets.to(encoder.device), settings.dims)
     draw, temperature = epochs(range(len(items)), seed, "distil"), settings.temperature
 
-    def step_fn(step: int) -> dict[str, float]:
+    def drawn(step: int) -> tuple[list[int], list[list[int]]]:
         # rows of one shape together: less padding
         rows = sorted(draw(step, settings.batch), key=lambda i: (len(items[i].images), items[i].length, i))
-        chunks = [rows[start : start + settings.chunk] for start in range(0, len(rows), settings.chunk)]
+        return rows, [rows[start : start + settings.chunk] for start in range(0, len(rows), settings.chunk)]
+
+    def reads(step: int) -> tuple[list[Item], str]:
+        _, chunks = drawn(step)
+        computed = [items[i] for number in distributed.own_share(len(chunks)) for i in chunks[number]]
+        return computed, encoder.settings.eol_request
+
+    def step_fn(step: int) -> dict[str, float]:
+        prepare(step)
+        rows, chunks = drawn(step)
         sums = {"distance": 0.0, "kl": 0.0}
         for number in distributed.own_share(len(chunks)):
             # dropout is the same on any number of processes
@@ -88,5 +98,8 @@ def train(
         return {"loss": distance + settings.kl_weight * kl, "cosine": 1 - distance, "kl": kl}
 
     checkpointing = settings.gradient_checkpointing
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
+    with (
+        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        preparing(encoder, reads, settings.steps) as prepare,
+    ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -27,79 +27,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from elva_core import distributed
 from elva_core.data.items import Item
 from elva_core.models import generation, vllm_sampler
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import hard_negatives, loop, losses, rewards
 from elva_core.training.contrastive import epochs
 from elva_core.training.hard_negatives import TrainingQuery
+from elva_core.training.rollouts import as_sampled, rolled_out, sides
 from elva_core.training_settings import RlvrSettings
 
 FLAT = 1e-6  # standard deviation of rewards below which a group has no spread
 COLLAPSE_WINDOW = 20  # steps in a row without any reward spread before the guard calls it a collapse
-
-
-def sides(ranked: TrainingQuery, which: str) -> list[Item]:
-    """Items of a query whose summaries are actions: itself, or itself, its positive and all its negatives."""
-    return [ranked.item, ranked.positive, *ranked.negatives] if which == "all" else [ranked.item]
-
-
-def candidates_once(
-    encoder: Encoder, ranked: Sequence[TrainingQuery], chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D); distinct items, `chunk` a forward."""
-    distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
-    texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
-    vectors = {}
-    for part in [*_parts(texts, chunk), *_parts(images, chunk)]:
-        if encoder.settings.candidate_summaries:
-            embedded = generation.generate(encoder, part).embeddings[:, 0]
-        else:
-            with torch.no_grad():
-                embedded, _ = encoder.embed_summaries(part, [[]] * len(part))
-        vectors.update(zip(part, embedded, strict=True))
-    positives = torch.stack([vectors[r.positive] for r in ranked])
-    negatives = torch.stack([torch.stack([vectors[n] for n in r.negatives]) for r in ranked])
-    return positives, negatives
-
-
-def candidates_as_mined(
-    encoder: Encoder, ranked: Sequence[TrainingQuery]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same embeddings, as computed by the model that chose the negatives: no forward at all."""
-    vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
-    return vectors[:, 0], vectors[:, 1:]
-
-
-def cosines(
-    encoder: Encoder, ranked: Sequence[TrainingQuery], vectors: torch.Tensor, settings: RlvrSettings
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Cosines of each rollout to the positive (Q, G) and to the negatives (Q, G, N), for each of `dims`.
-
-    Args:
-        vectors: (Q, sides, G, D) embeddings of the rollouts; the paper's action is a rollout of all sides.
-    """
-    if settings.rollout_sides == "all":
-        rollouts = losses.nested(vectors, settings.dims)
-        return [
-            ((v[:, 0] * v[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", v[:, 0], v[:, 2:])) for v in rollouts
-        ]
-    if settings.candidates == "mined":
-        positives, negatives = candidates_as_mined(encoder, ranked)
-    else:
-        positives, negatives = candidates_once(encoder, ranked, settings.chunk)
-    nested = (losses.nested(x, settings.dims) for x in (vectors[:, 0], positives, negatives))
-    return [
-        (torch.einsum("qgd,qd->qg", q, p), torch.einsum("qgd,qnd->qgn", q, n))
-        for q, p, n in zip(*nested, strict=True)
-    ]
 
 
 def step(
@@ -130,7 +75,7 @@ def step(
             break
         rows = [row for row, without in zip(groups.rows, flat.tolist(), strict=True) if without]
         fresh = rolled_out(encoder, queries, rows, uniform, settings, sampler)
-        groups, again = _joined(_only(groups, ~flat), fresh), again + len(rows)
+        groups, again = groups.only(~flat).joined(fresh), again + len(rows)
     acting, sampled, scored = groups.acting, groups.sampled, groups.scored
 
     # advantages: "batch" divides by the standard deviation over all processes
@@ -148,84 +93,6 @@ def step(
     if spares:
         weighted["resampled"] = again / len(ranked)
     return policy_metrics | distributed.summed(weighted)
-
-
-class Groups(NamedTuple):
-    """Rollouts of Q queries and what they have earned.
-
-    rows: their places in the step. acting: R = Q * sides items, whose rollouts are `sampled`, in chunks.
-    slope: (R, G, D) derivative by the embeddings of what `learn` raises through them.
-    """
-
-    rows: list[int]
-    acting: list[Item]
-    sampled: list[generation.Rollouts]
-    scored: rewards.Scored
-    slope: torch.Tensor
-
-
-def rolled_out(
-    encoder: Encoder,
-    ranked: Sequence[TrainingQuery],
-    rows: list[int],
-    noise: torch.Tensor,
-    settings: RlvrSettings,
-    sampler: generation.Sampler,
-) -> Groups:
-    """G summaries of every acting item of some `rows` of a step's queries, and their rewards."""
-    mine = [ranked[i] for i in rows]
-    acting = [item for r in mine for item in sides(r, settings.rollout_sides)]
-    noises = _chunks(noise[rows].flatten(0, 1), settings)
-    sampled = sampler(encoder, _chunks(acting, settings), noises, settings.temperature)
-
-    # rewards, and their derivative by the embeddings, which the pathwise gradient needs
-    vectors = torch.cat([s.embeddings for s in sampled]).requires_grad_()
-    grouped = vectors.unflatten(0, (len(mine), -1))
-    written = torch.cat([(s.actions & (s.tokens != encoder.end_id)).sum(-1) for s in sampled])
-    lengths = written.float().unflatten(0, (len(mine), -1)).mean(1)
-    by_dim = [
-        (rewards.reward(*sides, settings.reward, lengths), _infonce(*sides, settings))
-        for sides in cosines(encoder, mine, grouped, settings)
-    ]
-    columns = zip(*(scored for scored, _ in by_dim), strict=True)
-    scored = rewards.Scored(*(torch.stack(column).float().mean(0) for column in columns))
-    raised = scored.total
-    if settings.gradient == "gated":
-        low = scored.total < scored.total.mean(dim=1, keepdim=True)
-        raised = settings.infonce_weight * low * torch.stack([chance for _, chance in by_dim]).mean(0)
-    (slope,) = torch.autograd.grad(raised.mean(1).sum() / len(ranked), vectors)
-    return Groups(rows, acting, sampled, rewards.Scored(*(x.detach() for x in scored)), slope)
-
-
-def _infonce(positive: torch.Tensor, negatives: torch.Tensor, settings: RlvrSettings) -> torch.Tensor:
-    """Log-probability (Q, G) of the positive among all candidates."""
-    scores = torch.cat([positive[..., None], negatives], dim=-1) / settings.infonce_temperature
-    return scores.log_softmax(-1)[..., 0]
-
-
-def _only(groups: Groups, kept: torch.Tensor) -> Groups:
-    """Those of some queries, (Q,) bool."""
-    wide = kept.repeat_interleave(len(groups.acting) // len(groups.rows))
-    parts = zip(groups.sampled, _as_sampled(wide, groups.sampled), strict=True)
-    return Groups(
-        [row for row, keep in zip(groups.rows, kept.tolist(), strict=True) if keep],
-        [item for item, keep in zip(groups.acting, wide.tolist(), strict=True) if keep],
-        [out.only(keep) for out, keep in parts if keep.any()],
-        rewards.Scored(*(x[kept] for x in groups.scored)),
-        groups.slope[wide],
-    )
-
-
-def _joined(first: Groups, second: Groups) -> Groups:
-    scored = rewards.Scored(*map(torch.cat, zip(first.scored, second.scored, strict=True)))
-    slope = torch.cat([first.slope, second.slope])
-    return Groups(*(a + b for a, b in zip(first[:3], second[:3], strict=True)), scored, slope)
-
-
-def _as_sampled(rows, sampled: Sequence[generation.Rollouts]) -> list:
-    """Rows of R inputs in the chunks of their rollouts."""
-    sizes = [len(out.tokens) for out in sampled]
-    return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def learn(
@@ -259,7 +126,7 @@ def learn(
         gain = torch.zeros_like(gain)
     # only the token mean over all sequences needs to know the other chunks
     tokens = distributed.summed({"tokens": sum(int(s.actions.sum()) for s in sampled)})["tokens"]
-    parts = zip(*(_as_sampled(x, sampled) for x in (acting, gain, slope)), sampled, strict=True)
+    parts = zip(*(as_sampled(x, sampled) for x in (acting, gain, slope)), sampled, strict=True)
     for part, gains, slopes, out in parts:
         # log-probabilities of the sampled tokens under the reference and, with a graph, under the policy
         with torch.no_grad(), encoder.model.disable_adapter():
@@ -282,15 +149,6 @@ def learn(
         for name, value in (part_metrics | {"loss": float(loss.detach())}).items():
             metrics[name] += value * weight
     return distributed.summed(metrics)
-
-
-def _parts(rows, size: int) -> list:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _chunks(rows, settings: RlvrSettings) -> list:
-    """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
-    return _parts(rows, max(1, settings.chunk // settings.num_generations))
 
 
 def _step_metrics(
@@ -349,7 +207,7 @@ def sampler_of(
     """Sampler of a run that starts from `encoder`, without an adapter yet; vLLM's files go to `folder`."""
     if settings.sampler == "vllm":
         return closing(vllm_sampler.VllmSampler(encoder, settings.lora, settings.vllm, folder))
-    return nullcontext(generation.in_process)
+    return nullcontext(partial(generation.in_process, decode_rows=settings.decode_rows))
 
 
 def train(
@@ -392,20 +250,35 @@ def train(
 
     turns = drawn_from(ranked)
 
+    def draw(i: int, size: int) -> list[TrainingQuery]:
+        return turns[i % len(turns)][0](i, size)
+
+    def reads(i: int) -> tuple[list[Item], str]:
+        which = "all" if settings.candidates == "step" else settings.rollout_sides
+        drawn = draw(i, per_step)
+        share = [drawn[row] for row in distributed.own_share(len(drawn))]
+        return [item for r in share for item in sides(r, which)], encoder.settings.summary_request
+
+    @encoder.one_step()
     def step_fn(i: int) -> dict[str, float]:
         nonlocal turns
+        prepare(i)
         if again and i and i % again == 0:
             turns = drawn_from(mine())
-        draw, spare = turns[i % len(turns)]
+        _, spare = turns[i % len(turns)]
         spares = [(spare(i * resample + k, per_step), uniform(i, k)) for k in range(resample)]
         row = step(encoder, draw(i, per_step), settings, uniform(i), sampler, spares)
         distributed.sum_gradients(parameters.values())
         return row | ({"candidates_act": float(i % 2)} if both else {})
 
-    with sampler_of(encoder, settings, folder / "vllm") as sampler:
+    steps = settings.queries // per_step
+    with (
+        sampler_of(encoder, settings, folder / "vllm") as sampler,
+        preparing(encoder, reads, steps) as prepare,
+    ):
         encoder.add_lora(settings.lora, seed=seed)
         encoder.model.eval()
-        parameters, steps = encoder.trainable(), settings.queries // per_step
+        parameters = encoder.trainable()
         rows = loop.train_loop(parameters, step_fn, steps, settings.optimiser, folder, guard(settings))
     encoder.merge_lora()
     return rows

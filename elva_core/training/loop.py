@@ -51,7 +51,8 @@ def train_loop(
     """Train loop over `parameters`; resumes from folder/checkpoint if there is one.
 
     Args:
-        optimisers: between them they hold every parameter; none means one AdamW over all.
+        optimisers: between them they hold every parameter; none means one AdamW over all. A group's `rate`
+            is its share of the learning rate.
         step_fn: leaves the gradients of one step (calls backward), the same in every process, and returns
             what to log.
         check: returns the reason to stop, given the row that was logged.
@@ -79,7 +80,7 @@ def train_loop(
         for optimiser in optimisers:
             optimiser.zero_grad(set_to_none=True)
             for group in optimiser.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
         row = {"step": step, "lr": rate} | step_fn(step)
 
         # the guard looks before the weights move

@@ -199,6 +199,7 @@ def train(
     ids = {kind: answer_ids(encoder, kind, settings) for kind in KINDS}
     draws = {kind: epochs(ranked, seed, f"rerank {kind}") for kind in KINDS}
 
+    @encoder.one_step()
     def step_fn(step: int) -> dict[str, float]:
         turn, listwise = divmod(step, 2)
         kind, rng = KINDS[listwise], distributed.rng_for(seed, "rerank", step)

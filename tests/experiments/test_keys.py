@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import time
 from ctypes import c_int
@@ -59,7 +58,7 @@ def made(text, stage=TRAINED, name="model/model.safetensors"):
 @pytest.mark.parametrize(
     ("changes", "stale"),
     [
-        ({"evaluation": {"batch": 1}}, "00 50 60 70 80 82 85"),
+        ({"evaluation": {"batch": 1}}, "00 50 60 70 80 82 85 90"),
         ({"study": {"arms": ["stage 2"]}}, "00 60 82"),
         ({"stage2": {"steps": 9}}, "00 30 60 85 90"),
         ({"stage3": {"reward": {"alpha": 0.5}}}, "00 40 60 82 85 90"),
@@ -104,24 +103,31 @@ def test_an_input_counts_by_what_later_stages_take_from_it(outputs, smoke, monke
 
 def test_data_that_are_only_linked_to_count_by_names_sizes_and_times(outputs, smoke, own_root, tmp_path):
     files.write_whole(tmp_path / "nli.csv", "sent0,sent1,hard_neg\n")
+    files.write_whole(tmp_path / "model/model.safetensors", "weights")
     data = {"name": "x", "root": str(own_root.folder), "nli": str(tmp_path / "nli.csv")}
-    settings = smoke.model_copy(update={"data": config.DataSettings(**data)})
-    before = current(settings)
-    path = own_root.query_path("emoji_task0", "test")
-    path.write_text(path.read_text())
-    assert [stage[:2] for stage, key in current(settings).items() if key != before[stage]] == ["10"]
-    assert keys.differences(keys.made_from(settings, 1, "10_prepare_data"), keys.made_from(settings, 1, "10_prepare_data")) == []
+    backbone = smoke.backbone.model_copy(update={"path": str(tmp_path / "model")})
+    settings = smoke.model_copy(update={"data": config.DataSettings(**data), "backbone": backbone})
+    for path, stage in (
+        (own_root.query_path("emoji_task0", "test"), "10_prepare_data"),
+        (tmp_path / "nli.csv", "10_prepare_data"),
+        (tmp_path / "model/model.safetensors", TRAINED),
+    ):
+        before = current(settings)
+        assert current(settings) == before
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        assert [name for name, key in current(settings).items() if key != before[name]] == [stage]
 
 
 def test_status_says_value_by_value_why_a_stage_is_out_of_date(outputs, profile, monkeypatch, capsys):
     profile({"stage2": {"steps": 600}})
+    made("root", "10_prepare_data", "root/query.jsonl")
     made("weights")
     made("weights", "40_finetune_rlvr")
     assert cli.main(["status", "smoke", "--seed", "1"]) == 0
     assert re.findall(r"^(.{12})(\d\d)", capsys.readouterr().out, re.MULTILINE)[3:5] == [("up to date  ", "30"), ("up to date  ", "40")]
     profile({"stage2": {"steps": 300, "gradient_checkpointing": True}, "stage3": {"reward": {"alpha": 0.5}}})
     monkeypatch.setitem(keys.TABLE, TRAINED, keys.TABLE[TRAINED]._replace(method=2))
-    made("root", "10_prepare_data", "root/query.jsonl")
+    made("another", "10_prepare_data", "root/query.jsonl")
     manifest = stages.stage_folder("smoke", 1, "40_finetune_rlvr") / "manifest.json"
     record = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(record | {"packages": record["packages"] | {"torch": "1.0"}}))
@@ -308,7 +314,7 @@ def test_twenty_kills_of_two_seeds_at_once_with_other_values_each_time_lose_and_
         two = [started(chance.choice([job for job in jobs if job[0] == seed])) for seed in (1, 2)]
         time.sleep(chance.random() * 0.15)
         for process in two:
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             killed += process.exitcode == -signal.SIGKILL
         for path in [*outputs.rglob("checkpoint"), *outputs.rglob("model.safetensors")]:
@@ -326,4 +332,3 @@ def test_twenty_kills_of_two_seeds_at_once_with_other_values_each_time_lose_and_
         place = outputs / f"smoke/seed-{job[0]}/{TRAINED}"
         assert (place / "model/model.safetensors").read_text() == f"{job[0]} {job[1]}" and not (place / "work").exists()
     assert all(0 < count <= STEPS for count in done), list(done)  # no step was done twice
-    shutil.rmtree(outputs)

@@ -40,11 +40,6 @@ def test_parameters_of_the_small_backbone_and_its_adapter_are_those_of_the_model
     planned = sizes.of_config(tiny.backbone.config)
     assert estimate.make(smoke.changed({"backbone": {"path": str(model_folder)}})).sizes == planned
     assert sum(p.numel() for p in tiny.backbone.parameters()) == planned.parameters
-    bound, rows = sizes.of_tiny(smoke.backbone.tiny, sizes.known().tiny_tokens), tiny.backbone.config.get_text_config().vocab_size
-    unused = (bound.vocabulary - rows) * bound.hidden  # of words that the texts do not hold
-    assert unused >= 0
-    differing = {"vocabulary": rows, "parameters": bound.parameters - unused, "logit": bound.logit - 2 * unused}
-    assert dataclasses.replace(bound, **differing) == planned
     tiny.add_lora(smoke.stage2.lora, seed=0)
     assert sum(p.numel() for p in tiny.trainable().values()) == planned.adapter(smoke.stage2.lora.rank) + planned.hidden
 
@@ -135,7 +130,10 @@ def prompt(holder) -> encoder.Batch:
 def test_activations_are_what_autograd_saves(smoke, small, saving, dtype, width, dropout):
     measured = saving(dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
     planned = small.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
-    planned += 3 * small.layers * (6 * small.hidden + small.intermediate) if dropout else 0  # on a CPU the mask is float32, on a GPU a byte
+    if dropout:  # on a CPU the mask has the dtype of the input, on a GPU it is a byte
+        planned += (width - 1) * small.layers * (6 * small.hidden + small.intermediate)
+    if width < 4:  # what autocast makes of the adapter does not grow with tokens
+        planned += 2 * small.adapter(smoke.stage2.lora.rank) / MASK.numel()
     assert measured == pytest.approx(planned, rel=0.04)  # the last norm and a layer's mask are not planned
 
 
@@ -196,19 +194,19 @@ def load(tiny, smoke, monkeypatch) -> Workload:
 def rows(monkeypatch) -> dict[str, int]:
     """Counts what passes through the encoder while a test runs."""
     seen = {"prompts": 0, "rollouts": 0}
-    batch, generate = encoder.Encoder.batch, generation.generate
+    batch, written = encoder.Encoder.batch, generation._written
 
     def counting_batch(self, items, *args, **kwargs):
         seen["prompts"] += len(items)
         return batch(self, items, *args, **kwargs)
 
-    def counting_generate(*args, **kwargs):
-        out = generate(*args, **kwargs)
-        seen["rollouts"] += out.tokens.shape[0] * out.tokens.shape[1]
+    def counting_written(*args):
+        out = written(*args)
+        seen["rollouts"] += out["tokens"].shape[:2].numel()
         return out
 
     monkeypatch.setattr(encoder.Encoder, "batch", counting_batch)
-    monkeypatch.setattr(generation, "generate", counting_generate)
+    monkeypatch.setattr(generation, "_written", counting_written)
     return seen
 
 
@@ -311,13 +309,14 @@ def test_devices_that_are_kept_busy_are_those_of_the_share_of_each_process(monke
 
 def test_more_devices_divide_all_that_trains_and_mines_and_nothing_of_one_process(paper):
     one, eight = ({s.name: s for s in plan.stages(estimate.make(paper, gpu="H20", devices=n))} for n in (1, 8))
-    for name in ("stage 1", "stage 2", "stage 2, its summaries", "stage 3, rollout_sides: all", "control"):
+    for name in ("stage 1", "stage 2", "stage 2, its summaries", "control"):
         assert one[name].hours == pytest.approx(8 * eight[name].hours)
     assert one["mining"].hours == pytest.approx(eight["mining"].devices * eight["mining"].hours)
     for name in ("MRBench, annotation", "evaluation of 4 models", "their search, global pool"):
         assert one[name].hours == eight[name].hours
-    sampling = "stage 3, rollout_sides: query"  # a query a device: the calls get smaller, not fewer
-    assert eight[sampling].hours < one[sampling].hours < 8 * eight[sampling].hours
+    for sides in ("query", "all"):  # a query a device: the calls of decoding get smaller, not fewer
+        sampling = f"stage 3, rollout_sides: {sides}"
+        assert eight[sampling].hours < one[sampling].hours < 8 * eight[sampling].hours
 
 
 def advised(profile, gpu: str, devices: int = 1) -> list[str]:
@@ -348,6 +347,7 @@ def test_without_a_gradient_cache_one_device_holds_the_graphs_of_a_whole_batch(s
 
 
 def test_vllm_takes_its_share_of_the_memory_and_must_hold_the_weights(paper):
+    paper = paper.changed({"stage3": {"chunk": 48}})
     with_vllm = paper.changed({"stage3": {"sampler": "vllm", "vllm": {"gpu_memory_utilization": 0.2}}})
     plain, beside = ({s.name: s for s in plan.stages(estimate.make(s))} for s in (paper, with_vllm))
     for name, stage in beside.items():

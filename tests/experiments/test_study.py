@@ -11,7 +11,7 @@ from elva_core.evaluation import statistics
 from elva_core.experiments import jobs, stages, study
 from elva_core.experiments.study import Arm
 from elva_core.mrbench import annotate, build
-from elva_core.training import teach
+from elva_core.values import model_source
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,7 @@ def test_a_backbone_of_the_profile_is_a_folder_of_the_repository_in_the_chain_an
     (tmp_path / "models/base").mkdir(parents=True)
     for path, source in (("models/base", f"{tmp_path}/models/base"), ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct")):
         changed = profile.changed({"backbone": {"path": path}})
-        assert teach.ensure(changed.backbone, changed.encoder, root, tmp_path) == source
-        assert study.backbone_for(changed, "the chain's", root, tmp_path) == source
+        assert model_source(changed.backbone.path) == source
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):

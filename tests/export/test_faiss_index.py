@@ -19,6 +19,7 @@ from elva_core.data import items, mbeir
 from elva_core.export import faiss_index, hub
 from elva_core.files import ElvaDataError
 from elva_core.models import encoder
+from elva_core.models.lineage import lineage
 from elva_core.retrieval import cache, retriever, search
 from elva_core.retrieval import pool as pools
 
@@ -99,7 +100,7 @@ def test_the_manifest_says_what_it_is_and_nothing_of_this_machine(made, root):
     found = faiss_index.manifest(folder)
     assert (found["template"], found["unit"], found["pool"]) == ("summary", UNIT, "local")
     assert (found["dim"], found["count"]) == (pool.vectors[:1].shape[1], len(pool.candidates))
-    assert found["model"] == encoder.lineage(loaded.source)[-1]
+    assert found["model"] == lineage(loaded.source)[-1]
     assert "/tmp" not in (folder / faiss_index.MANIFEST).read_text() and not any(
         str(v).startswith("/") for v in found["made_from"].values()
     )

@@ -23,6 +23,7 @@ from elva_core.data import items as data_items
 from elva_core.export import hub
 from elva_core.export.hub import PublishError
 from elva_core.models import encoder, generation
+from elva_core.models.lineage import lineage
 from elva_core.retrieval import retriever
 
 
@@ -123,24 +124,24 @@ def test_a_hub_name_is_the_base_model_and_a_folder_only_a_hash(trained, tiny, tm
 
 def test_the_hash_of_a_parent_is_that_of_its_weights(tiny, tmp_path):
     tiny.save(tmp_path / "a", stage="stage 2", parent="none")
-    (before,) = encoder.lineage(tmp_path / "a")
+    (before,) = lineage(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    assert encoder.lineage(tmp_path / "b") == [before]
+    assert lineage(tmp_path / "b") == [before]
     with torch.no_grad():
         tiny.backbone.lm_head.weight[0, 0] += 1
     tiny.save(tmp_path / "c", stage="stage 2", parent="none")
-    assert encoder.lineage(tmp_path / "c")[0]["sha256"] != before["sha256"]
+    assert lineage(tmp_path / "c")[0]["sha256"] != before["sha256"]
 
 
 def test_a_model_of_the_hub_is_recorded_with_the_weights_of_its_copy_here(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert encoder.lineage("me/base") == [{"hub": "me/base"}]
+    assert lineage("me/base") == [{"hub": "me/base"}]
     store = tmp_path / "models--me--base"
     (store / "refs").mkdir(parents=True)
     (store / "refs/main").write_text("c0ffee")
     shutil.copytree(model_folder, store / "snapshots/c0ffee")
-    (own,) = encoder.lineage(model_folder)
-    assert encoder.lineage("me/base") == [own | {"hub": "me/base"}]
+    (own,) = lineage(model_folder)
+    assert lineage("me/base") == [own | {"hub": "me/base"}]
 
 
 def test_a_hub_that_is_not_there_is_one_line_with_both_ways_out(trained, monkeypatch, capsys):

@@ -85,7 +85,7 @@ def trained(request, root, texts, emojis, tmp_path_factory):
         {
             "device": "cpu",
             "backbone": {"path": str(folder / "start")},
-            "encoder": {"max_summary_tokens": 4},
+            "encoder": {"max_summary_tokens": 4, "workers": 0},
             "stage1": few | {"lora": {"rank": 4}},
             "stage2": few | {"lora": {"rank": 4}},
             "control": few | {"batch": 2, "lora": {"rank": 4}},

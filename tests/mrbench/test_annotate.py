@@ -250,7 +250,7 @@ def test_the_annotator_section_refuses_what_does_not_fit():
 @pytest.fixture(scope="module")
 def qwen25(root, smoke, tmp_path_factory):
     """A tiny Qwen2.5-VL of the real class with random weights, saved as a pretrained folder."""
-    tiny = smoke.backbone.tiny
+    tiny = settings.teaching("tiny").sizes
     frame = [annotate.request(text_query(1)), annotate.REPAIR, GOOD, "user assistant"]
     built, parts = small_models.build([c.text for c in root.pool("", "train", "global") if c.text] + frame * 5, tiny, seed=5)
     config = built.config.to_dict()

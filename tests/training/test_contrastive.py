@@ -7,6 +7,7 @@ import torch
 
 from conftest import mined
 from elva_core.models import encoder, generation
+from elva_core.retrieval import retriever
 from elva_core.training import contrastive, losses
 
 
@@ -26,7 +27,13 @@ def test_the_control_of_grains_lowers_their_divergence(tiny, root, smoke, tmp_pa
     changes = {"loss": "grains", "steps": 12, "batch": 8, "optimiser": optimiser, "summary_weight": 0.0}
     settings = smoke.control.model_copy(update=changes)
     draw = contrastive.ranked_pairs(mined(tiny, root, smoke, 8), 1, settings)
+    pairs = draw(0, 8)
+    answers = [(p.candidate, p.grains[1]) for p in pairs] + [a for p in pairs for a in zip(p.negatives, p.grains[2:], strict=True)]
+    q, c = (torch.from_numpy(retriever.encode(tiny, i, batch=32)[0]) for i in ([p.query for p in pairs], [item for item, _ in answers]))
+    overlap = losses.overlap([p.grains[0] for p in pairs], [grains for _, grains in answers])
+    first = losses.graded(q, c, overlap, temperature=settings.temperature, grain_temperature=settings.grain_temperature)
     rows = contrastive.train(tiny, draw, settings, seed=1, folder=tmp_path)
+    assert rows[0]["loss"] == pytest.approx(first.item(), rel=1e-3)  # a fresh adapter changes nothing
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import exit_codes, mined
 from elva_core import distributed
-from elva_core.models import encoder, generation
-from elva_core.training import contrastive, grpo, loop, rewards
+from elva_core.models import decoding, encoder, generation
+from elva_core.training import contrastive, grpo, loop, rewards, rollouts
 from elva_core.training_settings import NegativeSettings, RlvrSettings
 
 STEP = 5e-3  # of finite differences, in the units of the weights
@@ -58,7 +58,7 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
     shape = (2, len(grpo.sides(asked[0], sides)), 3, asked[0].vectors.shape[1])
     v = torch.nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dim=-1)
-    (sides_of,) = grpo.cosines(tiny, asked, v, settings)
+    (sides_of,) = rollouts.cosines(tiny, asked, v, settings)
     total = rewards.reward(*sides_of, settings.reward).total
 
     def by_definition(query, positive, negatives):
@@ -82,26 +82,25 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
 
     Two queries, nine summaries of two words. A frozen copy of the model reads the summaries, so that the reward is a function of the
     sampled words alone: one of them is the positive, the others are the negatives. A reward rises only if the policy learns to write it.
-    With "both" sides it is that of the candidates' steps: one of nine summaries of a positive is its query's vector.
+    With "both" sides it is that of the candidates' steps, which have a toy of the same kind; `run.acted` are the items of each step.
     """
     prompts = smoke.encoder.model_copy(update={"max_summary_tokens": 2})
     reader = encoder.load(model_folder, prompts)
     words = torch.tensor(reader.processor.tokenizer("Katze Hund")["input_ids"][:3])
     every = torch.cartesian_prod(words, words)[None]
-    queries = []
-    for row, other, positive in zip(ranked[:2], ranked[2:4], (4, 7), strict=True):
-        vectors, of_candidate = (
-            generation.completed(reader, [item], every, torch.ones_like(every, dtype=torch.bool)).embeddings[0].numpy()
-            for item in (row.item, other.positive)
-        )
-        query = dataclasses.replace(row.query, task=0, positives=(other.positive_did,))
-        candidate = {"query": query, "positive": other.positive, "positive_did": other.positive_did, "asking": of_candidate[positive]}
-        queries.append(
-            dataclasses.replace(row, near=vectors[positive], bank=vectors, rows=(*range(positive), *range(positive + 1, 9)), **candidate)
-        )
+
+    def toy(row, item, positive):
+        vectors = generation.completed(reader, [item], every, torch.ones_like(every, dtype=torch.bool)).embeddings[0].numpy()
+        others = (*range(positive), *range(positive + 1, 9))
+        return dataclasses.replace(row, item=item, near=vectors[positive], bank=vectors, rows=others)
+
+    queries = [toy(row, row.item, positive) for row, positive in zip(ranked[:2], (4, 7), strict=True)]
+    turned = [toy(row, row.positive, positive) for row, positive in zip(ranked[:2], (2, 5), strict=True)]
+    monkeypatch.setattr(grpo.hard_negatives, "exchanged", lambda *_: turned)
 
     def read_by_the_frozen_copy(model, parts, noises, temperature):
         sampled = generation.in_process(model, parts, noises, temperature)
+        run.acted.append({item for part in parts for item in part})
         for part, out in zip(parts, sampled, strict=True):
             out.embeddings = generation.completed(reader, part, out.tokens, out.actions).embeddings
         return sampled
@@ -109,7 +108,7 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "sampler_of", lambda *_: nullcontext(read_by_the_frozen_copy))
     advantages, optimiser = grpo.losses.advantages, smoke.stage3.optimiser.model_copy(update={"lr": 0.002, "checkpoint_every": 99})
     toy = {"queries": 100, "queries_per_step": 2, "num_generations": 16, "chunk": 32, "beta": 0.0, "candidates": "mined"}
-    settings = stage3(smoke, **toy, optimiser=optimiser, negatives=ONE)
+    settings = stage3(smoke, **toy, optimiser=optimiser)
 
     def run(seed, sign, rollout_sides="query"):
         monkeypatch.setattr(grpo.losses, "advantages", lambda *given: sign * advantages(*given))
@@ -120,6 +119,7 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
         earned = [row["reward"] for row in rows if row.get("candidates_act", 1)]
         return np.mean(earned[-10:]) - np.mean(earned[:3])
 
+    run.acted = []
     return run
 
 
@@ -129,8 +129,10 @@ def test_stage_3_raises_the_reward(climb, seed):
 
 
 @pytest.mark.parametrize("sign", [0, 1])
-def test_in_turns_the_candidates_steps_raise_their_reward_by_their_advantages_alone(climb, sign):
-    assert (climb(0, sign, "both") > 0.05) == bool(sign)
+def test_in_turns_the_candidates_steps_raise_their_reward_by_their_advantages_alone(climb, ranked, sign):
+    assert (climb(0, sign, "both") > 0.06) == bool(sign)
+    sides = [{r.item for r in ranked[:2]}, {r.positive for r in ranked[:2]}]
+    assert climb.acted == sides * 50
 
 
 @pytest.mark.parametrize("sign", [0, -1])
@@ -139,7 +141,7 @@ def test_without_its_advantages_or_against_them_the_reward_does_not_rise(climb, 
 
 
 def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
-    for stored, fresh in zip(grpo.candidates_as_mined(tiny, ranked), grpo.candidates_once(tiny, ranked, 3), strict=True):
+    for stored, fresh in zip(rollouts.candidates_as_mined(tiny, ranked), rollouts.candidates_once(tiny, ranked, 3), strict=True):
         torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
 
 
@@ -284,7 +286,7 @@ def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_th
             broken.setattr(rewards, "rank_reward", lambda *a, **k: healthy(*a, **k) * float("nan"))
         if cause == "constant":  # the same summary, whatever the noise
             broken.setattr(grpo, "COLLAPSE_WINDOW", 2)
-            broken.setattr(generation, "sample", lambda log_p, noise: log_p.argmax(-1))
+            broken.setattr(decoding, "sample", lambda chance, noise: chance.argmax(-1))
         with pytest.raises(loop.DivergedError, match=f"step {done}: .*{reason}.*before it is in .*checkpoint"):
             grpo.train(encoder.load(model_folder, smoke.encoder), ranked, wild, seed=4, folder=tmp_path)
     if cause == "runaway":  # its one step was too large to go on from

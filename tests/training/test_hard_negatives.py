@@ -9,7 +9,7 @@ import torch
 from conftest import mined
 from elva_core import files
 from elva_core.data import mbeir
-from elva_core.training import contrastive, grpo, hard_negatives, rewards
+from elva_core.training import contrastive, hard_negatives, rewards, rollouts
 from elva_core.training_settings import NegativeSettings
 
 FEW = NegativeSettings(hard=2, random=1, threshold=2.0)
@@ -91,7 +91,7 @@ def test_exchanged_pairs_are_chosen_and_paid_by_the_same_rules(tiny, ranked, smo
     # a candidate's rollout, scored by hand
     v = torch.nn.functional.normalize(torch.randn(1, 1, 2, tiny.backbone.config.get_text_config().hidden_size), dim=-1)
     settings = smoke.stage3.model_copy(update={"rollout_sides": "both", "candidates": "mined"})
-    (sides_of,) = grpo.cosines(tiny, turned[:1], v, settings)
+    (sides_of,) = rollouts.cosines(tiny, turned[:1], v, settings)
     total = rewards.reward(*sides_of, settings.reward).total
     s_p, s_n = v[0, 0] @ torch.from_numpy(ranked[0].asking), v[0, 0] @ torch.from_numpy(turned[0].vectors[1:]).T
     rank = rewards.rank_reward(s_p, s_n, gamma=settings.reward.gamma)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from conftest import mined
-from elva_core import cli
+from elva_core import cli, config
 from elva_core.models import encoder
 from elva_core.retrieval import cache, retriever
 from elva_core.training import contrastive, distillation, grpo, losses
@@ -112,29 +113,34 @@ def test_distillation_is_the_mean_over_its_dims(model_folder, smoke, root, tmp_p
 
 def test_evaluate_scores_every_dim_that_the_folder_names_and_whole_embeddings_as_before(tiny, root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
-    common = ["evaluate", "--root", str(root.folder), "--unit", "emoji_task0", "--profile", "smoke", "--template", "eol"]
+    common = ["evaluate", "--root", str(root.folder), "--profile", "smoke", "--template", "eol"]
     tables = {}
     for name, dims in (("whole", ()), ("nested", (8, 48))):
         tiny.save(tmp_path / name, stage="test", parent="none", template="eol", dims=dims)
         assert json.loads((tmp_path / name / "elva.json").read_text()).get("dims", []) == list(dims)
         assert cli.main([*common, "--model", str(tmp_path / name), "--out", str(tmp_path / f"of {name}")]) == 0
-        tables[name] = retriever.pd.read_csv(tmp_path / f"of {name}/results.csv").set_index("metric")["value"]
+        tables[name] = pd.read_csv(tmp_path / f"of {name}/results.csv").set_index(["unit", "metric"])["value"]
     whole, nested = tables["whole"], tables["nested"]
-    assert nested[whole.index].equals(whole) and "hit@5 dim 8" not in whole
-    hits = [name for name in whole.index if name.removeprefix("hit@").isdigit()]
-    assert set(nested.index) - set(whole.index) == {f"{name} dim {dim}" for name in hits for dim in (8, 48)}
-    assert all(nested[f"{name} dim 48"] == nested[name] for name in hits)
+    hits = [place for place in whole.index if place[1].removeprefix("hit@").isdigit()]
+    assert nested[whole.index].equals(whole)
+    assert set(nested.index) - set(whole.index) == {(unit, f"{name} dim {dim}") for unit, name in hits for dim in (8, 48)}
+    assert all(nested[unit, f"{name} dim 48"] == nested[unit, name] for unit, name in hits)
 
     # hit rates at 8 numbers from nothing but the embeddings
-    queries, pool = root.queries("emoji_task0", "test"), root.pool("emoji_task0", "test", "local")
-    find = retriever.Searcher(tiny, root, "test", retriever.EvaluationSettings.model_construct(batch=16, cutoffs=(5,)), template="eol")
-    found = find.embedded("emoji_task0")
-    q, c = (np.float16(v).astype(np.float64)[:, :8] for v in (found.query_vectors, found.pool_vectors))
-    scores = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (c / np.linalg.norm(c, axis=1, keepdims=True)).T
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
-    hit = np.mean([bool(set(rows) & set(judged)) for rows, judged in zip(best.tolist(), found.relevant, strict=True)])
-    assert nested["hit@5 dim 8"] == pytest.approx(hit) and len(queries) == len(q) and len(pool) == len(c)
-    assert cli.main([*common, "--model", str(tmp_path / "whole"), "--out", str(tmp_path / "asked"), "--dim", "16"]) == 0
-    assert "hit@5 dim 16" in capsys.readouterr().out
-    assert cli.main([*common, "--model", str(tmp_path / "whole"), "--out", str(tmp_path / "asked"), "--dim", "64"]) == 1
-    assert "64 numbers were asked for of vectors of 48" in capsys.readouterr().err
+    searcher = retriever.Searcher(tiny, root, "test", config.EvaluationSettings.model_construct(batch=16, cutoffs=(5,)), template="eol")
+    for unit in root.units("test"):
+        found = searcher.embedded(unit)
+        q, c = (np.float16(v).astype(np.float64)[:, :8] for v in (found.query_vectors, found.pool_vectors))
+        scores = (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (c / np.linalg.norm(c, axis=1, keepdims=True)).T
+        best = np.argsort(-scores, axis=1, kind="stable").tolist()
+        for name in (name for of, name in hits if of == unit):
+            first = int(name.removeprefix("hit@"))
+            hit = np.mean([bool(set(rows[:first]) & set(judged)) for rows, judged in zip(best, found.relevant, strict=True)])
+            assert nested[unit, f"{name} dim 8"] == pytest.approx(hit)
+    assert any(nested[unit, f"{name} dim 8"] != nested[unit, name] for unit, name in hits)
+
+    # in the folder of scores without these dims
+    again = [*common, "--unit", "emoji_task0", "--model", str(tmp_path / "whole"), "--out", str(tmp_path / "of whole")]
+    assert cli.main([*again, "--dim", "16"]) == 0 and "hit@5 dim 16" in capsys.readouterr().out
+    assert cli.main([*again, "--dim", "64"]) == 1
+    assert "embeddings have 48 numbers, fewer than --dim 64" in capsys.readouterr().err

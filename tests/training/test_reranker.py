@@ -16,6 +16,7 @@ from elva_core.data import items as data_items
 from elva_core.evaluation import benchmark, reranking
 from elva_core.experiments import figures, jobs, results, stages
 from elva_core.models import encoder
+from elva_core.models.lineage import lineage
 from elva_core.retrieval import retriever
 from elva_core.training import reranker
 from elva_core.training.reranker import Asked
@@ -181,7 +182,7 @@ def test_a_job_trains_a_reranker_from_its_own_negatives(root, smoke, model_folde
     job = jobs.Job("rerank", small, 1, root, tmp_path, str(model_folder), tmp_path / "rerank", tmp_path / "mined.safetensors")
     jobs.run(job)
     assert job.mined.is_file() and [r["listwise"] for r in jobs.history(job)] == [0, 1]
-    assert encoder.lineage(job.model)[-1]["stage"] == "rerank"
+    assert lineage(job.model)[-1]["stage"] == "rerank"
 
 
 def test_a_profile_without_the_section_says_so(smoke, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from conftest import mined
 from elva_core.models import encoder, generation
-from elva_core.training import grpo, losses
+from elva_core.training import grpo, losses, rollouts
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_a_group_without_spread_gives_way_to_the_next_query(model_folder, smoke,
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
     assert row.pop("resampled") == pytest.approx(2 / 3) and row == pytest.approx(plain, rel=1e-4, abs=1e-6)
     _, row = gradient_of(model_folder, smoke, ranked[:3], settings, uniform, generation.in_process, [(spare, flat)])
-    assert row["resampled"] == row["frac_reward_zero_std"] == pytest.approx(1 / 3)
+    assert [row["resampled"], row["frac_reward_zero_std"]] == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_gated_raises_infonce_of_the_rollouts_below_their_mean_alone(tiny, ranked, smoke):
     settings = stage3(smoke, gradient="gated", infonce_weight=0.5)
-    groups = grpo.rolled_out(tiny, ranked[:2], [0, 1], noise(tiny, ranked[:2], settings), settings, generation.in_process)
+    groups = rollouts.rolled_out(tiny, ranked[:2], [0, 1], noise(tiny, ranked[:2], settings), settings, generation.in_process)
     vectors = torch.cat([s.embeddings for s in groups.sampled]).requires_grad_()
     total, low = torch.zeros(()), groups.scored.total < groups.scored.total.mean(1, keepdim=True)
     for q, g in low.nonzero().tolist():
@@ -61,10 +61,16 @@ def test_gated_raises_infonce_of_the_rollouts_below_their_mean_alone(tiny, ranke
     assert 0 < low.sum() < low.numel()
 
 
-def test_a_token_costs(tiny, ranked, smoke):
-    settings = stage3(smoke)
+def test_a_token_costs_and_the_end_of_turn_does_not(tiny, ranked, smoke):
+    settings, end, pad = stage3(smoke), tiny.end_id, tiny.pad_id
     paying = settings.model_copy(update={"reward": settings.reward.model_copy(update={"token_cost": 0.25})})
+    tokens = torch.tensor([[5, end, pad], [5, 6, end], [end, pad, pad]])
+    acted = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=torch.bool)
+
+    def written(model, parts, noises, temperature):
+        shape = [(len(part), *tokens.shape) for part in parts]
+        return [generation.completed(model, part, tokens.expand(s), acted.expand(s)) for part, s in zip(parts, shape, strict=True)]
+
     given = ranked[:2], [0, 1], noise(tiny, ranked[:2], settings)
-    free, costly = (grpo.rolled_out(tiny, *given, s, generation.in_process) for s in (settings, paying))
-    words = [[len(summary) for summary in group] for s in free.sampled for group in s.summaries(tiny.end_id)]
-    torch.testing.assert_close(free.scored.total - costly.scored.total, 0.25 * torch.tensor(words).float())
+    free, costly = (rollouts.rolled_out(tiny, *given, s, written).scored.total for s in (settings, paying))
+    torch.testing.assert_close(free - costly, 0.25 * torch.tensor([[1.0, 2.0, 0.0]] * 2))
