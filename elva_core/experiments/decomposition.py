@@ -268,14 +268,9 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
     if not settings.study.reading:
         words.append(
             "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a "
-<<<<<<< HEAD
-            f"profile that extends {settings.profile} with such a backbone.path, run it (python -m elva_core "
-            f"run PROFILE, study PROFILE), and name it in study.reading of params/{settings.profile}.yaml"
-=======
             f"profile that extends {settings.profile} with such a backbone.path, run it (python -m "
             "elva_core run PROFILE, study PROFILE), and name it in study.reading of "
             f"params/{settings.profile}.yaml"
->>>>>>> main
         )
     for name, one in studies.items():
         runs = one.runs[one.runs["arm"] == RET]
