@@ -58,7 +58,7 @@ def made(text, stage=TRAINED, name="model/model.safetensors"):
 @pytest.mark.parametrize(
     ("changes", "stale"),
     [
-        ({"evaluation": {"batch": 1}}, "00 50 60 70 80 82 85"),
+        ({"evaluation": {"batch": 1}}, "00 50 60 70 80 82 85 90"),
         ({"study": {"arms": ["stage 2"]}}, "00 60 82"),
         ({"stage2": {"steps": 9}}, "00 30 60 85 90"),
         ({"stage3": {"reward": {"alpha": 0.5}}}, "00 40 60 82 85 90"),
