@@ -144,11 +144,11 @@ def interrupted(monkeypatch):
     def at(module, name, call):
         original, calls = getattr(module, name), []
 
-        def mortal(*args):
+        def mortal(*args, **options):
             calls.append(1)
             if len(calls) == call:
                 raise KeyboardInterrupt
-            return original(*args)
+            return original(*args, **options)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(module, name, mortal)

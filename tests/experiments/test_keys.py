@@ -75,7 +75,7 @@ def test_a_value_changes_the_keys_of_the_stages_that_read_it(outputs, smoke, cha
 
 def test_an_arm_that_changes_makes_the_notebooks_of_the_study_stale_and_no_others(outputs, smoke, tmp_path, monkeypatch):
     before, text = current(smoke), (arms.PARAMS / "arms.yaml").read_text()
-    (tmp_path / "arms.yaml").write_text(text.replace("{group: main, trains: stage3,", "{group: main, trains: control,", 1))
+    (tmp_path / "arms.yaml").write_text(text.replace("timed: true, trains: stage3,", "timed: true, trains: control,"))
     assert (tmp_path / "arms.yaml").read_text() != text
     monkeypatch.setattr(arms, "PARAMS", tmp_path)
     assert [stage[:2] for stage, key in current(smoke).items() if key != before[stage]] == ["60", "82"]
@@ -103,19 +103,28 @@ def test_an_input_counts_by_what_later_stages_take_from_it(outputs, smoke, monke
 
 def test_data_that_are_only_linked_to_count_by_names_sizes_and_times(outputs, smoke, own_root, tmp_path):
     files.write_whole(tmp_path / "nli.csv", "sent0,sent1,hard_neg\n")
-    files.write_whole(tmp_path / "model/model.safetensors", "weights")
     data = {"name": "x", "root": str(own_root.folder), "nli": str(tmp_path / "nli.csv")}
-    backbone = smoke.backbone.model_copy(update={"path": str(tmp_path / "model")})
-    settings = smoke.model_copy(update={"data": config.DataSettings(**data), "backbone": backbone})
-    for path, stage in (
-        (own_root.query_path("emoji_task0", "test"), "10_prepare_data"),
-        (tmp_path / "nli.csv", "10_prepare_data"),
-        (tmp_path / "model/model.safetensors", TRAINED),
-    ):
+    settings = smoke.model_copy(update={"data": config.DataSettings(**data)})
+    for path in (own_root.query_path("emoji_task0", "test"), tmp_path / "nli.csv"):
         before = current(settings)
         assert current(settings) == before
         os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-        assert [name for name, key in current(settings).items() if key != before[name]] == [stage]
+        assert [name for name, key in current(settings).items() if key != before[name]] == ["10_prepare_data"]
+
+
+def test_weights_of_a_backbone_count_by_what_they_are_and_large_ones_by_size_and_time(outputs, smoke, tmp_path, monkeypatch):
+    path = tmp_path / "model/model.safetensors"
+    files.write_whole(path, "weights")
+    settings = smoke.model_copy(update={"backbone": smoke.backbone.model_copy(update={"path": str(tmp_path / "model")})})
+    before = current(settings)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert current(settings) == before
+    files.write_whole(path, "Weights")
+    assert [name for name, key in current(settings).items() if key != before[name]] == [TRAINED]
+    monkeypatch.setattr(keys, "LARGE", 1)
+    before = current(settings)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    assert [name for name, key in current(settings).items() if key != before[name]] == [TRAINED]
 
 
 def test_status_says_value_by_value_why_a_stage_is_out_of_date(outputs, profile, monkeypatch, capsys):
@@ -288,7 +297,7 @@ def work(outputs, seed, value, done, place):
     checkpoint, model = run.folder / "work/checkpoint", run.folder / "work/model"
     if not model.exists():
         for step in range(int(checkpoint.read_text().split()[2]) if checkpoint.is_file() else 0, STEPS):
-            time.sleep(0.001)
+            time.sleep(0.02)
             files.write_whole(checkpoint, f"{seed} {value} {step + 1}")
             done[place] += 1
         files.write_whole(run.folder / "work/unfinished/model.safetensors", f"{seed} {value}")

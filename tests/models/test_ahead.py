@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 
 import numpy as np
@@ -114,7 +115,7 @@ def test_a_broken_image_is_named_by_the_step_that_reads_it(model_folder, own_roo
     model = of(model_folder, smoke, 1)
     pool = [data_items.candidate_item(own_root, c) for c in own_root.pool("", "test", "global") if c.image]
     pool[-1].image.write_bytes(b"no image")
-    with pytest.raises(files.ElvaDataError, match=rf"{pool[-1].image.name} cannot be decoded"):
+    with pytest.raises(files.ElvaDataError, match=rf"{re.escape(pool[-1].image.name)} cannot be decoded"):
         retriever.encode(model, pool, batch=4, template="eol")
     assert gone()
 
