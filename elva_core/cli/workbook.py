@@ -59,7 +59,7 @@ def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
     from elva_core.experiments import measured, report, sizes
 
     folder = keys.stage_folder(profile, seed, "90_report")
-    tables = {"claims": "table.md", "stages": "stages.md"}
+    tables = {"result": "result.md", "claims": "table.md", "stages": "stages.md"}
     blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
     blocks["gpu"] = measured.readme_block(sizes.known())
     report.update_readme(files.REPOSITORY / "README.md", blocks)

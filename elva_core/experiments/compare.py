@@ -144,45 +144,30 @@ def on_units(study: Study) -> Study:
     return replace(study, hits=study.units)
 
 
+BASE = "stage 2"  # where the curves of sample efficiency begin
+
+
 def efficiency(study: Study, settings: Settings, k: int, samples: int) -> pd.DataFrame:
-    """Points of the sample-efficiency curves, first seed.
+    """Points of the sample-efficiency curves, first seed: paired differences to stage 2, where they begin.
 
     Returns:
-        run, queries (seen in training), seconds (of training), value, ci_low, ci_high, n.
+        run, queries (seen in training), seconds (of training), value, ci_low, ci_high (points of hit@k), n.
     """
     rows, first = [], _single(study, settings.study.seeds[0])
     for name, arm in arms(settings).items():
         run = first.runs[first.runs["arm"] == name]
-        if not arm.curves or run.empty:
+        if not arm.curves or run.empty or BASE not in set(first.runs["arm"]):
             continue
         changed = arm.applied(settings)
         control = changed.control.steps * changed.control.batch
         queries = {"nothing": 0, "stage3": changed.stage3.queries, "control": control}[arm.trains]
-        average = scores(replace(study, runs=run), [name], k, samples).query("unit == 'average'").iloc[0]
-        point = {"queries": queries, "seconds": run["train_s"].iloc[0]} | average[[*NUMBERS, "n"]].to_dict()
+        asked = first.hits[first.hits["arm"] == BASE].drop_duplicates(["unit", "qid"])
+        pair = dict.fromkeys(NUMBERS, 0.0) | {"n": len(asked)}
+        if name != BASE:
+            hits = averaged(first, [name, BASE], [k])
+            pair = statistics.comparison(hits, name, BASE, k, samples, 0)
+            pair |= {column: 100 * pair[column] for column in NUMBERS}
+        point = {"queries": queries, "seconds": run["train_s"].iloc[0]}
+        point |= {column: pair[column] for column in (*NUMBERS, "n")}
         rows += [{"run": curve} | point for curve in arm.curves]
     return pd.DataFrame(rows, columns=["run", "queries", "seconds", *NUMBERS, "n"])
-
-
-def overtakes(curves: pd.DataFrame, new: str, old: str) -> int | None:
-    """Fewest queries, among the points measured, from which `new` stays above `old`; None if it does not.
-
-    `old` is linear between its points. Both have points.
-
-    >>> points = [["a", 0, 1.0], ["a", 10, 2.0], ["a", 20, 4.0], ["b", 0, 1.0], ["b", 20, 3.0]]
-    >>> overtakes(pd.DataFrame(points, columns=["run", "queries", "value"]), "a", "b")
-    20
-    """
-    ours, theirs = (curves[curves["run"] == name].sort_values("queries") for name in (new, old))
-    above = ours["value"].to_numpy() > np.interp(ours["queries"], theirs["queries"], theirs["value"])
-    last_below = np.flatnonzero(~above)[-1] if (~above).any() else -1
-    return int(ours["queries"].iloc[last_below + 1]) if last_below + 1 < len(ours) else None
-
-
-def efficiency_title(curves: pd.DataFrame, new: str, old: str) -> str:
-    """What the curves show, in words."""
-    if absent := [name for name in (new, old) if name not in set(curves["run"])]:
-        return f"Not trained in this study: {' and '.join(absent)}"
-    if (passed := overtakes(curves, new, old)) is None:
-        return f"{new} does not pass {old}"
-    return f"Mean of {new} above that of {old} from {passed:,} queries on"

@@ -204,11 +204,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
 
 
 def efficiency(table: pd.DataFrame, title: str) -> Figure:
-    """Hit rate against queries seen and seconds of training, a line per way of training, 95 % intervals.
-
-    Args:
-        table: columns run, queries, seconds, value, ci_low, ci_high (percent), n.
-    """
+    """`compare.efficiency`: gain against queries seen and seconds of training, a line per way of training."""
     figure, ((left, right),) = _axes(columns=2, size=(9, 3.2))
     panels = ((left, "queries", "training queries seen"), (right, "seconds", "seconds of training"))
     for axis, column, label in panels:
@@ -216,7 +212,8 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
             points = part.sort_values(column)
             style = {"marker": "o", "capsize": 2, "color": MODEL_COLOURS.get(name), "label": name}
             axis.errorbar(points[column], points["value"], yerr=_spread(points), **style)
-        axis.set(xlabel=label, ylabel="hit@5, %")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel=label, ylabel="points of hit@5 over stage 2")
     _legend_below(figure, left, columns=2)
     figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
     return figure

@@ -139,6 +139,20 @@ Summaries of another origin, in percent. {headroom.sentence(room, shares, drawn)
 {markdown_table(cells.reset_index())}"""
 
 
+def result(run: Stage, table: pd.DataFrame, minutes: float) -> str:
+    """The main result in words, for the first screen of README; every number is computed."""
+    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
+    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
+    steps = study_table(run, "decomposition")
+    lines = [
+        f"**Does the gain come?** {decomposition.sentence(steps, run.settings.profile)}",
+        f"**What is left?** {headroom.sentence(room, shares, drawn)}",
+        f"**How sure?** {claims.counted(table)} Intervals are 95 % over queries; "
+        f"one run of everything (seed {run.seed}) takes {minutes:.0f} minutes.",
+    ]
+    return _list(lines)
+
+
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
     """Seconds and peak memory of each stage, as its manifest says."""
     columns = ["wall_s", "peak_memory_gb"]
@@ -220,6 +234,8 @@ def write(
     block = claims.markdown(table, reported, note)
     steps = decomposition.sentence(study_table(run, "decomposition"), settings.profile)
     block += f"\n\nWhere the gain comes from, over {settings.profile}'s study. {steps}"
+    minutes, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
+    files.write_whole(run.folder / "result.md", result(run, table, minutes) + "\n")
     files.write_whole(run.folder / "table.md", block + "\n")
     files.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
 
@@ -233,7 +249,6 @@ def write(
     )
     missing = table[table["ours"].isna()].groupby(["source", "baseline"], sort=False)
     not_run = [f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing]
-    minutes, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
     installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
     packages = installed["package"] + " " + installed["installed"]
 

@@ -47,14 +47,18 @@ def test_more_than_nothing_is_a_difference_without_a_percentage(made_up):
     assert row["value"] == pytest.approx(75) and np.isnan([row["relative"], row["relative low"], row["relative high"]]).all()
 
 
-def test_the_title_of_the_curves_says_what_they_show():
-    points = pd.DataFrame([["a", 0, 1.0], ["a", 1000, 2.0], ["b", 0, 1.0], ["b", 1000, 1.5]], columns=["run", "queries", "value"])
-    assert compare.efficiency_title(points, "a", "b") == "Mean of a above that of b from 1,000 queries on"
-    assert compare.efficiency_title(points, "b", "a") == "b does not pass a"
-    assert compare.efficiency_title(points[points["queries"] > 0], "a", "b") == "Mean of a above that of b from 1,000 queries on"
-    assert compare.efficiency_title(points.assign(value=points["value"] + (points["run"] == "a")), "a", "b").endswith("from 0 queries on")
-    assert compare.efficiency_title(points[:2], "a", "b") == "Not trained in this study: b"
-    assert compare.efficiency_title(points[:0], "a", "b") == "Not trained in this study: a and b"
+def test_curves_begin_at_stage_2_and_hold_the_paired_differences_to_it(made_up, smoke):
+    names = {"old": "stage 2", "new": "stage 3"}
+    runs = made_up.runs.assign(arm=made_up.runs["arm"].replace(names), train_s=7.0, seed=made_up.runs["seed"])
+    study = dataclasses.replace(made_up, runs=runs, hits=made_up.hits.assign(arm=made_up.hits["arm"].replace(names)))
+    first = smoke.changed({"study": {"seeds": [int(runs["seed"].iloc[0])]}})
+    table = compare.efficiency(study, first, 5, 50).set_index(["run", "queries"])
+    assert table.loc[("stage 3", 0), ["value", "ci_low", "ci_high", "n"]].tolist() == [0, 0, 0, 4]
+    one = dataclasses.replace(study, runs=runs[runs["seed"] == runs["seed"].iloc[0]])
+    expected = compare.differences(one, [("stage 3", "stage 2")], 5, samples=50).iloc[0]
+    row = table.loc[("stage 3", smoke.stage3.queries)]
+    assert row["value"] == pytest.approx(expected["value"]) and row["n"] == 4 and row["seconds"] == 7
+    assert compare.efficiency(dataclasses.replace(study, runs=runs[runs["arm"] != "stage 2"]), first, 5, 50).empty
 
 
 def test_a_figure_of_arms_that_the_profile_does_not_name_says_so(made_up, smoke):
