@@ -41,9 +41,7 @@ def search(
     Without any of them the model that ships is asked for drawings of emoji. The pool of a unit is embedded
     once and kept. An index says which model and root it was made from; either may be given instead.
 
-    Examples: python -m elva_core search "woman running"
-
-    python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
+    Example: python -m elva_core search --model MODEL --root data/M-BEIR --unit mscoco_task0 "woman running"
     """
     from elva_core.apps import answers, reference
     from elva_core.data import mbeir

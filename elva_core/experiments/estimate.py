@@ -175,6 +175,7 @@ class Workload:
         ending: int = 0,
         logits: int = 0,
         mixed: bool = True,
+        looks: float = 1.0,
     ) -> Cost:
         """Prompts run through tower and language model.
 
@@ -184,6 +185,7 @@ class Workload:
             learning: the training section whose adapter the way back is taken to; None: forward only.
             continuations: of each prompt, `ending` tokens long, on its cache (0: the ending is in the row).
             logits: positions per row, or per continuation. mixed: padded rows of different lengths.
+            looks: share of the images that no pass of the same step has looked at.
         """
         model, data, kept = self.sizes, self.data, self.sizes.inside_bytes(self.width)
         backward, again = learning is not None, getattr(learning, "gradient_checkpointing", False)
@@ -200,6 +202,7 @@ class Workload:
         flops += model.logit * rows * max(1, continuations) * logits * (1 + backward)
         flops += sum(model.backward(*part, rank) for part in parts) * backward
         images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
+        images *= looks
         flops += model.vision(images, self.image_tokens)
         layers = rows / per_call * model.layers * len(parts) * (1 + again + 2 * backward)
         layers += images / min(per_call, IMAGES_AT_ONCE) * model.vision_layers
@@ -253,14 +256,17 @@ class Workload:
         # a batch is read once more where its chunks have one graph at a time
         again = s.gradient_cache or self.devices > 1
         for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
+            rows = at_ret * n
+            missing = min(rows, distinct * self.devices) if side is candidate else rows
             for steps, request, ending in (eol, ret):
                 shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
                 if steps:
-                    held = None if again else items
-                    train += self.read(steps * n, side, request, learning=s, held=held, **shape)
-                    train += self.read(again * steps * n, side, request, rank=s.lora.rank, **shape)
-            if rows := at_ret * n:
-                missing = min(rows, distinct * self.devices) if side is candidate else rows
+                    held, looks = None if again else items, 1 - missing / rows if ending else 1
+                    first = 0 if again else looks
+                    train += self.read(steps * n, side, request, learning=s, held=held, looks=first, **shape)
+                    rows_again = again * steps * n
+                    train += self.read(rows_again, side, request, rank=s.lora.rank, looks=looks, **shape)
+            if rows:
                 per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
                 held = min(SUMMARIES_AT_ONCE, items / self.devices)  # queries and candidates together
                 written += self.write(missing, side, 1, per_call=per_call, held=held)
@@ -314,7 +320,7 @@ class Workload:
         rows = s.queries // s.queries_per_step * s.queries_per_step
         candidates = rows * (1 + s.negatives.hard + s.negatives.random)
         rank, per_call = s.lora.rank, self.inputs(rollout_sides)
-        shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap}
+        shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap, "looks": 0}
         for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
             side, inputs = self.side(which), self.own_queries * round(n / rows)
             together = max(1, s.decode_rows // s.num_generations) if s.decode_rows else inputs

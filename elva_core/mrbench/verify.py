@@ -174,7 +174,7 @@ def _progress(state: dict[str, object], sampled: int) -> str:
     share, low, high = (f"{100 * state[name]:.1f}" for name in ("precision", "low", "high"))
     endings = {"above": "Stop: the wanted precision is shown.", "below": "Stop: it is not reached."}
     counts = f"{state['checked']} of {sampled} checked, {share} % accepted, at every look {low} to {high}."
-    return f"{counts} {endings.get(str(state['verdict']), '')}"
+    return f"{counts} {endings.get(str(state['decision']), '')}"
 
 
 def thumbnail(path: Path, side: int = 320) -> bytes:

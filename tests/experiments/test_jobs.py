@@ -11,13 +11,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from conftest import COMMAND, started
-from elva_core import cli, files
+from elva_core import cli, config, files
 from elva_core.data import sources
 from elva_core.experiments import jobs as training
 from elva_core.experiments import stages
 from elva_core.models import encoder
 from elva_core.retrieval import cache
 from elva_core.training import contrastive, hard_negatives
+from elva_core.values import model_source
 
 # what the test's processes start with: outputs in a folder of the test
 COMMAND_LINE = """
@@ -78,7 +79,7 @@ def alone(outputs, tmp_path_factory) -> Path:
     """Stages 1 and 2, trained by one process."""
     folder = shutil.copytree(outputs, tmp_path_factory.mktemp("alone") / "outputs")
     trained_here(folder, "stage1", "stage2")
-    before = weights(next((outputs / "cache").glob("backbone-*")))
+    before = weights(Path(model_source(config.load("smoke").backbone.path)))
     assert (weights(saved(folder, "stage2")) - before).abs().max() > 1e-3  # it has learnt something
     return folder
 

@@ -224,7 +224,9 @@ def test_the_command_line_exports_and_searches(made, root, tmp_path, capsys, mon
     assert not list(tmp_path.glob("*.png")) and "pictures" not in capsys.readouterr().out
     assert cli.main(["search", "--index", "index", "--unit", "emoji_task0", "woman running"]) == 1
     assert f"index is an index of {UNIT}, not of emoji_task0" in capsys.readouterr().err
-    assert cli.main(["search", "woman"]) == 1 and "--model, --root and --unit, or --index" in capsys.readouterr().err
+    assert (
+        cli.main(["search", "--root", str(tmp_path), "woman"]) == 1 and "--model, --root and --unit, or --index" in capsys.readouterr().err
+    )
     assert cli.main(["export", "--index", "--model", loaded.source, "--to", "x"]) == 1
     assert cli.main(["export", "--model", loaded.source, "--to", "elva", "--root", str(root.folder), "--unit", UNIT]) == 0
     assert (tmp_path / "elva/modules.json").is_file()

@@ -70,5 +70,5 @@ def test_a_token_that_is_recorded_and_replayed_is_the_one_that_is_computed(adapt
 def test_a_cache_with_windows_is_not_fixed(family, whole, texts):
     config, processor = family(texts)
     model = encoder.AutoModelForImageTextToText.from_config(config).eval()
-    read = chat.read(model, processor, [[{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]])
+    read = chat.read(model, processor, [[{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]], None, {})
     assert can_be_fixed(prefill(model, read, rollouts=1)) == whole

@@ -139,7 +139,7 @@ def test_the_stage_teaches_the_single_pass_and_its_folder_says_so(root, smoke, m
 
 
 def test_a_profile_without_the_section_is_told_what_to_add(smoke, tmp_path):
-    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"distil": None}), 1, tmp_path)
+    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"distil": None}), 1, tmp_path, {})
     with pytest.raises(ProfileError, match=r"params/smoke\.yaml has no section distil; copy the one"):
         jobs.following("distil", stage)
 

@@ -186,7 +186,7 @@ def test_a_job_trains_a_reranker_from_its_own_negatives(root, smoke, model_folde
 
 
 def test_a_profile_without_the_section_says_so(smoke, tmp_path):
-    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"rerank": None}), 1, tmp_path)
+    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"rerank": None}), 1, tmp_path, {})
     with pytest.raises(ProfileError, match="no section rerank"):
         jobs.following("rerank", stage)
 
