@@ -1,9 +1,8 @@
 """How much work each stage of a profile is: sequences, tokens, FLOPs, seconds of one device, memory.
 
-Arithmetic on the profile, the counts of backbone and data, and the assumptions of params/plan.yaml. It counts
-what the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Amounts are
-those of all devices, memory that of the fullest one; what one of several cannot take as a whole call shows in
-the rows per call.
+Arithmetic on the profile, the counts of backbone and data, and the assumptions of params/plan.yaml, for what
+the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Amounts are those
+of all devices, memory that of the fullest one.
 
     load = make(config.load("qwen2vl-2b"), gpu="H20")
     load.rlvr("all").rollouts
@@ -37,9 +36,8 @@ class Side:
 class Cost:
     """What work takes: amounts, which add up, and the memory of a device, that of its fullest moment.
 
-    prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device.
-    waiting: those in which the device waits for Python: for an image, or for the start of the next layer.
-    memory: GB by part; empty for work of the host.
+    prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device;
+    waiting: those for an image, or for the start of a layer. memory: GB by part; {} for the host's work.
     """
 
     prompts: float = 0
@@ -55,8 +53,7 @@ class Cost:
         return astuple(self)[:-1]
 
     @property
-    def peak(self) -> float:
-        """GB of the fullest moment."""
+    def peak(self) -> float:  # GB of the fullest moment
         return sum(self.memory.values())
 
     def __add__(self, other: Cost) -> Cost:
@@ -85,8 +82,7 @@ class Workload:
     measured: str | None = None  # card, date and commit of what the assumptions were measured on
 
     @property
-    def width(self) -> int:
-        """Bytes of a weight."""
+    def width(self) -> int:  # bytes of a weight
         return 2 if self.settings.dtype == "bfloat16" else 4
 
     @property
@@ -201,8 +197,9 @@ class Workload:
         flops = sum(model.forward(*part, rank) for part in parts) * (1 + again)
         flops += model.logit * rows * max(1, continuations) * logits * (1 + backward)
         flops += sum(model.backward(*part, rank) for part in parts) * backward
-        images = side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
-        images *= looks
+        images = (
+            looks * side.image * (min(rows, data.train_pool) if self.settings.encoder.cache_vision else rows)
+        )
         flops += model.vision(images, self.image_tokens)
         layers = rows / per_call * model.layers * len(parts) * (1 + again + 2 * backward)
         layers += images / min(per_call, IMAGES_AT_ONCE) * model.vision_layers
@@ -261,11 +258,11 @@ class Workload:
             for steps, request, ending in (eol, ret):
                 shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
                 if steps:
-                    held, looks = None if again else items, 1 - missing / rows if ending else 1
-                    first = 0 if again else looks
-                    train += self.read(steps * n, side, request, learning=s, held=held, looks=first, **shape)
-                    rows_again = again * steps * n
-                    train += self.read(rows_again, side, request, rank=s.lora.rank, looks=looks, **shape)
+                    looks, how = 1 - missing / rows if ending else 1, {"held": None if again else items}
+                    how["looks"] = 0 if again else looks
+                    train += self.read(steps * n, side, request, learning=s, **how, **shape)
+                    shape |= {"rank": s.lora.rank, "looks": looks}
+                    train += self.read(again * steps * n, side, request, **shape)
             if rows:
                 per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
                 held = min(SUMMARIES_AT_ONCE, items / self.devices)  # queries and candidates together
@@ -349,8 +346,8 @@ class Workload:
     def search(self, pool: str) -> Cost:
         """Exact search of one model, on the host: one pass over the pool gives the best and the ranks."""
         units = self.data.units.values()
-        local, everything = sum(u.test * u.pool for u in units), sum(u.pool for u in units)
-        pairs = local if pool == "local" else sum(u.test for u in units) * everything
+        everything = sum(u.pool for u in units)
+        pairs = sum(u.test * (u.pool if pool == "local" else everything) for u in units)
         flops = 2 * self.sizes.hidden * pairs
         return Cost(flops=flops, seconds=flops / (self.known.assumed.host_tflops * 1e12))
 

@@ -12,6 +12,7 @@ run.close(metrics={"queries": 1200})
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -38,6 +39,8 @@ from elva_core.experiments.keys import (
     stage_folder,
 )
 from elva_core.files import REPOSITORY, file_hash
+
+log = logging.getLogger("elva")
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -183,6 +186,8 @@ def open_stage(name: str, profile: str, seed: int) -> Stage:
     folder = beside(profile, seed, name, key(made), "partial")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # it is written anew
+    if not settings.evidence:  # the first output of a notebook
+        log.warning("The profile %s tests plumbing: none of its numbers is evidence.", profile)
     settings._read.clear()
     return Stage(name, settings, seed, folder, made)
 

@@ -73,6 +73,15 @@ def test_a_value_changes_the_keys_of_the_stages_that_read_it(outputs, smoke, cha
     assert [stage[:2] for stage in keys.STAGES if before[stage] != after[stage]] == stale.split()
 
 
+def test_a_notebook_of_a_profile_that_is_no_evidence_opens_with_saying_so(outputs, caplog, monkeypatch, smoke):
+    stages.open_stage(TRAINED, "smoke", 1)
+    assert "none of its numbers is evidence" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(config, "load", lambda name: smoke.changed({"evidence": True}))
+    stages.open_stage(TRAINED, "smoke", 1)
+    assert not caplog.text
+
+
 def test_an_arm_that_changes_makes_the_notebooks_of_the_study_stale_and_no_others(outputs, smoke, tmp_path, monkeypatch):
     before, text = current(smoke), (arms.PARAMS / "arms.yaml").read_text()
     (tmp_path / "arms.yaml").write_text(text.replace("timed: true, trains: stage3,", "timed: true, trains: control,"))

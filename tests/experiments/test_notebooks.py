@@ -44,7 +44,7 @@ def test_no_cell_defines_hides_or_names_a_path(book):
 
 
 def test_size_and_kernel(book):
-    assert 12 <= len(book.cells) <= 27 and book.metadata.kernelspec.name == "python3"
+    assert 12 <= len(book.cells) <= 30 and book.metadata.kernelspec.name == "python3"
 
 
 def test_the_last_code_cell_closes_the_stage(book):

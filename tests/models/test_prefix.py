@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import profile
 
 import families
-from elva_core.models import chat, decoding, encoder, generation
+from elva_core.data.items import Item
+from elva_core.models import decoding, encoder, generation
 from elva_core.models.prefix import can_be_fixed, prefill
 
 
@@ -67,8 +68,9 @@ def test_a_token_that_is_recorded_and_replayed_is_the_one_that_is_computed(adapt
 @pytest.mark.parametrize(
     ("family", "whole"), [(families.qwen3_vl, True), (families.llava_next, False), (families.idefics3, True), (families.gemma3, False)]
 )
-def test_a_cache_with_windows_is_not_fixed(family, whole, texts):
+def test_a_cache_with_windows_is_not_fixed(family, whole, texts, smoke):
     config, processor = family(texts)
     model = encoder.AutoModelForImageTextToText.from_config(config).eval()
-    read = chat.read(model, processor, [[{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]], None, {})
-    assert can_be_fixed(prefill(model, read, rollouts=1)) == whole
+    encoder.add_ret_token(model, processor.tokenizer, smoke.encoder.ret_token)
+    read = encoder.Encoder(model, processor, smoke.encoder).batch([Item("What is this?")], smoke.encoder.summary_request)
+    assert can_be_fixed(prefill(model, read.inputs, rollouts=1)) == whole

@@ -280,7 +280,7 @@ def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}
     grpo.train(one, ranked, settings, seed=4, folder=tmp_path / "one")
     after = dict(one.backbone.named_parameters())
-    assert exit_codes(with_the_stand_in, 2, tmp_path, model_folder, prompting, ranked, settings, timeout=120) == [0, 0]
+    assert exit_codes(with_the_stand_in, 2, tmp_path, model_folder, prompting, ranked, settings, grpo.FLAT, timeout=120) == [0, 0]
     both = load_file(tmp_path / "weights.safetensors")
     assert max(float((after[n] - p).abs().max()) for n, p in before.items()) > 1e-4
     assert max(float((after[n] - both[n]).abs().max()) for n in before) < 1e-5
