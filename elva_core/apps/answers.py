@@ -67,9 +67,9 @@ class Answers:
             return f"search_{words}.png"
         return f"search_{words[:50]}_{mbeir.stable_hash(self.query.text, self.query.image):015x}.png"
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path | str) -> Path:
         """Writes the sheet as PNG; a sheet of the same query is replaced."""
-        path = folder / self.file_name()
+        path = Path(folder) / self.file_name()
         with files.whole(path) as partial:
             partial.write_bytes(self._repr_png_())
         return path

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elva_core import cli, files
-from elva_core.apps import reference
+from elva_core.apps import answers, reference
 from elva_core.data import items, sources
 from elva_core.experiments import stages
 from elva_core.models import encoder
@@ -59,4 +59,5 @@ def test_a_query_without_any_argument_is_asked_of_the_model_that_ships(run, monk
     assert len(written) == 1 and capsys.readouterr().out.count("summary: ") == 2
     model, pool = reference.opened()
     assert pool.unit == "emoji_task0" and len(pool.candidates) == len(pool.vectors) and model.template == "summary"
+    assert answers.search(model, pool, "woman running", k=2).save(".").is_file()  # README's quick start
     assert cli.main(["search", "--model", str(reference.folder()), "x"]) == 1

@@ -180,7 +180,7 @@ def committed(path: str) -> str:
 
 def test_the_readme_shows_the_committed_reference_run():
     readme = committed("README.md")
-    for name, file in (("claims", "table.md"), ("stages", "stages.md")):
+    for name, file in (("result", "result.md"), ("claims", "table.md"), ("stages", "stages.md")):
         block = readme.split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
         assert block.strip() == committed(f"outputs/cpu/seed-17/90_report/{file}").strip()
     table = pd.read_csv(io.StringIO(committed("outputs/cpu/seed-17/90_report/claims.csv")))
