@@ -5,6 +5,7 @@ build("cpu", 17, Path("outputs/cpu/seed-17/book"))
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from elva_core.experiments.keys import STAGES, stage_folder
 from elva_core.experiments.stages import MissingStageError, numbered
 
 # for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
+OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./[^)\s]*\)")  # a link to a file of the repository: its text stays
 FOOTER = '{% extends "furo/page.html" %}{% block footer %}{% endblock %}'
 SPHINX = {
     "project": "ELVA workbook",
@@ -52,7 +54,8 @@ def build(profile: str, seed: int, target: Path) -> Path:
         source, site = Path(folder) / "source", Path(folder) / "site"
         shutil.copytree(report / "figures", source / "figures", ignore=shutil.ignore_patterns("*.csv"))
         for path in (report / "report.md", *notebooks):
-            shutil.copy(path, source)
+            text = OUTSIDE.sub(r"\1", path.read_text(encoding="utf-8"))
+            (source / path.name).write_text(text, encoding="utf-8")
         pages = "\n".join(("report", *STAGES))
         text = "# ELVA workbook\n\n```{toctree}\n:maxdepth: 1\n\n" + pages + "\n```\n"
         (source / "index.md").write_text(text, encoding="utf-8")
