@@ -14,8 +14,8 @@ from elva_core import files
 from elva_core.experiments.keys import STAGES, stage_folder
 from elva_core.experiments.stages import MissingStageError, numbered
 
-# for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
 OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./[^)\s]*\)")  # a link to a file of the repository: its text stays
+# for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
 FOOTER = '{% extends "furo/page.html" %}{% block footer %}{% endblock %}'
 SPHINX = {
     "project": "ELVA workbook",
