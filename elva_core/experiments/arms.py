@@ -6,6 +6,7 @@ for name, arm, seed in arms.planned(settings):
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -69,10 +70,20 @@ def arms(settings: Settings) -> dict[str, Arm]:
             raise ProfileError(f"{path}: arm {name}: {problems(error)}") from None
         if unknown := sorted({*known[name].against, *known[name].curves} - set(rows)):
             raise ProfileError(f"{path}: arm {name} is compared with {unknown}, which is no arm of this file")
+        table, row = known[name].paper or ("", "")
+        if table and row not in _printed().get(table, {}).get("rows", {}):
+            lacking = f"params/reported.yaml has no row {row!r} in {table!r}"
+            raise ProfileError(f"{path}: arm {name}: paper: {lacking}")
     if unknown := sorted(set(names) - set(known)):
         lacking = f"study.arms names {unknown}; {path} has {sorted(known)}"
         raise ProfileError(f"params/{settings.profile}.yaml: {lacking}")
     return {name: arm for name, arm in known.items() if name in names or not names}
+
+
+@cache
+def _printed() -> dict:
+    """The paper's numbers, in whose rows arms have their counterpart."""
+    return files.read_yaml(files.REPOSITORY / "params/reported.yaml")
 
 
 def planned(settings: Settings) -> list[tuple[str, Arm, int]]:
