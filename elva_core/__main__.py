@@ -2,6 +2,10 @@
 
 import sys
 
-from elva_core.cli import main
+try:
+    from elva_core.cli import main
+except KeyboardInterrupt:  # while the commands are imported
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 sys.exit(main())

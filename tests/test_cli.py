@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -123,3 +125,18 @@ def test_evaluate_and_search_run_on_a_saved_model(tiny, root, tmp_path, capsys, 
     assert cli.main(["search", *common, "--no-pictures", "woman \udcff"]) == 1  # a byte of the shell that is no UTF-8
     said = capsys.readouterr().err
     assert said.startswith("error: character 7 of the text") and said.count("\n") == 1
+
+
+def test_an_interrupt_while_the_commands_are_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "elva_core.cli", None)
+    plain = builtins.__import__
+
+    def interrupted(name, *args, **options):
+        if name == "elva_core.cli":
+            raise KeyboardInterrupt
+        return plain(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("elva_core", run_name="__main__")
+    assert ended.value.code == 130 and capsys.readouterr().err == "interrupted\n"
