@@ -117,11 +117,16 @@ def study_table(run: Stage, name: str) -> pd.DataFrame:
     return table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
 
 
+def _headroom(run: Stage) -> tuple[pd.DataFrame, str]:
+    """Hit rates by the origin of the summaries, and the sentence on what stage 3 takes of the room."""
+    folder = run.require("70_analyse_grains")
+    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
+    return room, headroom.sentence(room, shares, run.settings.evaluation.headroom_samples)
+
+
 def gain(run: Stage) -> str:
     """The section on where the gain over the EOL baseline comes from, and on what it leaves."""
-    steps = study_table(run, "decomposition")
-    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
-    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
+    steps, (room, room_left) = study_table(run, "decomposition"), _headroom(run)
     by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
     cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by).sort_index(axis=1)
     cells = cells.loc[list(dict.fromkeys(room["summaries"]))]
@@ -134,19 +139,17 @@ def gain(run: Stage) -> str:
 What others report, each on its own benchmark:
 
 {markdown_table(decomposition.public_work())}
-Summaries of another origin, in percent. {headroom.sentence(room, shares, drawn)}
+Summaries of another origin, in percent. {room_left}
 
 {markdown_table(cells.reset_index())}"""
 
 
 def result(run: Stage, table: pd.DataFrame, minutes: float) -> str:
     """The main result in words, for the first screen of README; every number is computed."""
-    folder, drawn = run.require("70_analyse_grains"), run.settings.evaluation.headroom_samples
-    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
-    steps = study_table(run, "decomposition")
+    steps, (_, room_left) = study_table(run, "decomposition"), _headroom(run)
     lines = [
         f"**Does the gain come?** {decomposition.sentence(steps, run.settings.profile)}",
-        f"**What is left?** {headroom.sentence(room, shares, drawn)}",
+        f"**What is left?** {room_left}",
         f"**How sure?** {claims.counted(table)} Intervals are 95 % over queries; "
         f"one run of everything (seed {run.seed}) takes {minutes:.0f} minutes.",
     ]
