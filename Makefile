@@ -55,7 +55,7 @@ bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL,
 	$(BIN)/python bench/search.py
 
 gpu: ## right and fast on the card of this machine? eight minutes, with the Python that is there [PYTHON=python3]
-	$(PYTHON) bench/gpu
+	PYTHONPATH=$(CURDIR) $(PYTHON) bench/gpu
 
 lint: .venv/ready ## style of code and notebooks
 	$(BIN)/ruff check .

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # elva_core need not be installed
 
 import correct
 import speed
