@@ -17,6 +17,7 @@ import torch
 from elva_core import config, files
 from elva_core.data import emoji, mbeir
 from elva_core.data import items as data_items
+from elva_core.experiments import lock
 from elva_core.models import encoder, small_models
 from elva_core.training import hard_negatives
 
@@ -72,6 +73,15 @@ def model_folder(texts, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(model_folder, smoke) -> encoder.Encoder:
     return encoder.load(model_folder, smoke.encoder)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """Outputs of the test's own; no run holds a lock there."""
+    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.delenv(lock.HOLDER, raising=False)
+    yield tmp_path / "outputs"
+    lock.give_back("smoke/seed-1")
 
 
 # of models and units: what a reader of tables may take for a number or for a missing value

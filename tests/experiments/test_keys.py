@@ -23,14 +23,6 @@ TRAINED = "30_pretrain_contrastive"
 
 
 @pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
-    monkeypatch.delenv(lock.HOLDER, raising=False)
-    yield tmp_path / "outputs"
-    lock.give_back("smoke/seed-1")
-
-
-@pytest.fixture
 def profile(monkeypatch):
     """`profile(changes)`: what every load of smoke gives from now on."""
     plain = config.load("smoke")

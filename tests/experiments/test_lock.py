@@ -45,14 +45,6 @@ sys.stdout.write(f"status {status}, lines {said.getvalue().count('is in use by p
 """
 
 
-@pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
-    monkeypatch.delenv(lock.HOLDER, raising=False)
-    yield tmp_path / "outputs"
-    lock.give_back("smoke/seed-1")
-
-
 def checkpoint(outputs):
     """Of the stage that a kernel has begun."""
     (begun,) = outputs.glob("smoke/seed-1/.10_prepare_data.*.partial")
