@@ -1,4 +1,4 @@
-"""Where the gain over the EOL baseline comes from: generation, hard negatives, ranking reward.
+"""Where the gain over the EOL baseline comes from: generation, more InfoNCE, ranking reward.
 
 rows = decomposition.table(study, decomposition.grain_kinds(bench), samples=1000)
 decomposition.overview(rows)
@@ -24,11 +24,11 @@ from elva_core.experiments.study import Study
 
 EOL, RET, CONTROL, STAGE3 = CHAIN = ("stage 2, EOL only", "stage 2", "InfoNCE control", "stage 3")
 # step -> (new, old): each changes one thing; the last two are sums of steps
-STEPS = {"generation": (RET, EOL), "hard negatives": (CONTROL, RET), "ranking reward": (STAGE3, CONTROL)}
-SUMS = {"hard negatives and reward": (STAGE3, RET), "all": (STAGE3, EOL)}
+STEPS = {"generation": (RET, EOL), "more InfoNCE": (CONTROL, RET), "ranking reward": (STAGE3, CONTROL)}
+SUMS = {"InfoNCE and reward": (STAGE3, RET), "all": (STAGE3, EOL)}
 CUTOFFS = (1, 5)
 EXPERIMENT = "where the gain comes from"  # in measured.csv and claims.csv
-COLOURS = {"generation": figures.BLUE, "hard negatives": figures.AMBER, "ranking reward": figures.RED}
+COLOURS = {"generation": figures.BLUE, "more InfoNCE": figures.AMBER, "ranking reward": figures.RED}
 
 
 def grain_kinds(bench: mbeir.Root, split: str = "test") -> pd.DataFrame:

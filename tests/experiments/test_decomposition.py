@@ -94,7 +94,7 @@ def test_only_the_gain_over_eol_at_five_has_the_papers_figure_and_a_verdict(tabl
 def test_the_sentence_names_the_gain_its_steps_n_and_seeds(table):
     said = decomposition.sentence(table, "cpu")
     assert said.startswith("Stage 3 over stage 2, EOL only, hit@5: +50.0 [") and "(paper +13.1 %: reproduced)" in said
-    assert "generation +12.5 [" in said and "hard negatives -6.2 [" in said and "ranking reward +43.8 [" in said
+    assert "generation +12.5 [" in said and "more InfoNCE -6.2 [" in said and "ranking reward +43.8 [" in said
     assert said.endswith("(n = 8 queries, seeds 17, 18).")
     assert "paper" not in decomposition.sentence(table, "cpu", k=1)
 
