@@ -110,7 +110,7 @@ def test_the_control_takes_the_hardest_and_the_random_negatives_it_asks_for(rank
         return contrastive.ranked_pairs(ranked, 1, smoke.control.model_copy(update=changes))(0, 24)
 
     by_query = {r.item: r for r in ranked}
-    for pair, some in zip(pairs(), pairs(hard=2, random=1), strict=True):
+    for pair, some in zip(pairs(hard=None, random=None), pairs(hard=2, random=1), strict=True):
         r = by_query[pair.query]
         assert pair.negatives == r.negatives and pair.grains == r.grains
         assert some.negatives == (*r.negatives[:2], r.negatives[-1]) and some.grains[2:] == (*r.grains[2:4], r.grains[-1])
@@ -118,4 +118,4 @@ def test_the_control_takes_the_hardest_and_the_random_negatives_it_asks_for(rank
     with pytest.raises(ValueError, match=r"are more than stage3\.negatives has: 3 [+] 3"):
         smoke.changed({"control": {"hard": 4, "random": 1}})
     with pytest.raises(ValueError, match="both hard and random, or neither"):
-        smoke.changed({"control": {"hard": 1}})
+        smoke.changed({"control": {"hard": 1, "random": None}})
