@@ -95,6 +95,23 @@ def test_ticks_of_a_logarithmic_axis_stay_powers():
     assert ticks and all(text.get_parse_math() for text in ticks)
 
 
+COLUMN = 9.4  # inches, of a notebook's outputs in a window of 1,280 pixels
+
+
+@pytest.mark.parametrize("columns", [2, 6])
+def test_the_captions_of_a_grid_of_pictures_have_eight_points_where_it_is_shown(columns):
+    cells = [("a caption", None)] * columns
+    grids = [
+        pictures.image_grid([("unit", cells)], "t"),
+        pictures.retrieved([("query", None, [("stage 3", [("a", None, True)] * (columns - 1))])], "t"),
+        pictures.contact_sheet([("a text", None, "a label")] * columns, "t"),
+    ]
+    for grid in grids:
+        shrunk = min(1.0, COLUMN / grid.get_figwidth())
+        shown = [text.get_fontsize() * shrunk for text in grid.findobj(Text) if text.get_text()]
+        assert len(shown) > columns and min(shown) >= 8
+
+
 def test_every_positive_is_framed():
     rows = [("costs", None, [("stage 3", [("a", None, True), ("b", None, False)]), ("stage 2", [("b", None, False)])])]
     figure = pictures.retrieved(rows, "t")
