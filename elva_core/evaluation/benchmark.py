@@ -281,7 +281,7 @@ def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.
             low, high = metrics.interval(
                 [unseen, -seen], samples, distributed.rng_for(seed, "unseen", model, k)
             )
-            names = {"new": f"{model} on unseen compositions", "old": "seen ones", "metric": metric}
+            names = {"new": f"{model}, unseen", "old": "seen compositions", "metric": metric}
             # the interval is of the mean of two groups, which is half their difference
             bounds = {"value": unseen.mean() - seen.mean(), "ci_low": 2 * low, "ci_high": 2 * high}
             rows.append(names | bounds | {"n": len(of_model)})

@@ -28,6 +28,10 @@ def joined(*answers: Markdown) -> Markdown:
     return Markdown(START + " ".join(answer.data.removeprefix(START) for answer in answers))
 
 
+def _said(text: str) -> Markdown:
+    return Markdown(START + text[:1].upper() + text[1:])
+
+
 def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lower")) -> str:
     """What an interval of a difference says: one of two words, or "inconclusive" where it holds zero.
 
@@ -82,7 +86,7 @@ def differences(pairs: pd.DataFrame, scale: float = 100.0, unit: str = "points")
     if not clauses:
         return Markdown(f"{START}Nothing could be compared.")
     n = f"; n = {pairs['n'].iloc[0]:,}" if same else ""
-    return Markdown(f"{START}{'; '.join(clauses)}{n}.")
+    return _said(f"{'; '.join(clauses)}{n}.")
 
 
 def shares(table: pd.DataFrame) -> Markdown:
@@ -173,4 +177,4 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
         change = f"{np.mean(first):.3g} to {np.mean(last):.3g}"
         clauses.append(f"{name} {text} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
     steps = f"first against last {tenth} of {len(history)} steps"
-    return Markdown(f"{START}{'; '.join(clauses)}; {steps}.")
+    return _said(f"{'; '.join(clauses)}; {steps}.")

@@ -17,14 +17,14 @@ def test_only_an_interval_without_zero_gives_a_direction(middle, half):
     pairs = pd.DataFrame([ROW | {"value": middle, "ci_low": middle - half, "ci_high": middle + half}])
     text = sentences.differences(pairs).data
     expected = "higher" if middle - half > 0 else "lower" if middle + half < 0 else "inconclusive"
-    assert f"stage 3 against stage 2: hit@5 {expected} (" in text and text.endswith("; n = 1,200.")
+    assert text.startswith(f"**Answer.** Stage 3 against stage 2: hit@5 {expected} (") and text.endswith("; n = 1,200.")
 
 
 def test_the_metrics_of_a_pair_stand_together_and_each_has_its_n_where_they_differ():
     bounds = {"value": 0.02, "ci_low": 0.01, "ci_high": 0.03}
     pairs = pd.DataFrame([ROW | bounds, ROW | bounds | {"old": "control"}, ROW | bounds | {"metric": "hit@1", "n": 7}])
     said = "higher (+2.0 points [1.0, 3.0], n = 1,200)"
-    expected = f"stage 3 against stage 2: hit@5 {said}, hit@1 {said.replace('1,200', '7')}; stage 3 against control: hit@5 {said}."
+    expected = f"Stage 3 against stage 2: hit@5 {said}, hit@1 {said.replace('1,200', '7')}; stage 3 against control: hit@5 {said}."
     assert sentences.differences(pairs).data == f"**Answer.** {expected}"
     assert sentences.differences(pairs[:0]).data == "**Answer.** Nothing could be compared."
 
@@ -92,5 +92,5 @@ def test_a_trend_is_named_only_beyond_the_noise_of_the_steps():
     noise = rng.normal(size=200)
     history = pd.DataFrame({"up": np.arange(200) / 20 + noise, "flat": noise, "down": -np.arange(200) / 20 + noise})
     text = sentences.trend(history, {"up": "the reward", "flat": "the length", "down": "the loss"}).data
-    assert "the reward rose" in text and "the length did not change clearly" in text and "the loss fell" in text
+    assert "The reward rose" in text and "the length did not change clearly" in text and "the loss fell" in text
     assert "first against last 20 of 200 steps" in text
