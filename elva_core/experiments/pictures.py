@@ -13,6 +13,7 @@ from elva_core.data import images
 
 CAPTION = 9  # points, of what stands at a picture
 CELL = 1.6  # inches: six beside each other are no wider than a notebook
+BESIDE = 20  # points from a row's label to its first cell, whose text may be wider than the cell's picture
 FORMULA = r"$\mathdefault{"  # how matplotlib writes the ticks of a logarithmic axis
 
 
@@ -34,9 +35,9 @@ def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], ti
         rows: (label, [(caption, image), ...]) per row; a row may be shorter than the others.
     """
     columns = max(len(cells) for _, cells in rows)
-    figure, axes = _bare_axes(len(rows), columns, (CELL * columns + 0.3, 1.9 * len(rows) + 0.4), title)
+    figure, axes = _bare_axes(len(rows), columns, (CELL * columns + 0.3, 2 * len(rows) + 0.4), title)
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=9)
+        line[0].set_ylabel(label, fontsize=CAPTION, labelpad=BESIDE)
         for axis, (caption, image) in zip(line, cells, strict=False):
             _cell(axis, caption, image)
     return figure
@@ -53,12 +54,12 @@ def retrieved(
     """
     depth = max(len(candidates) for _, _, models in rows for _, candidates in models)
     height = sum(len(models) for _, _, models in rows)
-    figure, axes = _bare_axes(height, depth + 1, (CELL * (depth + 1) + 0.3, 1.9 * height + 0.4), title)
+    figure, axes = _bare_axes(height, depth + 1, (CELL * (depth + 1) + 0.3, 2 * height + 0.4), title)
     lines = iter(axes)
     for query, query_image, models in rows:
         for place, (model, candidates) in enumerate(models):
             first, *others = next(lines)
-            first.set_ylabel(model, fontsize=9)
+            first.set_ylabel(model, fontsize=CAPTION, labelpad=BESIDE)
             if place == 0:
                 first.set_title(_wrapped(f"query: {query}"), fontsize=CAPTION)
                 if query_image is not None:
@@ -109,6 +110,6 @@ def _cell(axis, caption: str, image: Path | None) -> None:
 
 
 def _wrapped(text: str) -> str:
-    """The first four lines of a text, none of them wider than a cell."""
-    lines = textwrap.wrap(text, 22, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines[:4])
+    """The first five lines of a text, none of them wider than a cell."""
+    lines = textwrap.wrap(text, 20, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines[:5])
