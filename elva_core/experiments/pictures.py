@@ -13,7 +13,6 @@ from elva_core.data import images
 
 CAPTION = 9  # points, of what stands at a picture
 CELL = 1.6  # inches: six beside each other are no wider than a notebook
-BESIDE = 20  # points from a row's label to its first cell, whose text may be wider than the cell's picture
 FORMULA = r"$\mathdefault{"  # how matplotlib writes the ticks of a logarithmic axis
 
 
@@ -37,7 +36,7 @@ def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], ti
     columns = max(len(cells) for _, cells in rows)
     figure, axes = _bare_axes(len(rows), columns, (CELL * columns + 0.3, 2 * len(rows) + 0.4), title)
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=CAPTION, labelpad=BESIDE)
+        line[0].set_ylabel(label, fontsize=CAPTION)
         for axis, (caption, image) in zip(line, cells, strict=False):
             _cell(axis, caption, image)
     return figure
@@ -59,7 +58,7 @@ def retrieved(
     for query, query_image, models in rows:
         for place, (model, candidates) in enumerate(models):
             first, *others = next(lines)
-            first.set_ylabel(model, fontsize=CAPTION, labelpad=BESIDE)
+            first.set_ylabel(model, fontsize=CAPTION)
             if place == 0:
                 first.set_title(_wrapped(f"query: {query}"), fontsize=CAPTION)
                 if query_image is not None:

@@ -117,7 +117,7 @@ def test_the_captions_of_a_grid_of_pictures_have_eight_points_where_it_is_shown(
 def test_no_caption_of_a_grid_covers_another_or_the_label_of_its_row(tmp_path):
     picture = tmp_path / "p.png"
     Image.new("RGB", (72, 72), "red").save(picture)
-    long = "Woman playing handball medium-light skin tone or another one."
+    long = "Wasserballspieler(in) mit mitteldunkler hautfarbe, Woman golfing medium tone."
     rows = [("emoji_task0", [(long, None), (long, picture)] * 3), ("emoji_task4", [(long, picture)] * 6)]
     answers = [(long, None, True), (long, picture, False)] * 2
     grids = [pictures.image_grid(rows, "t"), pictures.retrieved([(long, None, [("stage 2", answers), ("stage 3", answers)])] * 2, "t")]
