@@ -17,6 +17,7 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import headroom
 from elva_core.experiments import claims, decomposition, sentences
+from elva_core.files import ElvaDataError
 from elva_core.tables import read_table
 
 MEANING = {
@@ -26,9 +27,9 @@ MEANING = {
     "contradicted": "its interval is not above zero and does not reach half of the paper's value",
 }
 STEPS = {
-    "generation": "writing a summary first and reading at [RET], no reinforcement learning",
-    "more InfoNCE": "more InfoNCE on the queries of stage 3 (the *control*)",
-    "ranking reward": "the ranking reward in its place",
+    "generation": "a summary first, read at [RET]",
+    "more InfoNCE": "on the queries of stage 3, the control",
+    "ranking reward": "in its place",
 }
 REWARD = "stage 3 over InfoNCE control"
 
@@ -54,8 +55,11 @@ def read(folder: Path) -> Tables:
     """The tables of a report, as they were saved.
 
     Raises:
-        FileNotFoundError: one is missing.
+        ElvaDataError: one is missing; the message has the command that makes it.
     """
+    if lacking := [name for name in Tables.__annotations__ if not (folder / f"{name}.csv").is_file()]:
+        again = "python -m elva_core run PROFILE --only 90 --force"
+        raise ElvaDataError(f"{folder} lacks {', '.join(lacking)} (.csv); run: {again}")
     readers = dict.fromkeys(("decomposition", "differences"), read_study_table)
     return Tables(
         **{name: readers.get(name, read_table)(folder / f"{name}.csv") for name in Tables.__annotations__}
@@ -72,7 +76,7 @@ def read_study_table(path: Path) -> pd.DataFrame:
 def result(tables: Tables, settings: Settings, reported: dict) -> str:
     """The main result in words, for the first screen of README."""
     sure = (
-        f"**How sure?** Intervals are 95 % over queries; {_seeds(tables)}, one elsewhere. "
+        f"**How sure?** Brackets are 95 % intervals over queries; {_seeds(tables)}, all else has one. "
         f"{claims.counted(tables.claims)}"
     )
     return f"{_setting(tables, settings)}\n\n{listed([*findings(tables, settings, reported), sure])}"
@@ -146,21 +150,28 @@ def listed(lines: Sequence[str]) -> str:
 
 
 def _setting(tables: Tables, settings: Settings) -> str:
-    """What is trained on what, and what ranks."""
-    units = _units(tables)
-    n = int(decomposition.average(tables.decomposition)["n"].max()) if units else settings.mrbench.queries
-    tasks = ", ".join(f"{_words(unit)} ({unit})" for unit in units) or "as the profile says"
-    text = f"A small Qwen2-VL, stages 1 to 3, on {settings.data.name} data"
+    """What is trained on what, what is asked, and what ranks."""
+    units = [unit for unit in dict.fromkeys(tables.decomposition["unit"]) if unit]
+    tasks = "; ".join(f"{unit}: {_words(unit)}" for unit in units) or "of the profile's tasks"
+    data = f"the data {settings.data.name}"
     if settings.data.emoji:
         train = len(settings.data.emoji.vendors["train"])
-        text = (
-            f"A small Qwen2-VL is trained on emoji as {train} vendors draw them and on their names; queries "
-            "and candidates of the test are another vendor's, whose drawings no training saw"
+        data = (
+            f"emoji as {train} vendors draw them, and on their names. The test's drawings are other "
+            "vendors', which no training saw"
         )
     return (
-        f"{text}. Our MRBench is built as the paper's, of other data: {n:,} queries with two grains or more; "
-        f"tasks: {tasks}. hit@5: the share of queries with a positive among the first five candidates."
+        f"The language model of a small Qwen2-VL is trained (LoRA) on {data}. Our MRBench is built as the "
+        f"paper's, of this data: {_count(tables, settings):,} queries with {settings.mrbench.min_grains} "
+        f"grains or more ({tasks}). hit@5 is the share of queries with a positive among the first five "
+        "candidates."
     )
+
+
+def _count(tables: Tables, settings: Settings) -> int:
+    """Queries of MRBench: those that were measured, or else those of the profile."""
+    measured = decomposition.average(tables.decomposition)["n"].dropna()
+    return int(measured.max()) if len(measured) else settings.mrbench.queries
 
 
 def _gain(tables: Tables, reported: dict) -> str:
@@ -172,19 +183,22 @@ def _gain(tables: Tables, reported: dict) -> str:
     gain = _span(row, "relative", "relative low", "relative high")
     return (
         f"{paper} stage 3 has {row['new value']:.1f} % hit@5 and LamRA-Ret's counterpart, stage 2 read at "
-        f"EOL, {row['old value']:.1f} %: {gain} %{_verdict(row['verdict'])}."
+        f"EOL, {row['old value']:.1f} %: {gain} %, n = {int(row['n']):,}, {len(row['seeds'])} seeds"
+        f"{_verdict(row['verdict'])}."
     )
 
 
 def _parts(tables: Tables) -> str:
     """The steps from the EOL baseline to stage 3, at both cut-offs, and the reward's gain under each seed."""
     five, one = (decomposition.at_cutoff(tables.decomposition, k) for k in (5, 1))
-    parts = [f"{words} {_span(five.loc[name])} ({_span(one.loc[name])})" for name, words in STEPS.items()]
-    text = f"In points of hit@5 (hit@1): {'; '.join(parts)}."
+    parts = [
+        f"*{name}* ({words}) {_span(five.loc[name])}, {_span(one.loc[name])}" for name, words in STEPS.items()
+    ]
+    text = f"Points of hit@5, and of hit@1: {'; '.join(parts)}."
     rows = tables.differences[tables.differences["arm"] == REWARD]
     if len(rows):
         by_seed = ", ".join(f"{round(value, 1) + 0.0:+.1f}" for value in rows["by seed"].iloc[0])
-        text += f" The reward's gain by seed, hit@5: {by_seed}."
+        text += f" Single seeds of the reward, hit@5: {by_seed}."
     return text
 
 
@@ -194,8 +208,10 @@ def _tasks(tables: Tables) -> str:
     rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
     for row in rows.to_dict("records"):
         word = sentences.direction(row["ci_low"], row["ci_high"])
+        if word == "inconclusive":
+            word = f"{'lower' if row['value'] < 0 else 'higher'}, inconclusive"
         parts.append(f"{_words(row['unit'])} {_span(row)} ({word})")
-    return f"Stage 3 against EOL, points of hit@5: {'; '.join(parts)}." if parts else "Not run."
+    return f"Stage 3 over EOL, points of hit@5: {'; '.join(parts)}." if parts else "Not run."
 
 
 def _distance(tables: Tables, reported: dict) -> str:
@@ -240,7 +256,7 @@ def _easy(tables: Tables, settings: Settings) -> list[str]:
     ]
     if clear := _steps_that(tables, lambda low, high: low > 0):
         lines.append(f"Above zero at both hit@1 and hit@5 over all seeds: {clear}.")
-    if same := _pairs_that(tables, lambda values: min(values) > 0 or max(values) < 0):
+    if same := _pairs_that(tables, lambda values: min(values) >= 0 or max(values) <= 0):
         lines.append(f"Single seeds agree in sign on {same}.")
     return lines
 
@@ -254,7 +270,7 @@ def _hard(tables: Tables, settings: Settings, reported: dict) -> list[str]:
     ]
     if unclear := _steps_that(tables, lambda low, high: low <= 0):
         lines.append(f"Not above zero at hit@1 nor at hit@5 over all seeds: {unclear}.")
-    if split := _pairs_that(tables, lambda values: min(values) <= 0 <= max(values)):
+    if split := _pairs_that(tables, lambda values: min(values) < 0 < max(values)):
         lines.append(f"Single seeds disagree in sign on {split}.")
     changed = len(changed_values(settings, reported))
     values = len(reported["hyperparameters"]["stage3"])
@@ -299,20 +315,16 @@ def _pairs_that(tables: Tables, holds) -> str:
 def _seeds(tables: Tables) -> str:
     per_arm = tables.runs.groupby("arm")["seed"].nunique()
     most = per_arm.max()
-    return f"{most} seeds of {int((per_arm == most).sum())} arms"
-
-
-def _units(tables: Tables) -> list[str]:
-    return [unit for unit in dict.fromkeys(tables.decomposition["unit"]) if unit]
+    return f"{int((per_arm == most).sum())} arms have {most} seeds"
 
 
 def _words(unit: str) -> str:
     """The modalities of a unit's queries and candidates.
 
     >>> _words("emoji_task7")
-    'image,text to image'
+    'image and text to image'
     """
-    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])])
+    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
 
 
 def _span(row, value: str = "value", low: str = "ci_low", high: str = "ci_high", digits: int = 1) -> str:

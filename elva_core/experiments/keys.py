@@ -53,8 +53,8 @@ TABLE = {
     ),
     "90_report": Notebook(
         "00 10 20 30 40 50 60 70 80 82 85",
-        "evidence device threads data backbone stage2 stage3 mrbench evaluation unseen video",
-        2,
+        "evidence device threads data backbone stage2 stage3 mrbench evaluation study unseen video",
+        3,
     ),
 }
 STAGES = {

@@ -7,6 +7,7 @@ write(run.folder, run.settings, run.seed, statistics.reported())
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import mistune
 import nbformat
 import pandas as pd
 
-from elva_core import files
+from elva_core import config, files
 from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
@@ -24,8 +25,8 @@ from elva_core.evaluation import captions, headroom, statistics
 from elva_core.experiments import claims, decomposition, first_page
 from elva_core.experiments.arms import planned
 from elva_core.experiments.first_page import Tables
-from elva_core.experiments.keys import STAGES, manifest
-from elva_core.experiments.stages import Stage
+from elva_core.experiments.keys import STAGES, manifest, stage_folder
+from elva_core.experiments.stages import Stage, listed_files, no_evidence
 from elva_core.tables import markdown_table, read_table
 from elva_core.values import as_written
 
@@ -41,6 +42,7 @@ TAKEN = {
     "60_ablate": ("decomposition", "differences", "runs"),
     "70_analyse_grains": ("headroom", "shares"),
 }
+BLOCKS = ("result", "commands", "claims", "stages")  # of README, each a Markdown file of the report's folder
 STYLE = (
     "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
@@ -66,7 +68,7 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     tables = [run.require(stage) / "measured.csv" for stage in order]
     measured = pd.concat([read_table(path) for path in tables if path.is_file()], ignore_index=True)
     return claims.assemble(
-        measured,
+        measured.dropna(subset="value"),  # a share of what may be nothing has none
         reported,
         evidence=run.settings.evidence,
         profile=run.settings.profile,
@@ -259,12 +261,12 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
         f"intervals over queries; several seeds: outputs/{settings.profile}/study."
     )
     if not settings.evidence:
-        note += " This profile tests plumbing; its numbers are no evidence."
+        note += f" {no_evidence(settings.profile)}"
     block = claims.markdown(table, reported, note)
     blocks = {
         "result": first_page.result(tables, settings, reported),
         "commands": first_page.commands(tables, settings, seed),
-        "table": block,
+        "claims": block,
         "stages": stages(tables.cost),
     }
     for name, text in blocks.items():
@@ -278,11 +280,15 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
     others = measured[measured["paper"].isna() & ~measured.index.isin(claims.main(table, reported).index)]
     others = others[~others["claim"].str.startswith(PLAIN)]
     folded = "\n\n".join(_folded(source, rows) for source, rows in others.groupby("source", sort=True))
+    linked = tables.answers.assign(
+        stage=[f"[{stage}](../executed/{stage}.ipynb)" for stage in tables.answers["stage"]]
+    )
     packages = tables.environment["package"] + " " + tables.environment["installed"].astype(str)
 
+    warning = "" if settings.evidence else f"**{no_evidence(settings.profile)}**\n\n"
     text = f"""# Report: profile {settings.profile}, seed {seed}
 
-{first_page.page(tables, settings, seed, reported)}
+{warning}{first_page.page(tables, settings, seed, reported)}
 
 ## Claims that can be compared, by verdict
 {statistics.RULE}
@@ -300,13 +306,13 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
 {gain(tables, settings)}
 
 ## What each notebook answers
-{_table(tables.answers)}
+{_table(linked)}
 
 ## Deviations from the paper
 {first_page.listed(deviations(settings, reported))}
 
 ## What was not run
-{_table(tables.not_run)}
+{_table(tables.not_run.assign(command="`" + tables.not_run["command"] + "`"))}
 
 ## Results without a figure in the paper
 What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in PLAIN)} alone: claims.csv.
@@ -324,6 +330,15 @@ What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in
 """
     files.write_whole(folder / "report.md", text)
     files.write_whole(folder / "report.html", page(text, folder))
+
+
+def renew(profile: str, seed: int) -> Path:
+    """Writes a finished report's texts anew from its tables, with today's words; returns its folder."""
+    folder = stage_folder(profile, seed, REPORT)
+    write(folder, config.load(profile), seed, statistics.reported())
+    record = manifest(profile, seed, REPORT) | {"files": listed_files(folder)}
+    files.write_whole(folder / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return folder
 
 
 def stages(cost_table: pd.DataFrame) -> str:
