@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
-import subprocess
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from elva_core import config, files
+from elva_core import config
 from elva_core.data import mbeir
 from elva_core.evaluation import statistics
 from elva_core.experiments import claims, report, results
@@ -168,25 +166,6 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(tmp_path):
     assert "figures/a.png" not in page and "http" not in page
     picture = base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0])
     assert picture == (tmp_path / "figures/a.png").read_bytes()
-
-
-def committed(path: str) -> str:
-    """A file as it is committed: a run of one's own replaces the one in the working tree."""
-    shown = subprocess.run(["git", "show", f"HEAD:{path}"], cwd=files.REPOSITORY, capture_output=True, text=True)
-    if shown.returncode:
-        pytest.skip(f"{path} cannot be read from git: {shown.stderr.strip()}")
-    return shown.stdout
-
-
-def test_the_readme_shows_the_committed_reference_run():
-    readme = committed("README.md")
-    for name, file in (("result", "result.md"), ("claims", "table.md"), ("stages", "stages.md")):
-        block = readme.split(f"<!-- {name}:start -->")[1].split(f"<!-- {name}:end -->")[0]
-        assert block.strip() == committed(f"outputs/cpu/seed-17/90_report/{file}").strip()
-    table = pd.read_csv(io.StringIO(committed("outputs/cpu/seed-17/90_report/claims.csv")))
-    assert list(table.columns) == claims.COLUMNS
-    texts = dict.fromkeys(("verdict", "baseline", "seeds", "backbone"), "")
-    assert claims.markdown(table.fillna(texts), REPORTED, "").strip() in readme
 
 
 def test_a_readme_without_markers_is_refused(tmp_path):

@@ -154,8 +154,13 @@ def test_the_report_reads_the_tables_back(table, settings, tmp_path):
         rows.to_csv(tmp_path / f"{name}.csv", index=False)
     run = SimpleNamespace(settings=settings, require=lambda stage: tmp_path / stage)
     back = report.study_table(run, "decomposition")
+    tables = SimpleNamespace(
+        decomposition=back,
+        headroom=written["70_analyse_grains/headroom"],
+        shares=written["70_analyse_grains/shares"],
+    )
     pd.testing.assert_frame_equal(decomposition.overview(back), decomposition.overview(table))
-    text = report.gain(run)
+    text = report.gain(tables, settings)
     assert decomposition.sentence(table, settings.profile) in text and "| greedy | 25.0 | 50.0 | 25.0 | 50.0 |" in text
     assert "| all | stage 3 over stage 2, EOL only | +37.5" in text and "Embed-RL-2B" in text and "50 % [" in text
 
