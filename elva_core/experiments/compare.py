@@ -85,19 +85,17 @@ def differences(study: Study, pairs: Sequence[tuple[str, str]], k: int, samples:
         if not seeds:
             continue
         pair = statistics.comparison(averaged(study, [new, old], [k]), new, old, k, samples, 0)
-        single = [
-            statistics.comparison(averaged(_single(study, s), [new, old], [k]), new, old, k, 1, 0)["value"]
-            for s in seeds
-        ]
         row = pair | {column: 100 * pair[column] for column in NUMBERS} | {"arm": f"{new} over {old}"}
-        row |= {
-            "by seed": tuple(100 * value for value in single),
-            "seeds": tuple(seeds),
-            "seed": seed_label(seeds),
-        }
+        row |= {"by seed": by_seed(study, new, old, k), "seeds": tuple(seeds), "seed": seed_label(seeds)}
         rows.append(row)
     columns = ["arm", "new", "old", "metric", *NUMBERS, "relative", "relative low", "relative high"]
     return pd.DataFrame(rows, columns=[*columns, "by seed", "n", "seeds", "seed"])
+
+
+def by_seed(study: Study, new: str, old: str, k: int) -> tuple[float, ...]:
+    """Points of hit@k between two arms under each of their shared seeds alone, in the order of the seeds."""
+    alone = [averaged(_single(study, seed), [new, old], [k]) for seed in shared_seeds(study, [new, old])]
+    return tuple(100 * statistics.comparison(hits, new, old, k, 1, 0)["value"] for hits in alone)
 
 
 def pairs(chosen: dict[str, Arm], *groups: str) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ Markdown(sentences.differences(comparisons))
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,10 +29,11 @@ def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lowe
 def number(value: float, low: float, high: float, unit: str, *, sign: bool = False) -> str:
     """A value with its interval.
 
-    >>> number(36.71, 34.1, 39.25, "%"), number(0.04, -0.06, 0.1, "points", sign=True)
-    ('36.7 % [34.1, 39.2]', '+0.0 points [-0.1, 0.1]')
+    >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
+    ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
     """
-    return f"{value:{'+' if sign else ''}.1f} {unit} [{low:.1f}, {high:.1f}]"
+    value, low, high = (round(bound, 1) + 0.0 for bound in (value, low, high))  # no -0.0
+    return f"{value:{'+' if sign else ''}.1f}{f' {unit}' if unit else ''} [{low:.1f}, {high:.1f}]"
 
 
 def scores(table: pd.DataFrame, name: str, metric: str) -> Markdown:
@@ -88,3 +89,69 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
         clauses.append(f"{name} {text} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
     steps = f"first against last {tenth} of {len(history)} steps"
     return Markdown(f"**Answer.** {'; '.join(clauses)}; {steps}.")
+
+
+def agreement(points: Sequence[float]) -> str:
+    """Whether single seeds agree on the sign of a difference, with their range; "" where none was run.
+
+    >>> agreement((0.5, -0.1, 3.0)), agreement((0.5, 2.0)), agreement((0.5,))
+    (' (seeds disagree: -0.1 to +3.0)', ' (every seed: +0.5 to +2.0)', ' (one seed)')
+    """
+    if len(points) < 2:
+        return " (one seed)" if points else ""
+    low, high = (round(end(points), 1) + 0.0 for end in (min, max))  # no -0.0
+    same = min(points) > 0 or max(points) < 0
+    return f" ({'every seed' if same else 'seeds disagree'}: {low:+.1f} to {high:+.1f})"
+
+
+def changes(
+    pairs: pd.DataFrame, label: str, what: str, *, scale: float = 100.0, command: str = ""
+) -> Markdown:
+    """What many paired differences say: those above zero, those below it, those that are inconclusive.
+
+    Args:
+        pairs: value, ci_low, ci_high, n, the column `label` that names a row, and by seed where there are
+            several. what: is compared, in words. scale: from the values to points. command: that runs what
+            is missing.
+    """
+    if pairs.empty:
+        return Markdown(f"**Answer.** {what}: not run{f' ({command})' if command else ''}.")
+    groups: dict[str, list[str]] = {"higher": [], "lower": [], "inconclusive": [], "the same": []}
+    for row in pairs.to_dict("records"):
+        value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
+        word = "the same" if value == low == high == 0 else direction(low, high)
+        seeds = agreement(row["by seed"]) if "by seed" in row else ""
+        groups[word].append(f"{row[label]} {number(value, low, high, '', sign=True)}{seeds}")
+    listed = "; ".join(f"{word} for {', '.join(rows)}" for word, rows in groups.items() if rows)
+    return Markdown(f"**Answer.** {what}, in points: {listed} ({counted(pairs['n'])}).")
+
+
+def counted(n: pd.Series) -> str:
+    """The number of queries behind rows of a table.
+
+    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60]))
+    ('n = 120 to 1,200 queries', 'n = 60 queries')
+    """
+    low, high = int(n.min()), int(n.max())
+    return f"n = {low:,} queries" if low == high else f"n = {low:,} to {high:,} queries"
+
+
+def lengths(table: pd.DataFrame) -> Markdown:
+    """From how many queries on a training is above where it began, if it is at every longer one, too.
+
+    Args:
+        table: `compare.efficiency`.
+    """
+    clauses = []
+    for name, part in table[table["queries"] > 0].groupby("run", sort=False):
+        part = part.sort_values("queries")
+        enough = part[(part["ci_low"] > 0)[::-1].cummin()[::-1]]  # at this length and at every longer one
+        text = "not clearly above stage 2 at its longest"
+        if len(enough):
+            text = f"above stage 2 from {enough['queries'].iloc[0]:,} queries on"
+        last = part.iloc[-1]
+        gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
+        clauses.append(f"{name} is {text} ({len(part)} lengths; {last['queries']:,} queries: {gain})")
+    if not clauses:
+        return Markdown("**Answer.** Not run.")
+    return Markdown(f"**Answer.** {'; '.join(clauses)} ({counted(table['n'])}, one seed).")
