@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,6 +28,8 @@ from elva_core.values import model_source
 
 ABLATION, REPORT = numbered("60"), numbered("90")
 NOTEBOOKS = files.REPOSITORY / "notebooks"
+LINK = re.compile(r"\]\((\.\./[^)\s]*)\)")  # of a notebook to a file of the repository
+QUESTION = re.compile(r"^(\*\*Question\*\* .*)(?:\n\n\*\*Answer\*\* .*\n)?", re.MULTILINE)
 FOUR_GB = 4294967296
 KERNEL_ENVIRONMENT = {
     # large tensors come and go all the time; else glibc gives the pages back and faults them in again
@@ -49,7 +52,8 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object]) ->
     Unknown parameters are refused, cells that never ran are noticed.
 
     Args:
-        executed: where the executed copy is written; paths below the repository are relative in it.
+        executed: where the executed copy is written; paths below the repository are relative in it, and links
+            lead where those of the source do.
 
     Raises:
         ChainError: with notebook, cell, last line of the traceback (or that the kernel died) and the executed
@@ -86,17 +90,35 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object]) ->
         place = f"{source.name}, {_last_started(executed)}"
         raise ChainError(f"{place}: {error}: {reason}\nexecuted copy: {executed}") from None
     finally:
-        _relative_paths(executed)
+        _relative_paths(source, executed)
     code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     if skipped := [i for i, cell in code if cell.source.strip() and cell.execution_count is None]:
         raise ChainError(f"{source.name}: cells {skipped} never ran (sys.exit?); executed copy: {executed}")
 
 
-def _relative_paths(executed: Path) -> None:
-    """Makes the repository's paths in an executed notebook (metadata, outputs, tracebacks) relative to it."""
+def _relative_paths(source: Path, executed: Path) -> None:
+    """Makes the repository's paths in an executed notebook (metadata, outputs, tracebacks) relative to it.
+
+    The links of its source are made to lead to the same places from where the copy lies.
+    """
     if executed.is_file():
         place = json.dumps(f"{files.REPOSITORY}{os.sep}", ensure_ascii=False)[1:-1]  # as JSON has it
-        files.write_whole(executed, executed.read_text(encoding="utf-8").replace(place, ""))
+        text = executed.read_text(encoding="utf-8").replace(place, "")
+        for link in set(LINK.findall(source.read_text(encoding="utf-8"))):
+            target = os.path.relpath(source.parent / link, executed.parent)
+            text = text.replace(f"]({link})", f"]({Path(target).as_posix()})")
+        files.write_whole(executed, text)
+
+
+def put_answer(executed: Path, answer: str) -> None:
+    """Writes a notebook's answer under its question in an executed copy, in place of an earlier one."""
+    import nbformat
+
+    book = nbformat.read(executed, as_version=4)
+    line = f"\n\n**Answer** {' '.join(answer.split())}\n" if answer else ""
+    head = book.cells[0].source
+    book.cells[0].source = QUESTION.sub(lambda question: question[1] + line, head, count=1)
+    files.write_whole(executed, nbformat.writes(book) + "\n")
 
 
 def _last_started(executed: Path) -> str:
@@ -155,6 +177,8 @@ def run(
     if ABLATION in chosen:
         arms(profile)  # refused before anything trains
     _name_older_layout(profile_name, console)
+    if not profile.evidence:
+        console.print(stages.no_evidence(profile_name))
     with lock.held(stages.seed_place(profile_name, seed)):
         _run_stages(chosen, profile, seed, force, console)
     console.print(f"{profile_name}, seed {seed}: {time.monotonic() - began:.0f} s")
@@ -182,8 +206,9 @@ def _run_stages(chosen: list[str], profile: config.Settings, seed: int, force: b
         executed = stages.seed_folder(profile_name, seed) / "executed" / f"{stage}.ipynb"
         try:
             run_notebook(NOTEBOOKS / f"{stage}.ipynb", executed, {"profile": profile_name, "seed": seed})
-            if manifest(profile_name, seed, stage) is None:
+            if (done := manifest(profile_name, seed, stage)) is None:
                 raise ChainError(f"{stage}.ipynb ended without closing its stage; executed copy: {executed}")
+            put_answer(executed, done["answer"])
         except ChainError as error:
             rest = ", ".join(chosen[place + 1 :])
             raise ChainError(f"{error}" + (f"\nskipped (need {stage}): {rest}" if rest else "")) from None

@@ -4,15 +4,14 @@ A stage is written in a hidden folder, its manifest last, which is then renamed.
 What was made from other values stays beside it until `clean`: begun in .<stage>.<key>.partial, finished in
 .<stage>.<key>.kept (`keys.key`).
 
-run = open_stage("20_build_mrbench", "smoke", 17)
-root = run.require("10_prepare_data") / "root"
-run.close(metrics={"queries": 1200})
+run = start("20_build_mrbench", "smoke", 17)
+queries = run.root.queries("emoji_task0", "test")
+run.close(metrics={"queries": 1200}, answer="1,200 queries have two grains or more.")
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import PrivateAttr
 
@@ -40,7 +40,11 @@ from elva_core.experiments.keys import (
 )
 from elva_core.files import REPOSITORY, file_hash
 
-log = logging.getLogger("elva")
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+    from elva_core.data.mbeir import Root
+    from elva_core.models.encoder import Encoder
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -102,6 +106,31 @@ class Stage:
             )
         return folder
 
+    @property
+    def root(self) -> Root:
+        """The data of this profile and seed; raises what `require` raises."""
+        from elva_core.data import sources
+
+        return sources.locate(self.require(numbered("10")))[0]
+
+    @property
+    def bench(self) -> Root:
+        """MRBench of this profile and seed; raises what `require` raises."""
+        from elva_core.data import mbeir
+
+        return mbeir.Root(self.require(numbered("20")) / "bench")
+
+    def encoder(self, model: str | Path, device: str | None = None) -> Encoder:
+        """A model folder or hub name as an encoder, with the profile's prompts, precision and device.
+
+        Args:
+            device: another one than the profile's.
+        """
+        from elva_core.models import encoder
+
+        settings = self.settings
+        return encoder.load(model, settings.encoder, dtype=settings.dtype, device=device or settings.device)
+
     def keep(self, model: Path, name: str) -> None:
         """Puts a trained model into the folder, as `name`.
 
@@ -126,11 +155,14 @@ class Stage:
         plotted.to_csv(folder / f"{name}.csv", index=False)
         return Image(filename=folder / f"{name}.png")
 
-    def close(self, metrics: dict | None = None) -> dict:
+    def close(self, metrics: dict | None = None, answer: Markdown | str = "") -> dict:
         """Writes the manifest, moves the folder into place and frees the profile and seed.
 
         What stands there is replaced if it has the same key or holds no trained model, else kept beside it.
         Nothing may be written after it.
+
+        Args:
+            answer: to the notebook's question; the chain puts it under the question in the executed copy.
         """
         read = sorted(self.settings._read)
         sizes: dict[str, dict] = {}
@@ -147,6 +179,7 @@ class Stage:
             "sections_read": read,
             "files": sizes,
             "metrics": metrics or {},
+            "answer": getattr(answer, "data", answer).removeprefix("**Answer.** "),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.time() - self.started, 1),
             "peak_memory_gb": _peak_memory_gb(),
@@ -171,8 +204,30 @@ def seed_place(profile: str, seed: int) -> str:
     return f"{profile}/seed-{seed}"
 
 
+def start(name: str, profile: str, seed: int) -> Stage:
+    """The first call of a notebook: opens its stage, starts the profile's threads, says what is no evidence.
+
+    Raises:
+        LockedError: another process runs this profile and seed.
+    """
+    from IPython.display import Markdown, display
+
+    from elva_core import distributed
+
+    run = open_stage(name, profile, seed)
+    distributed.start(run.settings.threads)
+    if not profiles.load(profile).evidence:  # not `run`'s: no result depends on it
+        display(Markdown(f"**{no_evidence(profile)}**"))
+    return run
+
+
+def no_evidence(profile: str) -> str:
+    """What a run opens with whose profile is no evidence."""
+    return f"None of these numbers is evidence: the profile {profile} tests plumbing."
+
+
 def open_stage(name: str, profile: str, seed: int) -> Stage:
-    """Starts a stage in outputs/<profile>/seed-<seed>/.<stage>.<key>.partial.
+    """Opens a stage in outputs/<profile>/seed-<seed>/.<stage>.<key>.partial.
 
     What was begun with the same values and inputs is gone on with, so that interrupted training resumes from
     <folder>/work. The profile and seed are locked until the stage is closed or this process ends.
@@ -186,8 +241,6 @@ def open_stage(name: str, profile: str, seed: int) -> Stage:
     folder = beside(profile, seed, name, key(made), "partial")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").unlink(missing_ok=True)  # it is written anew
-    if not settings.evidence:  # the first output of a notebook
-        log.warning("The profile %s tests plumbing: none of its numbers is evidence.", profile)
     settings._read.clear()
     return Stage(name, settings, seed, folder, made)
 

@@ -144,6 +144,39 @@ def test_cells_that_never_ran_are_noticed(tmp_path):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
 
 
+HEAD = "# 00 A\n**Question** Is it so?\n**Inputs** [the profile](../params/smoke.yaml)"
+ANSWERED = """
+from elva_core import files
+from elva_core.experiments import stages
+files.OUTPUTS = files.Path(r"{}")
+stages.open_stage("00_check_environment", "smoke", seed).close(answer="**Answer.** It is so: {{}} %.".format(seed))
+"""
+
+
+def test_the_answer_of_a_notebook_stands_under_its_question_in_the_executed_copy_alone_once_and_whole(outputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path / "notebooks")
+    chain.NOTEBOOKS.mkdir()
+    book = notebook(chain.NOTEBOOKS / "00_check_environment.ipynb", "profile: str = 'smoke'\nseed: int = 1", ANSWERED.format(outputs))
+    read = nbformat.read(book, 4)
+    read.cells.insert(0, nbformat.v4.new_markdown_cell(HEAD))
+    nbformat.write(read, book)
+    chain.run("smoke", seed=3, only="00")
+    executed = outputs / "smoke/seed-3/executed/00_check_environment.ipynb"
+    assert stages.manifest("smoke", 3, "00_check_environment")["answer"] == "It is so: 3 %."
+    head = HEAD.replace("../params", "../../../../params")
+    under = head.replace("so?\n", "so?\n\n**Answer** It is so: 3 %.\n\n")
+    assert nbformat.read(executed, 4).cells[0].source == under and nbformat.read(book, 4).cells[0].source == HEAD
+    for answer in ("It is so: 3 %.", "Not so.", ""):  # again, another one, none
+        chain.put_answer(executed, answer)
+        expected = under.replace("It is so: 3 %.", answer) if answer else head
+        assert nbformat.read(executed, 4).cells[0].source == expected
+    before = executed.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *given: 1 / 0)  # killed before the copy is in place
+    with pytest.raises(ZeroDivisionError):
+        chain.put_answer(executed, "Half")
+    assert executed.read_bytes() == before and list(executed.parent.iterdir()) == [executed]
+
+
 def test_a_stage_without_manifest_is_not_done_and_the_message_has_the_command(outputs):
     first = stages.open_stage("10_prepare_data", "smoke", 1)
     (first.folder / "data.txt").write_text("half")

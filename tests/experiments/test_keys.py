@@ -65,13 +65,24 @@ def test_a_value_changes_the_keys_of_the_stages_that_read_it(outputs, smoke, cha
     assert [stage[:2] for stage in keys.STAGES if before[stage] != after[stage]] == stale.split()
 
 
-def test_a_notebook_of_a_profile_that_is_no_evidence_opens_with_saying_so(outputs, caplog, monkeypatch, smoke):
-    stages.open_stage(TRAINED, "smoke", 1)
-    assert "none of its numbers is evidence" in caplog.text
-    caplog.clear()
+def test_a_notebook_of_a_profile_that_is_no_evidence_opens_with_saying_so_and_that_makes_nothing_stale(outputs, monkeypatch, smoke):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda banner: shown.append(banner.data))
+    run = stages.start(TRAINED, "smoke", 1)
+    assert shown == ["**None of these numbers is evidence: the profile smoke tests plumbing.**"] and run.settings._read == {"threads"}
     monkeypatch.setattr(config, "load", lambda name: smoke.changed({"evidence": True}))
-    stages.open_stage(TRAINED, "smoke", 1)
-    assert not caplog.text
+    stages.start(TRAINED, "smoke", 1)
+    assert len(shown) == 1
+
+
+def test_a_stage_offers_the_data_and_the_benchmark_of_its_profile_and_seed(outputs):
+    data, built = (stages.open_stage(stage, "smoke", 1) for stage in ("10_prepare_data", "20_build_mrbench"))
+    run = stages.open_stage("50_evaluate", "smoke", 1)
+    with pytest.raises(stages.MissingStageError, match="run smoke --seed 1 --only 10"):
+        run.root  # noqa: B018
+    data.close(), built.close()
+    assert run.root.folder == outputs / "smoke/seed-1/10_prepare_data/root"
+    assert run.bench.folder == outputs / "smoke/seed-1/20_build_mrbench/bench"
 
 
 def test_an_arm_that_changes_makes_the_notebooks_of_the_study_stale_and_no_others(outputs, smoke, tmp_path, monkeypatch):
@@ -268,6 +279,7 @@ def test_the_report_names_sets_that_were_not_there(smoke, tmp_path):
     )
 
 
+OFFERED = {"root": "10_prepare_data", "bench": "20_build_mrbench"}  # by a stage, of these
 # batches of an encoding change no result
 ONLY_BATCH = {"30_pretrain_contrastive", "40_finetune_rlvr"}
 
@@ -277,6 +289,7 @@ def test_notebooks_take_from_the_stages_of_their_row_and_training_reads_no_value
         cells = nbformat.read(chain.NOTEBOOKS / f"{stage}.ipynb", 4).cells
         source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         taken = set(re.findall(r'run\.require\("(\w+)"\)', source))
+        taken |= {its for name, its in OFFERED.items() if re.search(rf"\brun\.{name}\b", source)}
         assert taken <= {"00_check_environment", *keys.STAGES[stage]}
         if stage in ONLY_BATCH:
             source += (files.REPOSITORY / "elva_core/experiments/jobs.py").read_text()

@@ -22,6 +22,10 @@ def book(request):
     return nbformat.read(request.param, as_version=4)
 
 
+COPIES = sorted(chain.files.OUTPUTS.glob("cpu/seed-17/executed/*.ipynb"))  # those in the repository
+LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
+
+
 def code(book):
     return [c for c in book.cells if c.cell_type == "code"]
 
@@ -41,6 +45,14 @@ def test_no_cell_defines_hides_or_names_a_path(book):
     for cell in code(book):
         assert not re.search(FORBIDDEN, cell.source, re.MULTILINE), cell.source
         assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+@pytest.mark.parametrize("path", [*BOOKS, *COPIES], ids=lambda p: "/".join(p.parts[-4:]))
+def test_every_link_of_a_notebook_and_of_an_executed_copy_leads_to_a_file(path):
+    prose = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+    links = [link for link in LINK.findall(prose) if "://" not in link]
+    assert not [link for link in links if not (path.parent / link).exists()]
+    assert path not in BOOKS or f"../outputs/cpu/seed-17/executed/{path.name}" in links
 
 
 def test_size_and_kernel(book):
