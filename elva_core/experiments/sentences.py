@@ -36,16 +36,29 @@ def number(value: float, low: float, high: float, unit: str, *, sign: bool = Fal
     return f"{value:{'+' if sign else ''}.1f}{f' {unit}' if unit else ''} [{low:.1f}, {high:.1f}]"
 
 
-def scores(table: pd.DataFrame, name: str, metric: str) -> Markdown:
+def answer(*parts: Markdown | str) -> Markdown:
+    """Sentences as one answer, each of which may be an answer of its own.
+
+    >>> answer("One.", Markdown("**Answer.** Two.")).data
+    '**Answer.** One. Two.'
+    """
+    texts = (getattr(part, "data", part).removeprefix("**Answer.** ") for part in parts)
+    return Markdown("**Answer.** " + " ".join(text for text in texts if text))
+
+
+def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) -> Markdown:
     """The highest and the lowest of some scores, with their intervals.
 
     Args:
-        table: value, ci_low, ci_high as shares, n, and the column `name` of what is compared.
+        table: value, ci_low, ci_high, n, and the column `name` of what is compared. scale: from the values to
+            percent.
     """
+    if table.empty:
+        return Markdown(f"**Answer.** {metric}: not measured.")
     rows = table.sort_values("value", ascending=False).to_dict("records")
 
     def told(row: Mapping) -> str:
-        bounds = (100 * row[column] for column in ("value", "ci_low", "ci_high"))
+        bounds = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
         return f"{row[name]} ({number(*bounds, '%')}, n = {row['n']:,})"
 
     if len(rows) == 1:
@@ -134,6 +147,58 @@ def counted(n: pd.Series) -> str:
     """
     low, high = int(n.min()), int(n.max())
     return f"n = {low:,} queries" if low == high else f"n = {low:,} to {high:,} queries"
+
+
+def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
+    """Which scores are above chance, which below, and of which that cannot be said.
+
+    Args:
+        table: value, ci_low, ci_high, chance (shares), n, and the column `label` that names a row.
+    """
+    over = table.assign(**{column: table[column] - table["chance"] for column in ("ci_low", "ci_high")})
+    groups: dict[str, list[str]] = {"above": [], "below": [], "not clearly off": []}
+    for row, apart in zip(table.to_dict("records"), over.itertuples(), strict=True):
+        word = direction(apart.ci_low, apart.ci_high, ("above", "below"))
+        told = number(*(100 * row[column] for column in ("value", "ci_low", "ci_high")), "%")
+        chance = f"{100 * row['chance']:.1f}"
+        groups[word.replace("inconclusive", "not clearly off")].append(f"{row[label]} {told} ({chance})")
+    listed = "; ".join(f"{word} chance: {', '.join(rows)}" for word, rows in groups.items() if rows)
+    counts = f" ({counted(table['n'])}; chance in brackets)" if len(table) else ""
+    return Markdown(f"**Answer.** {what}: {listed or 'not measured'}{counts}.")
+
+
+def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
+    """How many times as fast one way is, on each side and batch that was timed.
+
+    Args:
+        table: `throughput.times`.
+    """
+    clauses = [
+        f"{row.side} {row.batch} at a time {row.times:.1f} [{row.lowest:.1f}, {row.highest:.1f}]"
+        for row in table[table["way"] == way].itertuples()
+    ]
+    told = f"{table['rounds'].min()} rounds of {int(table['n'].min())} items or more"
+    return Markdown(
+        f"**Answer.** {way} takes fewer seconds than {base} by these factors, with the range of {told}: "
+        f"{', '.join(clauses)}."
+    )
+
+
+def trade(table: pd.DataFrame, base: str) -> Markdown:
+    """Hit rate and speed of every way that was timed, and those that were not.
+
+    Args:
+        table: way, value, ci_low, ci_high (percent), n and per second, nan where it was not measured. base:
+            the way that the others stand beside.
+    """
+    timed, untimed = table[table["per second"].notna()], table[table["per second"].isna()]
+    clauses = []
+    for row in timed.sort_values("way", key=lambda ways: ways != base).to_dict("records"):
+        rate = number(row["value"], row["ci_low"], row["ci_high"], "%")
+        clauses.append(f"{row['way']} {rate} at {row['per second']:,.0f} queries a second")
+    rest = [f"{row['way']} ({row['value']:.1f} %)" for row in untimed.to_dict("records")]
+    apart = f"; speed not measured: {', '.join(rest)}" if rest else ""
+    return Markdown(f"**Answer.** hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
 
 
 def lengths(table: pd.DataFrame) -> Markdown:

@@ -62,3 +62,11 @@ def test_a_training_is_above_only_from_where_no_longer_one_is_inconclusive():
     rows[-1]["ci_low"] = -0.1
     assert "not clearly above stage 2 at its longest" in sentences.lengths(pd.DataFrame([start, *rows])).data
     assert sentences.lengths(pd.DataFrame([start])).data == "**Answer.** Not run."
+
+
+def test_a_score_is_above_chance_only_where_its_interval_is():
+    rows = [("a", 0.8, 0.6, 0.9), ("b", 0.6, 0.4, 0.8), ("c", 0.2, 0.1, 0.4)]
+    table = pd.DataFrame(rows, columns=["set", "value", "ci_low", "ci_high"]).assign(chance=0.5, n=9)
+    said = sentences.beside_chance(table, "set", "stage 3").data
+    assert "above chance: a 80.0 % [60.0, 90.0] (50.0); below chance: c 20.0" in said and "not clearly off chance: b 60.0" in said
+    assert sentences.beside_chance(table[:0], "set", "stage 3").data == "**Answer.** stage 3: not measured."
