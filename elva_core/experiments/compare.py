@@ -137,6 +137,19 @@ def speeds(study: Study) -> pd.DataFrame:
     return table.assign(**{"hit@5": 100 * table["hit@5"]}).reset_index()
 
 
+def most_lacking(study: Study, name: str) -> str:
+    """Which grain the wrong first answers of an arm lack most often, and least, in words; all its seeds."""
+    errors = study.errors[study.errors["arm"] == name] if len(study.errors) else study.errors
+    if errors.empty:
+        return f"No error of {name} was counted."
+    sums = errors.groupby("kind")[["sum", "count"]].sum()
+    shares = (100 * sums["sum"] / sums["count"]).sort_values(ascending=False)
+    ends = [f"{kind} ({shares[kind]:.1f} % of {sums.loc[kind, 'count']:,})" for kind in shares.index]
+    rest = f", and {ends[-1]} least often" if len(ends) > 1 else ""
+    seeds = f"{errors['seed'].nunique()} seeds together"
+    return f"Wrong first answers of {name} lack {ends[0]} most often{rest}, {seeds}."
+
+
 def on_units(study: Study) -> Study:
     """The study with the queries of the units that arms name in the place of MRBench's."""
     return replace(study, hits=study.units)

@@ -149,6 +149,9 @@ def _interval(row: Mapping, value: str, low: str, high: str) -> str:
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
     """What the average shows at one cut-off, in words: the gain, where it is a loss, its steps and whether
     seeds agree on them, and what has not been run, with its command.
+
+    Args:
+        profile: whose study it is; "" leaves out what has not been run.
     """
     steps = at_cutoff(rows, k)
     whole, words = steps.loc["all"], []
@@ -164,8 +167,8 @@ def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
         for step, row in steps.loc[list(STEPS)].iterrows()
     ]
     words.append(f"in points of hit@{k}: {', '.join(listed)}" + _counted(steps))
-    if lacking := rows["missing"].iloc[0]:
-        words.append(f"not run: {lacking} (python -m elva_core study {profile})")
+    if profile and (lacking := rows["missing"].iloc[0]):
+        words.append(f"not run: {lacking} ({study.command(profile)})")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
 
 
@@ -300,6 +303,20 @@ def shares(done: Study, samples: int) -> pd.DataFrame:
     return out
 
 
+def shares_told(parts: pd.DataFrame, k: int = 5) -> str:
+    """What part of the gain each step is at one cut-off, in words.
+
+    Args:
+        parts: `shares`.
+    """
+    there = parts[parts["metric"] == f"hit@{k}"].dropna(subset="value").set_index("step")
+    if there.empty:
+        return f"No share at hit@{k}: the gain may be zero, or an arm was not run."
+    listed = [f"{step} {sentences.number(*row[results.NUMBERS], '%')}" for step, row in there.iterrows()]
+    n = sentences.counted(there["n"])
+    return f"Of the gain of {STAGE3} over {EOL} at hit@{k}: {', '.join(listed)} ({n})."
+
+
 def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]:
     """The steps under backbones that read more or less well: this study, and those of `study.reading`.
 
@@ -326,7 +343,7 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
         if np.isnan(reading):
             words.append(
                 f"{name}: its results have no reading of stage 2; move {study.folders(name)[0]} away and run "
-                f"python -m elva_core study {name}"
+                f"{study.command(name)}"
             )
             continue
         steps = average(table(one, None, settings)).dropna(subset="value")

@@ -352,15 +352,13 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     """Hit rate (95 % interval over queries) against queries per second (range), a point per way to answer.
 
     Args:
-        table: columns way, value, ci_low, ci_high (percent), per second, lowest, highest, n, rounds; a way
-            whose speed is nan was not timed and is a dashed line.
+        table: way, value, ci_low, ci_high (percent), per second (nan: not timed), lowest, highest, n, rounds.
     """
     figure, ((axis,),) = _axes(size=(7.2, 3.8))
     for place, r in enumerate(table.to_dict("records")):
         colour = MODEL_COLOURS.get(r["way"], WAY_COLOURS[place % len(WAY_COLOURS)])
         if np.isnan(r["per second"]):
-            style = {"color": colour, "linestyle": "--", "linewidth": 1, "zorder": 1}
-            axis.axhline(r["value"], **style, label=f"{r['way']} (speed not measured)")
+            axis.axhline(r["value"], color=colour, ls="--", label=f"{r['way']} (speed not measured)")
             continue
         style = {"fmt": "osD^vP"[place % 6], "color": colour, "capsize": 2, "label": r["way"]}
         rates = _spread(r, "per second", "lowest", "highest")

@@ -15,6 +15,7 @@ from elva_core import distributed
 from elva_core.retrieval import metrics
 
 SAMPLES = 1000  # of the bootstrap over training steps
+MOST = 8  # differences that are named in one sentence although they are inconclusive
 
 
 def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lower")) -> str:
@@ -112,9 +113,10 @@ def agreement(points: Sequence[float]) -> str:
     """
     if len(points) < 2:
         return " (one seed)" if points else ""
-    low, high = (round(end(points), 1) + 0.0 for end in (min, max))  # no -0.0
-    same = min(points) > 0 or max(points) < 0
-    return f" ({'every seed' if same else 'seeds disagree'}: {low:+.1f} to {high:+.1f})"
+    low, high = (round(end(points), 9) + 0.0 for end in (min, max))  # no -0.0, no noise of the last digit
+    word = "seeds disagree" if low < 0 < high else "every seed" if low > 0 or high < 0 else "single seeds"
+    low, high = (round(end, 1) + 0.0 for end in (low, high))
+    return f" ({word}: {low:+.1f} to {high:+.1f})"
 
 
 def changes(
@@ -135,6 +137,8 @@ def changes(
         word = "the same" if value == low == high == 0 else direction(low, high)
         seeds = agreement(row["by seed"]) if "by seed" in row else ""
         groups[word].append(f"{row[label]} {number(value, low, high, '', sign=True)}{seeds}")
+    if len(pairs) > MOST and len(groups["inconclusive"]) > 1:
+        groups["inconclusive"] = [f"the {len(groups['inconclusive'])} others of the table"]
     listed = "; ".join(f"{word} for {', '.join(rows)}" for word, rows in groups.items() if rows)
     return Markdown(f"**Answer.** {what}, in points: {listed} ({counted(pairs['n'])}).")
 
@@ -201,6 +205,20 @@ def trade(table: pd.DataFrame, base: str) -> Markdown:
     return Markdown(f"**Answer.** hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
 
 
+def costs(table: pd.DataFrame) -> Markdown:
+    """What writing a summary costs: hit rate, speed of one query at a time and passes of the language model.
+
+    Args:
+        table: `compare.speeds`.
+    """
+    clauses = [
+        f"{row['arm']} finds {row['hit@5']:.1f} % and takes {row['passes']:.1f} passes a query, "
+        f"{row['queries a second']:.1f} queries a second ({row['seeds']} seeds)"
+        for row in table.to_dict("records")
+    ]
+    return Markdown(f"**Answer.** hit@5 and cost: {'; '.join(clauses) or 'no arm was timed'}.")
+
+
 def lengths(table: pd.DataFrame) -> Markdown:
     """From how many queries on a training is above where it began, if it is at every longer one, too.
 
@@ -216,7 +234,7 @@ def lengths(table: pd.DataFrame) -> Markdown:
             text = f"above stage 2 from {enough['queries'].iloc[0]:,} queries on"
         last = part.iloc[-1]
         gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
-        clauses.append(f"{name} is {text} ({len(part)} lengths; {last['queries']:,} queries: {gain})")
+        clauses.append(f"{name} is {text} (lengths tried: {len(part)}; {last['queries']:,} queries: {gain})")
     if not clauses:
         return Markdown("**Answer.** Not run.")
     return Markdown(f"**Answer.** {'; '.join(clauses)} ({counted(table['n'])}, one seed).")

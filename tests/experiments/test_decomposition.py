@@ -96,7 +96,7 @@ def test_the_sentence_names_the_gain_its_steps_seeds_and_losses(table):
     assert said.startswith("Stage 3 over stage 2, EOL only, hit@5: +50.0 [") and "(paper +13.1 %: reproduced); lower on no task." in said
     assert "generation +12.5 [" in said and "more InfoNCE -6.2 [" in said and "ranking reward +43.8 [" in said
     # by hand, points under seed 17 and 18: EOL 12.5, 25; [RET] 37.5, 25; control 37.5, 12.5; stage 3 75, 62.5
-    seeds = ("(seeds disagree: +0.0 to +25.0)", "(seeds disagree: -12.5 to +0.0)", "(every seed: +37.5 to +50.0)")
+    seeds = ("(single seeds: +0.0 to +25.0)", "(single seeds: -12.5 to +0.0)", "(every seed: +37.5 to +50.0)")
     assert [said.index(words) for words in seeds] == sorted(said.index(words) for words in seeds)
     assert said.endswith("(n = 8 queries, seeds 17, 18).")
     assert "paper" not in decomposition.sentence(table, "cpu", k=1)
@@ -124,6 +124,7 @@ def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
     assert overview["generation"] == overview["all"] == "not run" and overview["ranking reward"].startswith("+43.8")
     said = decomposition.sentence(rows, "cpu")
     assert "stage 2, EOL only, seeds 17, 18, 19; stage 2, seeds 19; InfoNCE control, seeds 19 (python -m elva_core study cpu)" in said
+    assert said.startswith(decomposition.sentence(rows, "")) and "Not run" not in decomposition.sentence(rows, "")
     written = [text.get_text() for text in decomposition.figure(rows).findobj(Text)]
     assert written.count("not run") == 2 * len(decomposition.CUTOFFS)
     nothing = decomposition.table(made({("x", 1): [1]}), None, smoke)

@@ -56,7 +56,7 @@ def test_a_training_is_above_only_from_where_no_longer_one_is_inconclusive():
     rows = [{"run": "stage 3", "queries": q, "value": 1.0, "ci_low": low, "ci_high": high, "n": 9} for q, (low, high) in points.items()]
     start = {"run": "stage 3", "queries": 0, "value": 0.0, "ci_low": 0.0, "ci_high": 0.0, "n": 9}
     assert (
-        "above stage 2 from 3,200 queries on (3 lengths; 3,200 queries: +1.0 points [0.2, 2.0])"
+        "above stage 2 from 3,200 queries on (lengths tried: 3; 3,200 queries: +1.0 points [0.2, 2.0])"
         in sentences.lengths(pd.DataFrame([start, *rows])).data
     )
     rows[-1]["ci_low"] = -0.1
