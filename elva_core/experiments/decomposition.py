@@ -365,6 +365,8 @@ def reading_figure(rows: pd.DataFrame) -> Figure:
             style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
             axis.errorbar(beside, part["value"], yerr=ends, **style)
         axis.set_xlabel("pictures whose summary is exact under stage 2, %")
+        if len(rows):
+            axis.set_xlim(rows["reading"].min() - 3, rows["reading"].max() + 3)
     axes[0].set_ylabel("percentage points")
     axes[0].legend(frameon=False, fontsize=8)
     n = f"n = {int(rows['n'].min()):,} queries a point" if len(rows) else "not run"
