@@ -37,18 +37,21 @@ def assembled(*rows, evidence=True, **more):
     ("low", "high", "verdict"),
     [(9, 19, "reproduced"), (3, 12, "same direction"), (-1, 40, "inconclusive"), (-9, 3, "contradicted")],
 )
-def test_a_gain_over_either_baseline_is_judged_beside_the_papers(low, high, verdict):
-    for old in claims.BASELINES:
-        table = assembled(gain(5, low, high, old)).set_index("claim")
-        row = table.loc[f"stage 3 over {old}"]
-        assert row["paper"] == 13.1 and row["verdict"] == verdict and row["source"] == REPORTED["mrbench_gain"]["source"]
-    assert assembled(gain(5, low, high, "InfoNCE control")).set_index("claim").loc["stage 3 over InfoNCE control", "verdict"] == ""
+def test_only_the_gain_over_eol_is_judged_beside_the_papers(low, high, verdict):
+    """The paper's baseline is read at EOL; over stage 2 at [RET] and over the control it has no figure."""
+    table = assembled(*(gain(5, low, high, old) for old in ("stage 2, EOL only", "stage 2", "InfoNCE control"))).set_index("claim")
+    row = table.loc["stage 3 over stage 2, EOL only"]
+    assert row["paper"] == 13.1 and row["verdict"] == verdict and row["source"] == REPORTED["mrbench_gain"]["source"]
+    for name in ("stage 3 over stage 2", "stage 3 over InfoNCE control"):
+        assert pd.isna(table.loc[name, "paper"]) and table.loc[name, ["verdict", "source"]].tolist() == ["", results.MRBENCH]
+    shown = claims.markdown(assembled(score(0.3), *(gain(5, low, high, old) for old in ("stage 2, EOL only", "stage 2"))), REPORTED, "")
+    assert "| stage 3 over stage 2 |" in shown and "| stage 3 over stage 2, EOL only |" in shown  # without a counterpart, yet shown
 
 
 def test_without_evidence_nothing_is_judged():
-    table = assembled(gain(14, 9, 19), score(0.3), evidence=False)
+    table = assembled(gain(14, 9, 19, "stage 2, EOL only"), score(0.3), evidence=False)
     assert set(table["verdict"]) == {"", "not run"} and list(table.columns) == claims.COLUMNS
-    assert table.set_index("claim").loc["stage 3 over stage 2", "verdict"] == "not run"
+    assert table.set_index("claim").loc["stage 3 over stage 2, EOL only", "verdict"] == "not run"
     assert table.set_index("claim").loc["stage 3, average", "verdict"] == ""
 
 
@@ -104,9 +107,13 @@ def test_points_carry_the_papers_figure_and_its_sign():
 
 
 def test_claims_are_counted_apart_from_results_and_from_what_was_not_run():
-    table = assembled(gain(14, 9, 19), score(0.3))
     figures = len(claims._not_run(REPORTED))
-    assert claims.counted(table).startswith(f"1 claim compared: 1 reproduced. 1 result without a verdict. {figures} figures of")
+    table = assembled(gain(14, 9, 19, "stage 2, EOL only"), gain(1, 0, 2), score(0.3))
+    said = "1 claim compared: 1 reproduced. 2 results without a counterpart in the paper. "
+    assert claims.counted(table) == f"{said}{figures} figures of the paper not run."
+    far = pd.DataFrame([{"metric": claims.DISTANCE, "n": 9, "model": "stage 3", "value": 0.4, "ci_low": 0.3, "ci_high": 0.5}])
+    beside = claims.counted(assembled(results.scores(far, scale=1.0, **CHAIN)))
+    assert beside.startswith("0 claims compared. 0 results without a counterpart in the paper. 1 result beside a figure of another")
 
 
 def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():
