@@ -7,7 +7,7 @@ result(tables, config.load("cpu"), statistics.reported())
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,12 @@ STEPS = {
     "more InfoNCE": "on the queries of stage 3, the control",
     "ranking reward": "in its place",
 }
-REWARD = "stage 3 over InfoNCE control"
+IN_SHORT = {
+    "reproduced": "ELVA's gain over the EOL baseline is as large as the paper's",
+    "same direction": "ELVA gains over the EOL baseline, less than in the paper",
+    "inconclusive": "whether ELVA gains over the EOL baseline cannot be said",
+    "contradicted": "ELVA does not gain over the EOL baseline as in the paper",
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,6 @@ class Tables:
     answers: pd.DataFrame  # stage, answer
     not_run: pd.DataFrame  # source, missing, needs, command
     decomposition: pd.DataFrame  # decomposition.table
-    differences: pd.DataFrame  # compare.differences, of the main arms
     runs: pd.DataFrame  # a row for each training of the study: arm, seed, steps, train_s, wall_s (seconds)
     headroom: pd.DataFrame  # headroom.table
     shares: pd.DataFrame  # headroom.shares_taken
@@ -60,7 +64,7 @@ def read(folder: Path) -> Tables:
     if lacking := [name for name in Tables.__annotations__ if not (folder / f"{name}.csv").is_file()]:
         again = "python -m elva_core run PROFILE --only 90 --force"
         raise ElvaDataError(f"{folder} lacks {', '.join(lacking)} (.csv); run: {again}")
-    readers = dict.fromkeys(("decomposition", "differences"), read_study_table)
+    readers = {"decomposition": read_study_table}
     return Tables(
         **{name: readers.get(name, read_table)(folder / f"{name}.csv") for name in Tables.__annotations__}
     )
@@ -79,7 +83,8 @@ def result(tables: Tables, settings: Settings, reported: dict) -> str:
         f"**How sure?** Brackets are 95 % intervals over queries; {_seeds(tables)}, all else has one. "
         f"{claims.counted(tables.claims)}"
     )
-    return f"{_setting(tables, settings)}\n\n{listed([*findings(tables, settings, reported), sure])}"
+    lines = listed([*findings(tables, settings, reported), sure])
+    return f"{_in_short(tables, reported)}\n\n{_setting(tables, settings)}\n\n{lines}"
 
 
 def commands(tables: Tables, settings: Settings, seed: int) -> str:
@@ -174,6 +179,24 @@ def _count(tables: Tables, settings: Settings) -> int:
     return int(measured.max()) if len(measured) else settings.mrbench.queries
 
 
+def _in_short(tables: Tables, reported: dict) -> str:
+    """One sentence for who reads no further: the verdict, the parts of the gain, the grain distance."""
+    five, one = (decomposition.at_cutoff(tables.decomposition, k) for k in (5, 1))
+    whole, reward = five.loc["all"], five.loc["ranking reward"]
+    if not whole["verdict"]:
+        return "**In short:** no verdict."
+    five_says, one_says = (
+        sentences.direction(row["ci_low"], row["ci_high"]) for row in (reward, one.loc["ranking reward"])
+    )
+    seeds = "; seeds disagree" if min(reward["by seed"]) < 0 < max(reward["by seed"]) else ""
+    distance = _distance_rows(tables, reported)["verdict"].get("stage 3 over stage 2", "without a verdict")
+    return (
+        f"**In short:** {IN_SHORT[whole['verdict']]}. Of {whole['value']:+.1f} points of hit@5, the summary "
+        f"gives {five.loc['generation', 'value']:+.1f}, the ranking reward {reward['value']:+.1f} "
+        f"({five_says}; at hit@1 {one_says}{seeds}). That ELVA is less grain-blind: {distance}."
+    )
+
+
 def _gain(tables: Tables, reported: dict) -> str:
     """Stage 3 over the counterpart of the paper's baseline, beside the paper's figure."""
     row = decomposition.at_cutoff(tables.decomposition, 5).loc["all"]
@@ -195,11 +218,8 @@ def _parts(tables: Tables) -> str:
         f"*{name}* ({words}) {_span(five.loc[name])}, {_span(one.loc[name])}" for name, words in STEPS.items()
     ]
     text = f"Points of hit@5, and of hit@1: {'; '.join(parts)}."
-    rows = tables.differences[tables.differences["arm"] == REWARD]
-    if len(rows):
-        by_seed = ", ".join(f"{round(value, 1) + 0.0:+.1f}" for value in rows["by seed"].iloc[0])
-        text += f" Single seeds of the reward, hit@5: {by_seed}."
-    return text
+    seeds = [f"{round(value, 1) + 0.0:+.1f}" for value in five.loc["ranking reward", "by seed"]]
+    return text + (f" Single seeds of the reward, hit@5: {', '.join(seeds)}." if len(seeds) > 1 else "")
 
 
 def _tasks(tables: Tables) -> str:
@@ -214,10 +234,15 @@ def _tasks(tables: Tables) -> str:
     return f"Stage 3 over EOL, points of hit@5: {'; '.join(parts)}." if parts else "Not run."
 
 
+def _distance_rows(tables: Tables, reported: dict) -> pd.DataFrame:
+    """The claims on the grain distance, by name."""
+    rows = claims.main(tables.claims, reported)
+    return rows[rows["metric"] == claims.DISTANCE].drop_duplicates("claim").set_index("claim")
+
+
 def _distance(tables: Tables, reported: dict) -> str:
     """The grain distance before and after stage 3, beside the paper's."""
-    rows = claims.main(tables.claims, reported)
-    rows = rows[rows["metric"] == claims.DISTANCE].drop_duplicates("claim").set_index("claim")
+    rows = _distance_rows(tables, reported)
     values = reported["grain_distance"]["values"]
     text = (
         "Cosine distance between a query and itself without one grain. The paper: "
@@ -254,10 +279,10 @@ def _easy(tables: Tables, settings: Settings) -> list[str]:
         f"{int(audit['agrees'].sum())} of {len(audit)} averages and gains of the paper come out again from "
         "the figures that it prints.",
     ]
-    if clear := _steps_that(tables, lambda low, high: low > 0):
+    if clear := _steps_that(tables, lambda row: row["ci_low"] > 0):
         lines.append(f"Above zero at both hit@1 and hit@5 over all seeds: {clear}.")
-    if same := _pairs_that(tables, lambda values: min(values) >= 0 or max(values) <= 0):
-        lines.append(f"Single seeds agree in sign on {same}.")
+    if same := _steps_that(tables, lambda row: min(row["by seed"]) > 0 or max(row["by seed"]) < 0):
+        lines.append(f"Every seed has the same sign at both: {same}.")
     return lines
 
 
@@ -268,10 +293,10 @@ def _hard(tables: Tables, settings: Settings, reported: dict) -> list[str]:
     lines = [
         f"{int(doubtful.sum())} of {int(judged.sum())} compared claims are inconclusive or contradicted."
     ]
-    if unclear := _steps_that(tables, lambda low, high: low <= 0):
+    if unclear := _steps_that(tables, lambda row: row["ci_low"] <= 0):
         lines.append(f"Not above zero at hit@1 nor at hit@5 over all seeds: {unclear}.")
-    if split := _pairs_that(tables, lambda values: min(values) < 0 < max(values)):
-        lines.append(f"Single seeds disagree in sign on {split}.")
+    if split := _steps_that(tables, lambda row: min(row["by seed"]) < 0 < max(row["by seed"]), (5,)):
+        lines.append(f"Single seeds disagree in sign at hit@5: {split}.")
     changed = len(changed_values(settings, reported))
     values = len(reported["hyperparameters"]["stage3"])
     lines.append(f"{changed} of the {values} values that the paper prints for stage 3 are others here.")
@@ -292,24 +317,12 @@ def _cost(tables: Tables) -> str:
     )
 
 
-def _steps_that(tables: Tables, holds) -> str:
-    """The steps of which every cut-off's interval has a property."""
+def _steps_that(tables: Tables, holds: Callable, cutoffs: Sequence[int] = decomposition.CUTOFFS) -> str:
+    """The steps of which the row at every cut-off has a property; those that were not run have none."""
     rows = decomposition.average(tables.decomposition).dropna(subset="value")
-    rows = rows[rows["step"].isin(list(STEPS))]
-    names = [
-        step
-        for step, part in rows.groupby("step", sort=False)
-        if all(holds(r["ci_low"], r["ci_high"]) for r in part.to_dict("records"))
-    ]
-    return ", ".join(names)
-
-
-def _pairs_that(tables: Tables, holds) -> str:
-    """The differences of which the values of the single seeds, to a tenth of a point, have a property."""
-    rows = tables.differences[tables.differences["seeds"].map(len) > 1]
-    return ", ".join(
-        r["arm"] for r in rows.to_dict("records") if holds([round(v, 1) + 0.0 for v in r["by seed"]])
-    )
+    rows = rows[rows["step"].isin(list(STEPS)) & rows["metric"].isin([f"hit@{k}" for k in cutoffs])]
+    steps = rows.groupby("step", sort=False)
+    return ", ".join(step for step, part in steps if all(map(holds, part.to_dict("records"))))
 
 
 def _seeds(tables: Tables) -> str:
