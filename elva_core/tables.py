@@ -10,6 +10,7 @@ import pandas as pd
 NAMES = (
     *("model", "unit", "pool", "metric", "set", "task", "group", "question", "kind", "encoding"),
     *("experiment", "seed", "dataset", "baseline", "backbone", "claim", "source", "seeds", "verdict"),
+    *("stage", "answer", "missing", "needs", "command", "package", "installed"),
 )
 
 

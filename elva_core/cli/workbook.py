@@ -51,16 +51,15 @@ def study(profile: Profile, seed: Seed = 17) -> None:
 
 @app.command(rich_help_panel=WORKBOOK)
 def readme(profile: Profile = "cpu", seed: Seed = 17) -> None:
-    """Refresh the tables of README.md by a profile's report and outputs/gpu, and the model that ships.
+    """Refresh a profile's report from its tables, README.md from both and outputs/gpu, the model that ships.
 
     Example: python -m elva_core readme cpu
     """
     from elva_core.apps import reference
     from elva_core.experiments import measured, report, sizes
 
-    folder = keys.stage_folder(profile, seed, "90_report")
-    tables = {"result": "result.md", "claims": "table.md", "stages": "stages.md"}
-    blocks = {name: (folder / file).read_text(encoding="utf-8") for name, file in tables.items()}
+    folder = report.renew(profile, seed)
+    blocks = {name: (folder / f"{name}.md").read_text(encoding="utf-8") for name in report.BLOCKS}
     blocks["gpu"] = measured.readme_block(sizes.known())
     report.update_readme(files.REPOSITORY / "README.md", blocks)
     if (profile, seed) == (reference.PROFILE, reference.SEED):

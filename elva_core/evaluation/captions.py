@@ -19,11 +19,12 @@ from elva_core import distributed, files
 from elva_core.config import Settings
 from elva_core.data import caption_sets, sources
 from elva_core.data.caption_sets import SETS, Task
+from elva_core.data.emoji_variants import COMPOSITIONS
 from elva_core.data.items import Item
 from elva_core.evaluation import statistics
 from elva_core.evaluation.benchmark import Vectors, results_folder
 from elva_core.files import ElvaDataError
-from elva_core.retrieval import search
+from elva_core.retrieval import metrics, search
 from elva_core.tables import markdown_table, percent_cells
 
 COLUMNS = ["set", "task", "group", "query", "metric", "reported", "value", "chance"]  # of `score`
@@ -247,6 +248,47 @@ def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
     rows = rows.assign(cell=percent_cells(rows), chance=(100 * rows["chance"]).round(1))
     wide = rows.pivot(index=["metric", "set", "group", "n", "chance"], columns="model", values="cell")
     return wide[list(dict.fromkeys(rows["model"]))].sort_index(sort_remaining=False, level="metric")
+
+
+def shifts(hits: pd.DataFrame, model: str, samples: int, seed: int) -> pd.DataFrame:
+    """What an unseen vendor, an unseen composition and another language each do to one model's hit rate.
+
+    Args:
+        hits: `measure` of the embedded collection's own rows, in which a query's number means the same
+            drawing in every vendor and language. samples: of the bootstrap.
+
+    Returns:
+        what, value, ci_low, ci_high (shares), n: vendors and languages are paired over drawings; compositions
+        are other drawings. The third row is the first less the second: of which of the two the loss is
+        larger. Empty without those rows.
+    """
+    rows = hits[(hits["model"] == model) & hits["reported"].astype(bool)]
+    wide = rows[rows["question"].isin(["vendor", "language"])].pivot(
+        index="query", columns="set", values="value"
+    )
+    out = []
+    if {"trained vendor", "unseen vendor"} <= set(wide):
+        group = rows[rows["set"] == "unseen vendor"].set_index("query")["group"]
+        known, unseen = (wide[group.reindex(wide.index) == name] for name in COMPOSITIONS)
+        losses = [part["unseen vendor"] - part["trained vendor"] for part in (known, unseen)]
+        means = [part[["unseen vendor", "trained vendor"]].mean(axis=1) for part in (unseen, known)]
+        parts = {
+            "an unseen vendor": (1, losses),
+            "an unseen composition": (2, [means[0], -means[1]]),  # a difference is twice its halves' mean
+            "an unseen vendor more than an unseen composition": (
+                2,
+                [known["unseen vendor"], -unseen["trained vendor"]],
+            ),
+        }
+        languages = [name for name in rows["set"].unique() if name in wide and "vendor" not in name]
+        parts |= {name: (1, [wide[name] - wide["unseen vendor"]]) for name in languages}
+        for what, (factor, groups) in parts.items():
+            values = [part.to_numpy() for part in groups]
+            ends = metrics.interval(values, samples, distributed.rng_for(seed, "shifts", what))
+            mean = float(np.mean([part.mean() for part in values]))
+            low, high = (factor * end for end in ends)
+            out.append((what, factor * mean, low, high, len(wide)))
+    return pd.DataFrame(out, columns=["what", "value", "ci_low", "ci_high", "n"])
 
 
 def differences(

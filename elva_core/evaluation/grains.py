@@ -100,6 +100,30 @@ def mean_distance(distances: pd.DataFrame, samples: int) -> pd.DataFrame:
     return table.assign(metric="mean cosine distance")
 
 
+def blindness(distance: pd.DataFrame) -> str:
+    """In words: how far embeddings move without a grain, and whether that grows from stage 2 to stage 3.
+
+    Args:
+        distance: `mean_distance`.
+    """
+    models, growth = distance[distance["baseline"] == ""], distance[distance["baseline"] == "stage 2"]
+    said = [
+        f"{row.model} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in models.itertuples()
+    ]
+    grown = [f"; from stage 2 to stage 3 it {_changed(row, 1, 3)}" for _, row in growth.iterrows()]
+    return (
+        f"The mean grain distance, 0 for a model that is blind, is {', '.join(said)}{''.join(grown)} "
+        f"(n = {distance['n'].min():,} queries)."
+    )
+
+
+def _changed(row: pd.Series, scale: float, digits: int) -> str:
+    """What the interval of a difference says, with the difference."""
+    value, low, high = (round(scale * row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
+    clear = "grows" if low > 0 else "shrinks" if high < 0 else "has no clear change"
+    return f"{clear}, {value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:
     """(N, D) float32, also of embeddings that are kept on disk."""
     return np.asarray(searcher.vectors(items)[:], np.float32)
@@ -182,21 +206,15 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     Args:
         distance: `mean_distance`. twins: `twins_ahead`.
     """
-
-    def changed(row: pd.Series, scale: float, digits: int) -> str:
-        value, low, high = (round(scale * row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
-        clear = "grows" if low > 0 else "shrinks" if high < 0 else "has no clear change"
-        return f"{clear}, {value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
     growth = distance[distance["baseline"] == "stage 2"].iloc[0]
     twins = twins.set_index("group")
     every, kinds = twins.loc["any grain"], twins.drop("any grain")
     clear = kinds[(kinds["ci_low"] > 0) | (kinds["ci_high"] < 0)]
-    listed = [f"{kind} {changed(row, 100, 1)}" for kind, row in clear.iterrows()]
+    listed = [f"{kind} {_changed(row, 100, 1)}" for kind, row in clear.iterrows()]
     before = f"{100 * every['old value']:.1f} % under stage 2"
     return (
-        f"From stage 2 to stage 3 the grain distance {changed(growth, 1, 3)} (n = {growth['n']:,} queries). "
-        f"The share of one-grain twins ahead of the positive, {before}, {changed(every, 100, 1)} points "
+        f"From stage 2 to stage 3 the grain distance {_changed(growth, 1, 3)} (n = {growth['n']:,} queries). "
+        f"The share of one-grain twins ahead of the positive, {before}, {_changed(every, 100, 1)} points "
         f"(n = {every['n']:,} queries); by the grain that differs: {'; '.join(listed) or 'no clear change'}."
     )
 

@@ -178,7 +178,8 @@ def shares_taken(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int) -> pd
 
 
 def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
-    """What the table shows, in words: the room of stage 2 and what stage 3 takes of it.
+    """What the table shows, in words: the room from stage 2's greedy summary to the best of several sampled
+    ones, and what stage 3 takes of it.
 
     Args:
         rows: of `table`. shares: of `shares_taken`. samples: summaries of each query.
@@ -187,13 +188,15 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
     for share in shares.to_dict("records"):
         before, after = (100 * at[share["metric"], model, GREEDY] for model in ("stage 2", "stage 3"))
         best = 100 * at[share["metric"], "stage 2", BEST]
-        part = "no share of it, for there may be none"
+        part = "no share that could be measured, for there may be no room"
         if share["value"] == share["value"]:
             percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
-            part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}] of that room".format(**percent)
+            part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}]".format(**percent)
+            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else ", inconclusive"
         words.append(
-            f"{share['metric']}: stage 2 reaches {before:.1f} %, {best:.1f} % with the best of {samples} of "
-            f"its own summaries; stage 3 reaches {after:.1f} %: {part}"
+            f"{share['metric']}: stage 2 finds {before:.1f} % with the summary it writes and {best:.1f} % "
+            f"with the best of {samples} that it samples for each query; of this room stage 3, with "
+            f"{after:.1f} %, takes {part}"
         )
     return ". ".join(words) + f" (n = {shares['n'].iloc[0]:,} queries, one seed)."
 

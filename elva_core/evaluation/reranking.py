@@ -174,10 +174,12 @@ def seconds(
     searcher: Searcher,
     seen: Sequence[tuple[Reranked, Embedded]],
     settings: RerankSettings,
+    weights: Mapping[Kind, float],
+    temperature: float,
     *,
     first: str,
 ) -> pd.DataFrame:
-    """Median seconds of one query alone: retrieval, and retrieval with each kind of reranking, in turns.
+    """Median seconds of one query alone: retrieval, with each kind of reranking, with its fusion, in turns.
 
     Nothing is known of a query or a candidate but the pool's embeddings: images are opened and seen anew.
 
@@ -185,7 +187,8 @@ def seconds(
         model (as in `hits`), seconds, lower and upper quartile, n queries.
     """
     writer, reader = searcher.encoder.forgetful(), model.forgetful()
-    taken: dict[str, list[float]] = {way: [] for way in (first, *reranker.KINDS)}
+    ways = (way for kind in reranker.KINDS for way in (kind, kind + FUSED))
+    taken: dict[str, list[float]] = {way: [] for way in (first, *ways)}
     rounds = range(-(-settings.timed // len(seen)))
     turns = [(unit, pool, i) for i in rounds for unit, pool in seen if i < len(unit.asked)]
     for unit, pool, i in [turns[0], *turns[: settings.timed]]:  # the first one warms up
@@ -196,8 +199,15 @@ def seconds(
         taken[first].append(time.perf_counter() - began)
         for kind in reranker.KINDS:
             began = time.perf_counter()
-            reranker.score(reader, [asked], kind, settings, batch=settings.depth)
+            scores = reranker.score(reader, [asked], kind, settings, batch=settings.depth)
+            ranks = [list(range(1, unit.depth + 1))]
+            reorder(ranks, np.stack(scores))
             taken[kind].append(taken[first][-1] + time.perf_counter() - began)
+            fused = fuse(
+                unit.result.scores[i : i + 1, : unit.depth], np.stack(scores), weights[kind], temperature
+            )
+            reorder(ranks, fused)
+            taken[kind + FUSED].append(taken[first][-1] + time.perf_counter() - began)
     rows = []
     for way, values in taken.items():
         low, middle, high = np.percentile(values[1:], [25, 50, 75])
@@ -209,8 +219,7 @@ def table(averages: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
     """Quality and cost of reranking, a row per model: hit rates in percent with intervals, seconds per query.
 
     Args:
-        averages: `benchmark.mrbench_table` of `hits`. taken: `seconds`; a fused model takes as long as its
-            kind.
+        averages: `benchmark.mrbench_table` of `hits`. taken: `seconds`; nan for a model that it has not.
     """
     averages = averages[averages["unit"] == "average"].set_index("model")
     out = pd.DataFrame(index=averages.index.drop_duplicates())
@@ -218,5 +227,4 @@ def table(averages: pd.DataFrame, taken: pd.DataFrame) -> pd.DataFrame:
         for column, name in (("value", metric), ("ci_low", f"{metric} low"), ("ci_high", f"{metric} high")):
             out[name] = 100 * rows[column]
         out["n"] = rows["n"]
-    spent = taken.set_index("model").drop(columns="n").reindex(out.index.str.removesuffix(FUSED))
-    return out.join(spent.set_axis(out.index)).reset_index()
+    return out.join(taken.set_index("model").drop(columns="n")).reset_index()

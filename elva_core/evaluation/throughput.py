@@ -74,6 +74,27 @@ def measure(
     return pd.DataFrame(rows)
 
 
+def times(table: pd.DataFrame, base: str) -> pd.DataFrame:
+    """How many times as fast as one of them the ways are; the range is that of their rounds.
+
+    Args:
+        table: `measure`. base: the way that the others are divided by.
+
+    Returns:
+        way, side, batch, times (of the medians), lowest, highest, n items, rounds; no row for `base`.
+    """
+    keys, rates = ["side", "batch"], ["per second", "lowest", "highest"]
+    both = table[table["way"] != base].merge(
+        table[table["way"] == base][[*keys, *rates]], on=keys, suffixes=("", " base")
+    )
+    ratios = {
+        "times": both["per second"] / both["per second base"],
+        "lowest": both["lowest"] / both["highest base"],
+        "highest": both["highest"] / both["lowest base"],
+    }
+    return both.assign(**ratios)[["way", *keys, *ratios, "n", "rounds"]]
+
+
 def _timed(way: Way, items: Sequence[Item], batch: int) -> float:
     way.encoder.forget()
     began = time.perf_counter()

@@ -132,6 +132,26 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(unit=rows["motion"], group=frames.where(rows["motion"] != "all", frames + chance))
 
 
+def more_frames(hits: pd.DataFrame, model: str, samples: int, seed: int) -> pd.DataFrame:
+    """What looking at the most frames instead of the fewest does to one model's hit@5 of what moves, paired.
+
+    Args:
+        hits: `measure`, with a column model.
+
+    Returns:
+        one row of what, value, ci_low, ci_high (shares), n; none where all were looked at alike.
+    """
+    rows = hits[(hits["metric"] == "hit@5") & (hits["words"] == "name") & (hits["motion"] != STILL)]
+    rows = rows[rows["model"] == model]
+    few, most = rows["frames"].min(), rows["frames"].max()
+    if rows.empty or few == most:
+        return pd.DataFrame(columns=["what", "value", "ci_low", "ci_high", "n"])
+    values = rows.groupby(["set", "query", "frames"], as_index=False)["value"].mean()
+    pairs = statistics.paired(values.rename(columns={"frames": "model"}), ["set", "query"], most, few)
+    what = f"{most} frames over {few}"
+    return statistics.scores(pairs.assign(what=what), ["what"], samples, lambda *_: (seed, "frames"), "set")
+
+
 def gain(hits: pd.DataFrame, new: str, old: str, tables: dict, samples: int, seed: int) -> pd.DataFrame:
     """By how much a model finds more of what moves: difference of hit@5, paired over queries.
 

@@ -85,19 +85,17 @@ def differences(study: Study, pairs: Sequence[tuple[str, str]], k: int, samples:
         if not seeds:
             continue
         pair = statistics.comparison(averaged(study, [new, old], [k]), new, old, k, samples, 0)
-        single = [
-            statistics.comparison(averaged(_single(study, s), [new, old], [k]), new, old, k, 1, 0)["value"]
-            for s in seeds
-        ]
         row = pair | {column: 100 * pair[column] for column in NUMBERS} | {"arm": f"{new} over {old}"}
-        row |= {
-            "by seed": tuple(100 * value for value in single),
-            "seeds": tuple(seeds),
-            "seed": seed_label(seeds),
-        }
+        row |= {"by seed": by_seed(study, new, old, k), "seeds": tuple(seeds), "seed": seed_label(seeds)}
         rows.append(row)
     columns = ["arm", "new", "old", "metric", *NUMBERS, "relative", "relative low", "relative high"]
     return pd.DataFrame(rows, columns=[*columns, "by seed", "n", "seeds", "seed"])
+
+
+def by_seed(study: Study, new: str, old: str, k: int) -> tuple[float, ...]:
+    """Points of hit@k between two arms under each of their shared seeds alone, in the order of the seeds."""
+    alone = [averaged(_single(study, seed), [new, old], [k]) for seed in shared_seeds(study, [new, old])]
+    return tuple(100 * statistics.comparison(hits, new, old, k, 1, 0)["value"] for hits in alone)
 
 
 def pairs(chosen: dict[str, Arm], *groups: str) -> list[tuple[str, str]]:
@@ -137,6 +135,19 @@ def speeds(study: Study) -> pd.DataFrame:
     means = {name: runs.groupby("arm", sort=False)[column].mean() for name, column in columns.items()}
     table = pd.DataFrame(means | {"seeds": runs.groupby("arm", sort=False)["seed"].count()})
     return table.assign(**{"hit@5": 100 * table["hit@5"]}).reset_index()
+
+
+def most_lacking(study: Study, name: str) -> str:
+    """Which grain the wrong first answers of an arm lack most often, and least, in words; all its seeds."""
+    errors = study.errors[study.errors["arm"] == name] if len(study.errors) else study.errors
+    if errors.empty:
+        return f"No error of {name} was counted."
+    sums = errors.groupby("kind")[["sum", "count"]].sum()
+    shares = (100 * sums["sum"] / sums["count"]).sort_values(ascending=False)
+    ends = [f"{kind} ({shares[kind]:.1f} % of {sums.loc[kind, 'count']:,})" for kind in shares.index]
+    rest = f", and {ends[-1]} least often" if len(ends) > 1 else ""
+    seeds = f"{errors['seed'].nunique()} seeds together"
+    return f"Wrong first answers of {name} lack {ends[0]} most often{rest}, {seeds}."
 
 
 def on_units(study: Study) -> Study:

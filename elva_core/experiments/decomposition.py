@@ -18,7 +18,7 @@ from elva_core import config
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import statistics
-from elva_core.experiments import compare, figures, results, study
+from elva_core.experiments import compare, figures, results, sentences, study
 from elva_core.experiments.pictures import PlainFigure
 from elva_core.experiments.study import Study
 
@@ -66,20 +66,22 @@ def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.Dat
     Returns:
         step, new, old, unit ("" but for a task), group ("" but for a grain kind), metric; old value, new
         value (percent); value, ci_low, ci_high (points, queries resampled inside each task); relative,
-        relative low, relative high (percent of old); n, seeds (tuple), missing (`missing`, in every row),
-        paper (percent, where it has one) and verdict. A step without its arms has rows on the average whose
-        values are nan.
+        relative low, relative high (percent of old); by seed (tuple of points, on the average alone); n,
+        seeds (tuple), missing (`missing`, in every row), paper (percent, where it has one) and verdict. A
+        step without its arms has rows on the average whose values are nan.
     """
     seeds, trained = seeds_of(done), set(done.runs["arm"])
     samples, lacking = settings.evaluation.bootstrap, missing(done, settings.study.seeds)
     done = replace(done, runs=done.runs[done.runs["seed"].isin(seeds)])
     rows = []
     for step, (new, old) in (STEPS | SUMS).items():
-        names = {"step": step, "new": new, "old": old, "unit": "", "group": "", "seeds": tuple(seeds)}
+        names = {"step": step, "new": new, "old": old, "unit": "", "group": "", "by seed": ()}
+        names["seeds"] = tuple(seeds)
         if not seeds or not {new, old} <= trained:
             rows += [names | {"metric": f"hit@{k}"} for k in CUTOFFS]
             continue
         hits = compare.averaged(done, [new, old], CUTOFFS)
+        alone = {k: compare.by_seed(done, new, old, k) for k in CUTOFFS}
         parts = [({}, hits)]
         parts += [({"unit": unit}, part) for unit, part in hits.groupby("unit", sort=False)]
         for kind, queries in () if kinds is None else kinds.groupby("kind", sort=False):
@@ -89,9 +91,10 @@ def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.Dat
             for k in CUTOFFS:
                 pair = statistics.comparison(part, new, old, k, samples, 0)
                 percent = ("old value", "new value", *results.NUMBERS)
-                rows.append(names | where | pair | {name: 100 * pair[name] for name in percent})
+                row = names | where | pair | {name: 100 * pair[name] for name in percent}
+                rows.append(row | ({} if where else {"by seed": alone[k]}))
     columns = ["step", "new", "old", "unit", "group", "metric", "old value", "new value", *results.NUMBERS]
-    columns += ["relative", "relative low", "relative high", "n", "seeds"]
+    columns += ["relative", "relative low", "relative high", "by seed", "n", "seeds"]
     return _beside_paper(pd.DataFrame(rows, columns=columns).assign(missing=lacking), settings.evidence)
 
 
@@ -99,9 +102,9 @@ def _beside_paper(rows: pd.DataFrame, evidence: bool) -> pd.DataFrame:
     """With the paper's gain on MRBench, which is over EOL at hit@5, and, of a run that is evidence, the
     verdict on it.
     """
-    average = (rows["unit"] == "") & (rows["group"] == "")
-    printed = average & (rows["step"] == "all") & (rows["metric"] == "hit@5")
-    rows["paper"] = np.where(printed, statistics.reported()["mrbench_gain"]["value"], np.nan)
+    average, gain = (rows["unit"] == "") & (rows["group"] == ""), statistics.reported()["mrbench_gain"]
+    same = (rows["new"] == gain["model"]) & (rows["old"] == gain["baseline"])
+    rows["paper"] = np.where(average & same & (rows["metric"] == "hit@5"), gain["value"], np.nan)
     rows["verdict"] = [
         statistics.verdict(r["paper"], r["relative low"], r["relative high"], difference=True)
         if evidence and r["paper"] == r["paper"] and r["value"] == r["value"]
@@ -144,20 +147,55 @@ def _interval(row: Mapping, value: str, low: str, high: str) -> str:
 
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
-    """What the average shows at one cut-off, in words, and what has not been run, with its command."""
+    """What the average shows at one cut-off, in words: the gain, where it is a loss, its steps and whether
+    seeds agree on them, and what has not been run, with its command.
+
+    Args:
+        profile: whose study it is; "" leaves out what has not been run.
+    """
     steps = at_cutoff(rows, k)
-    listed = [f"{step} {_interval(steps.loc[step], *results.NUMBERS)}" for step in STEPS]
     whole, words = steps.loc["all"], []
     if whole["value"] == whole["value"]:
         gain = _interval(whole, "relative", "relative low", "relative high")
+        paper = f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else ""
         words.append(
-            f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %"
-            + (f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else "")
+            f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %{paper}; "
+            + _losses(rows, f"hit@{k}")
         )
+    listed = [
+        f"{step} {_interval(row, *results.NUMBERS)}{sentences.agreement(row['by seed'])}"
+        for step, row in steps.loc[list(STEPS)].iterrows()
+    ]
     words.append(f"in points of hit@{k}: {', '.join(listed)}" + _counted(steps))
-    if lacking := rows["missing"].iloc[0]:
-        words.append(f"not run: {lacking} (python -m elva_core study {profile})")
+    if profile and (lacking := rows["missing"].iloc[0]):
+        words.append(f"not run: {lacking} ({study.command(profile)})")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
+
+
+def _losses(rows: pd.DataFrame, metric: str) -> str:
+    """The tasks on which stage 3 is lower than the EOL baseline, in words."""
+    tasks = rows[(rows["step"] == "all") & (rows["metric"] == metric) & (rows["unit"] != "")]
+    words = [
+        f"{row['unit']} ({row['old value']:.1f} to {row['new value']:.1f} %, "
+        f"{_interval(row, *results.NUMBERS)} points{', inconclusive' if row['ci_high'] >= 0 else ''})"
+        for row in tasks[tasks["value"] < 0].to_dict("records")
+    ]
+    return f"lower on {' and '.join(words)}" if words else "lower on no task"
+
+
+def negatives(settings: Settings) -> str:
+    """Which of stage 3's negatives the control takes, in words; how many was chosen on val.
+
+    >>> negatives(config.load("cpu"))
+    "none of stage 3's 8 hard negatives and all of its 8 random ones"
+    """
+    there, taken = settings.stage3.negatives, settings.control
+
+    def part(count: int | None, of: int) -> str:
+        return "all" if count is None or count >= of else str(count) if count else "none"
+
+    hard, random = part(taken.hard, there.hard), part(taken.random, there.random)
+    return f"{hard} of stage 3's {there.hard} hard negatives and {random} of its {there.random} random ones"
 
 
 def _counted(rows: pd.DataFrame) -> str:
@@ -189,43 +227,56 @@ def measured(rows: pd.DataFrame, parts: pd.DataFrame, **columns: str) -> pd.Data
 
 
 def _panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure of `size` inches with one of its axes for each cut-off."""
+    """A figure of `size` inches with one of its axes for each cut-off, on one scale."""
     with mpl.rc_context(figures.STYLE):
         drawn = PlainFigure(figsize=size, layout="constrained")
-        return drawn, drawn.subplots(1, len(CUTOFFS))
+        axes = drawn.subplots(1, len(CUTOFFS), sharey=True)
+    for axis, k in zip(axes, CUTOFFS, strict=True):
+        axis.set_title(f"hit@{k}")
+        axis.axhline(0, color="black", linewidth=0.8)
+    return drawn, axes
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Step chart: points over the EOL baseline after each step, a panel for each cut-off.
+    """Step chart: points over the EOL baseline after each step, a panel for each cut-off, on one scale.
 
-    A bar goes from the level before its step to the level after it, with the step's paired 95 % interval; the
-    last bar is their sum. A step that was not run is named in its place.
+    A bar goes from the level before its step to the level after it, with the step's paired 95 % interval and
+    a dot for each seed alone; the last bar is their sum. A step that was not run is named in its place.
     """
-    drawn, axes = _panels((9.6, 3.7))
+    drawn, axes = _panels((9.6, 4.0))
+    names, first = [*STEPS, "all"], EOL
     for axis, k in zip(axes, CUTOFFS, strict=True):
-        steps = at_cutoff(rows, k)
-        level, names = 0.0, [*STEPS, "all"]
+        steps, level, before = at_cutoff(rows, k), 0.0, None
         for place, step in enumerate(names):
             row = steps.loc[step]
             if row["value"] != row["value"]:
                 axis.text(place, level, "not run", ha="center", va="bottom", color="#666666")
                 continue
-            start = 0.0 if step == "all" else level
-            end = start + row["value"]
-            spread = [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]]
-            colour = COLOURS.get(step, figures.GREY)
-            axis.bar(place, row["value"], bottom=start, width=0.6, color=colour)
+            first, start = (row["old"], level) if before is None else (first, 0.0 if step == "all" else level)
+            end, spread = (
+                start + row["value"],
+                [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]],
+            )
+            axis.bar(place, row["value"], bottom=start, width=0.6, color=COLOURS.get(step, figures.GREY))
+            if before is not None:  # from the level of the last bar to where this one starts, or ends
+                axis.plot([before + 0.3, place - 0.3], [level, level], color="black", linewidth=0.8)
             axis.errorbar(place, end, yerr=np.clip(spread, 0, None), color="black", capsize=3, elinewidth=0.9)
-            axis.annotate(f"{row['value']:+.1f}", (place + 0.34, end), fontsize=8, va="center")
-            level = end if step != "all" else level
-        axis.axhline(0, color="black", linewidth=0.8)
-        there = steps.loc[names].dropna(subset="value")["old"].tolist()  # the first has no bar before it
-        axis.set(ylabel=f"points of hit@{k} over {(there or [EOL])[0]}", xlim=(-0.6, len(names) - 0.1))
+            alone = [start + value for value in row["by seed"] if len(row["by seed"]) > 1]
+            axis.plot([place - 0.17] * len(alone), alone, ".", color="black", markersize=3)
+            text = f"{row['value']:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+            top = max(start, start + row["ci_high"], *alone)
+            style = {"ha": "center", "va": "bottom", "fontsize": 8, "textcoords": "offset points"}
+            axis.annotate(text, (place, top), (0, 3), **style)
+            level, before = end if step != "all" else level, place
+        axis.set_xlim(-0.6, len(names) - 0.4)
         axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
-        axis.margins(y=0.12)
+    axes[0].margins(y=0.16)  # for the numbers above the bars
+    axes[0].set_ylabel(f"percentage points over {first}")
     counted = _counted(average(rows)).strip(" ()") or "no result yet"
     drawn.suptitle(
-        f"From the EOL baseline to stage 3, MRBench average\n{counted}; 95 % intervals, paired", fontsize=10
+        f"Hit rate on MRBench (average) after each change of the training\n"
+        f"{counted}; paired differences, 95 % intervals over queries, dots: single seeds",
+        fontsize=10,
     )
     return drawn
 
@@ -250,6 +301,20 @@ def shares(done: Study, samples: int) -> pd.DataFrame:
     out = pd.DataFrame(rows, columns=columns)
     out[results.NUMBERS] *= 100
     return out
+
+
+def shares_told(parts: pd.DataFrame, k: int = 5) -> str:
+    """What part of the gain each step is at one cut-off, in words.
+
+    Args:
+        parts: `shares`.
+    """
+    there = parts[parts["metric"] == f"hit@{k}"].dropna(subset="value").set_index("step")
+    if there.empty:
+        return f"No share at hit@{k}: the gain may be zero, or an arm was not run."
+    listed = [f"{step} {sentences.number(*row[results.NUMBERS], '%')}" for step, row in there.iterrows()]
+    n = sentences.counted(there["n"])
+    return f"Of the gain of {STAGE3} over {EOL} at hit@{k}: {', '.join(listed)} ({n})."
 
 
 def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]:
@@ -278,7 +343,7 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
         if np.isnan(reading):
             words.append(
                 f"{name}: its results have no reading of stage 2; move {study.folders(name)[0]} away and run "
-                f"python -m elva_core study {name}"
+                f"{study.command(name)}"
             )
             continue
         steps = average(table(one, None, settings)).dropna(subset="value")
@@ -299,8 +364,10 @@ def reading_figure(rows: pd.DataFrame) -> Figure:
             beside = part["reading"] + 0.4 * (place - 1)  # else intervals hide one another
             style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
             axis.errorbar(beside, part["value"], yerr=ends, **style)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(xlabel="pictures whose summary is exact under stage 2, %", ylabel=f"points of hit@{k}")
+        axis.set_xlabel("pictures whose summary is exact under stage 2, %")
+        if len(rows):
+            axis.set_xlim(rows["reading"].min() - 3, rows["reading"].max() + 3)
+    axes[0].set_ylabel("percentage points")
     axes[0].legend(frameon=False, fontsize=8)
     n = f"n = {int(rows['n'].min()):,} queries a point" if len(rows) else "not run"
     drawn.suptitle(f"Each step against how well the backbone reads\n{n}, 95 % intervals", fontsize=10)

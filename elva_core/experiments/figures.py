@@ -352,17 +352,20 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     """Hit rate (95 % interval over queries) against queries per second (range), a point per way to answer.
 
     Args:
-        table: columns way, value, ci_low, ci_high (percent), per second, lowest, highest, n, rounds.
+        table: way, value, ci_low, ci_high (percent), per second (nan: not timed), lowest, highest, n, rounds.
     """
     figure, ((axis,),) = _axes(size=(7.2, 3.8))
     for place, r in enumerate(table.to_dict("records")):
         colour = MODEL_COLOURS.get(r["way"], WAY_COLOURS[place % len(WAY_COLOURS)])
+        if np.isnan(r["per second"]):
+            axis.axhline(r["value"], color=colour, ls="--", label=f"{r['way']} (speed not measured)")
+            continue
         style = {"fmt": "osD^vP"[place % 6], "color": colour, "capsize": 2, "label": r["way"]}
         rates = _spread(r, "per second", "lowest", "highest")
         axis.errorbar(r["per second"], r["value"], _spread(r), rates, **style)
     axis.set_xscale("log")
     axis.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
-    rounds = f"median and range of {table['rounds'].min()} rounds"
+    rounds = f"median and range of {table['rounds'].min():.0f} rounds"
     axis.set(xlabel=f"queries per second, one process ({rounds})", ylabel="hit@5, % (higher is better)")
     axis.set_title(f"{title} ({_queries(table)}, 95 % intervals)")
     _legend_below(figure, axis, columns=2)

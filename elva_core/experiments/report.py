@@ -1,25 +1,32 @@
-"""The report that 90_report writes: Markdown and HTML, the README's tables, the cost of each stage."""
+"""The report that 90_report writes: Markdown and HTML, the README's blocks, the cost of each stage.
+
+collect(run)  # after claims.csv, cost.csv and the others are saved
+write(run.folder, run.settings, run.seed, statistics.reported())
+"""
 
 from __future__ import annotations
 
-import ast
 import base64
+import json
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import mistune
 import nbformat
 import pandas as pd
 
-from elva_core import files
+from elva_core import config, files
 from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
 from elva_core.evaluation import captions, headroom, statistics
-from elva_core.experiments import claims, decomposition
-from elva_core.experiments.keys import STAGES, manifest
-from elva_core.experiments.stages import Stage
+from elva_core.experiments import claims, decomposition, first_page
+from elva_core.experiments.arms import planned
+from elva_core.experiments.first_page import Tables
+from elva_core.experiments.keys import STAGES, manifest, stage_folder
+from elva_core.experiments.stages import Stage, listed_files, no_evidence
 from elva_core.tables import markdown_table, read_table
 from elva_core.values import as_written
 
@@ -29,9 +36,16 @@ PLAIN = (
     "stage 2,",
     "InfoNCE control,",
 )  # models whose scores stand in claims.csv, not in the report
+# tables of other stages that the report is made from, and that are saved beside it
+TAKEN = {
+    "00_check_environment": ("environment",),
+    "60_ablate": ("decomposition", "runs"),
+    "70_analyse_grains": ("headroom", "shares"),
+}
+BLOCKS = ("result", "commands", "claims", "stages")  # of README, each a Markdown file of the report's folder
 STYLE = (
     "body{max-width:72rem;margin:2rem auto;padding:0 1rem;font:15px/1.5 sans-serif}"
-    "table{border-collapse:collapse;margin:1rem 0}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
     "td,th{border-bottom:1px solid #ccc;padding:.2rem .6rem;text-align:left}"
     "img{max-width:100%}summary{cursor:pointer;margin:.3rem 0}"
 )
@@ -54,7 +68,7 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
     tables = [run.require(stage) / "measured.csv" for stage in order]
     measured = pd.concat([read_table(path) for path in tables if path.is_file()], ignore_index=True)
     return claims.assemble(
-        measured,
+        measured.dropna(subset="value"),  # a share of what may be nothing has none
         reported,
         evidence=run.settings.evidence,
         profile=run.settings.profile,
@@ -110,28 +124,32 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
 
 
 def study_table(run: Stage, name: str) -> pd.DataFrame:
-    """A table that a notebook made from the study, its tuples of seeds read back, and "" for empty texts."""
-    tuples = dict.fromkeys(("seeds", "by seed"), ast.literal_eval)
-    table = pd.read_csv(run.require("60_ablate") / f"{name}.csv", converters=tuples)
-    texts = {"unit", "group", "missing", "verdict"} & set(table)
-    return table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
+    """A table that notebook 60 made from the study (`first_page.read_study_table`)."""
+    return first_page.read_study_table(run.require("60_ablate") / f"{name}.csv")
 
 
-def _headroom(run: Stage) -> tuple[pd.DataFrame, str]:
-    """Hit rates by the origin of the summaries, and the sentence on what stage 3 takes of the room."""
-    folder = run.require("70_analyse_grains")
-    room, shares = (read_table(folder / f"{name}.csv") for name in ("headroom", "shares"))
-    return room, headroom.sentence(room, shares, run.settings.evaluation.headroom_samples)
+def collect(run: Stage) -> None:
+    """Copies the tables of other stages into the report's folder: the report is made from what lies there."""
+    for stage, names in TAKEN.items():
+        for name in names:
+            shutil.copyfile(run.require(stage) / f"{name}.csv", run.folder / f"{name}.csv")
 
 
-def gain(run: Stage) -> str:
+def answers(stages: Mapping[str, dict]) -> pd.DataFrame:
+    """The answer of each notebook to its question, as its manifest has it: stage, answer."""
+    rows = [(stage, done.get("answer", "")) for stage, done in stages.items()]
+    return pd.DataFrame(rows, columns=["stage", "answer"])
+
+
+def gain(tables: Tables, settings: Settings) -> str:
     """The section on where the gain over the EOL baseline comes from, and on what it leaves."""
-    steps, (room, room_left) = study_table(run, "decomposition"), _headroom(run)
+    steps, room = tables.decomposition, tables.headroom
     by = {"index": "summaries", "columns": ["metric", "model"], "values": "value"}
     cells = room[room["unit"] == "average"].assign(value=100 * room["value"]).pivot(**by).sort_index(axis=1)
     cells = cells.loc[list(dict.fromkeys(room["summaries"]))]
     cells.columns = [f"{metric}, {model}" for metric, model in cells.columns]
-    return f"""{decomposition.sentence(steps, run.settings.profile)}
+    room_left = headroom.sentence(room, tables.shares, settings.evaluation.headroom_samples)
+    return f"""{decomposition.sentence(steps, settings.profile)}
 
 ![Points after each step](figures/decomposition.png)
 
@@ -142,18 +160,6 @@ What others report, each on its own benchmark:
 Summaries of another origin, in percent. {room_left}
 
 {markdown_table(cells.reset_index())}"""
-
-
-def result(run: Stage, table: pd.DataFrame, minutes: float) -> str:
-    """The main result in words, for the first screen of README; every number is computed."""
-    steps, (_, room_left) = study_table(run, "decomposition"), _headroom(run)
-    lines = [
-        f"**Does the gain come?** {decomposition.sentence(steps, run.settings.profile)}",
-        f"**What is left?** {room_left}",
-        f"**How sure?** {claims.counted(table)} Intervals are 95 % over queries; "
-        f"one run of everything (seed {run.seed}) takes {minutes:.0f} minutes.",
-    ]
-    return _list(lines)
 
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
@@ -191,12 +197,10 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
     if stage3.resample or stage3.negatives.difficulty:
         chosen = f"difficulty {stage3.negatives.difficulty}, resample {stage3.resample}"
         out.append(f"Stage 3 prefers queries that teach it ({chosen}): the paper takes what it has drawn.")
-    for key, printed in reported["hyperparameters"]["stage3"].items():
-        value = stage3
-        for part in key.split("."):
-            value = getattr(value, part)
-        if value != printed:
-            out.append(f"stage3.{key} is {value}, in the paper {printed}: the profile names its source.")
+    out += [
+        f"{key} is {value}, in the paper {printed}: the profile names its source."
+        for key, value, printed in first_page.changed_values(settings, reported)
+    ]
     out.append(
         "The gain is given over two baselines: the paper's is LamRA-Ret, stage 2 read at the EOL token; "
         "stage 2 at [RET] is the harder one."
@@ -204,98 +208,137 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
     return out
 
 
-def missing_sets(run: Stage, reported: dict) -> list[str]:
-    """A line on the unseen sets, and one on the videos, that the folder of the profile did not have."""
-    unseen, video, lines = run.settings.unseen, run.settings.video, []
-    videos = {column.partition(" R@")[0] for column in reported["table7"]["columns"]}
-    for section, stage, table, names in (
-        (unseen, "80_generalise", "unseen.csv", SETS),
-        (video, "82_transfer", "clips.csv", videos),
+def not_run(run: Stage, reported: dict, table: pd.DataFrame) -> pd.DataFrame:
+    """What was not run: figures of the paper, sets that were not there, trainings of the study.
+
+    Args:
+        table: of `claims_table`.
+
+    Returns:
+        source, missing (how much), needs and the command that runs it.
+    """
+    rows = []
+    figures = table[table["ours"].isna() & table["paper"].notna()]
+    for (source, needed), part in figures.groupby(["source", "baseline"], sort=False):
+        needs, _, command = needed.partition(": ")
+        rows.append((source, f"{len(part)} figures", needs, command))
+    profile = f"{run.settings.profile} --seed {run.seed}"
+    for section, stage, name, names in (
+        (run.settings.unseen, "80_generalise", "unseen.csv", SETS),
+        (
+            run.settings.video,
+            "82_transfer",
+            "clips.csv",
+            {column.partition(" R@")[0] for column in reported["table7"]["columns"]},
+        ),
     ):
         if section is None or section.sets is None:
             continue
-        scored = read_table(run.require(stage) / table)["set"]
+        scored = read_table(run.require(stage) / name)["set"]
         if lacking := ", ".join(sorted(set(names) - set(scored))):
-            again = f"run {run.settings.profile} --seed {run.seed} --only {stage[:2]} --force"
-            place = f"{lacking}: not in {as_written(section.sets)} when {stage} ran"
-            lines.append(f"{place}; put it there, then: python -m elva_core {again}")
-    return lines
+            command = f"python -m elva_core run {profile} --only {stage[:2]} --force"
+            rows.append((stage, lacking, f"these in {as_written(section.sets)}", command))
+    runs = read_table(run.require("60_ablate") / "runs.csv")
+    trained = set(zip(runs["arm"], runs["seed"].astype(int), strict=True))
+    plan = {(name, seed) for name, _, seed in planned(run.settings)}
+    if lacking := len(plan - trained):
+        command = f"python -m elva_core study {profile}"
+        rows.append(("ablation study", f"{lacking} of {len(plan)} trainings", "time", command))
+    return pd.DataFrame(rows, columns=["source", "missing", "needs", "command"])
 
 
-def write(
-    run: Stage, reported: dict, table: pd.DataFrame, cost_table: pd.DataFrame, audit: pd.DataFrame
-) -> None:
-    """Writes table.md and stages.md (the README's blocks), report.md, and report.html with its figures."""
+def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
+    """Writes the README's blocks (*.md), report.md, and report.html with its figures, from a folder's tables.
+
+    Args:
+        folder: with a CSV file for each of `Tables`, and figures/.
+    """
     # the README's blocks
-    settings = run.settings
+    tables = first_page.read(folder)
+    table = tables.claims
     note = (
-        f"Profile {settings.profile}, seed {run.seed}, device {settings.device}; hit rates in percent, 95 % "
+        f"Profile {settings.profile}, seed {seed}, device {settings.device}; hit rates in percent, 95 % "
         f"intervals over queries; several seeds: outputs/{settings.profile}/study."
     )
     if not settings.evidence:
-        note += " This profile tests plumbing; its numbers are no evidence."
+        note += f" {no_evidence(settings.profile)}"
     block = claims.markdown(table, reported, note)
-    steps = decomposition.sentence(study_table(run, "decomposition"), settings.profile)
-    block += f"\n\nWhere the gain comes from, over {settings.profile}'s study. {steps}"
-    minutes, memory = cost_table["wall_s"].sum() / 60, cost_table["peak_memory_gb"].max()
-    files.write_whole(run.folder / "result.md", result(run, table, minutes) + "\n")
-    files.write_whole(run.folder / "table.md", block + "\n")
-    files.write_whole(run.folder / "stages.md", stages(cost_table) + "\n")
+    blocks = {
+        "result": first_page.result(tables, settings, reported),
+        "commands": first_page.commands(tables, settings, seed),
+        "claims": block,
+        "stages": stages(tables.cost),
+    }
+    for name, text in blocks.items():
+        files.write_whole(folder / f"{name}.md", text + "\n")
 
-    # what was measured besides the main claims: beside the paper, without it, and what was not run
-    others = table[table["ours"].notna() & ~table.index.isin(claims.main(table, reported).index)]
+    # claims by verdict; results without a figure in the paper, by their table
+    measured = table[table["ours"].notna()]
+    judged = measured[measured["verdict"].isin(claims.VERDICTS)]
+    judged = judged.sort_values("verdict", key=lambda words: words.map(claims.VERDICTS.index), kind="stable")
+    judged = judged.assign(claim=judged["source"] + ": " + judged["claim"])
+    others = measured[measured["paper"].isna() & ~measured.index.isin(claims.main(table, reported).index)]
     others = others[~others["claim"].str.startswith(PLAIN)]
-    beside = others[others["paper"].notna()].sort_values("source", kind="stable")
-    beside = beside.assign(claim=beside["source"] + ": " + beside["claim"])
-    folded = "\n\n".join(
-        _folded(source, rows) for source, rows in others[others["paper"].isna()].groupby("source", sort=True)
+    folded = "\n\n".join(_folded(source, rows) for source, rows in others.groupby("source", sort=True))
+    linked = tables.answers.assign(
+        stage=[f"[{stage}](../executed/{stage}.ipynb)" for stage in tables.answers["stage"]]
     )
-    missing = table[table["ours"].isna()].groupby(["source", "baseline"], sort=False)
-    not_run = [f"{source}, {len(rows)} figures: needs {needs}" for (source, needs), rows in missing]
-    installed = pd.read_csv(run.require("00_check_environment") / "environment.csv")
-    packages = installed["package"] + " " + installed["installed"]
+    packages = tables.environment["package"] + " " + tables.environment["installed"].astype(str)
 
-    text = f"""# Report: profile {settings.profile}, seed {run.seed}
+    warning = "" if settings.evidence else f"**{no_evidence(settings.profile)}**\n\n"
+    text = f"""# Report: profile {settings.profile}, seed {seed}
+
+{warning}{first_page.page(tables, settings, seed, reported)}
+
+## Claims that can be compared, by verdict
+{statistics.RULE}
 
 {claims.counted(table)} Every row: claims.csv.
 
-{statistics.RULE}
+{claims.listed(judged)}
 
-## What was claimed, what was measured
+## What was measured on MRBench
 {block}
 
 ![Paired differences on MRBench](figures/differences.png)
 
 ## Where the gain comes from
-{gain(run)}
+{gain(tables, settings)}
+
+## What each notebook answers
+{_table(linked)}
 
 ## Deviations from the paper
-{_list(deviations(settings, reported))}
+{first_page.listed(deviations(settings, reported))}
 
 ## What was not run
-{_list([*missing_sets(run, reported), *not_run])}
+{_table(tables.not_run.assign(command="`" + tables.not_run["command"] + "`"))}
 
-## What else the paper has a figure for, at this size
-{claims.listed(beside)}
-
-## What the paper has no figure for
+## Results without a figure in the paper
 What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in PLAIN)} alone: claims.csv.
 
 {folded}
 
 ## Figures of the paper that do not add up
-{_table(audit[~audit["agrees"]].drop(columns="agrees"))}
+{_table(tables.audit[~tables.audit["agrees"]].drop(columns="agrees"))}
 
 ## Cost
-{minutes:.1f} minutes in all, {memory:.1f} GB at most.
-
-{_table(cost_table)}
+{_table(tables.cost)}
 
 ## Environment
 {", ".join(packages)}.
 """
-    files.write_whole(run.folder / "report.md", text)
-    files.write_whole(run.folder / "report.html", page(text, run.folder))
+    files.write_whole(folder / "report.md", text)
+    files.write_whole(folder / "report.html", page(text, folder))
+
+
+def renew(profile: str, seed: int) -> Path:
+    """Writes a finished report's texts anew from its tables, with today's words; returns its folder."""
+    folder = stage_folder(profile, seed, REPORT)
+    write(folder, config.load(profile), seed, statistics.reported())
+    record = manifest(profile, seed, REPORT) | {"files": listed_files(folder)}
+    files.write_whole(folder / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return folder
 
 
 def stages(cost_table: pd.DataFrame) -> str:
@@ -342,10 +385,6 @@ def page(text: str, folder: Path) -> str:
 def _folded(title: str, rows: pd.DataFrame) -> str:
     """Claims that are seen once their title is clicked."""
     return f"<details><summary>{title} ({len(rows)})</summary>\n\n{claims.listed(rows)}\n\n</details>"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)
 
 
 def _table(frame: pd.DataFrame) -> str:

@@ -6,7 +6,7 @@ run.close(answer=sentences.joined(answer, sentences.wrong_modality(units)))
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from elva_core.retrieval import metrics
 
 SAMPLES = 1000  # of the bootstrap over training steps
 START = "**Answer.** "
+MOST = 8  # differences that are named in one sentence although they are inconclusive
 
 
 def joined(*answers: Markdown) -> Markdown:
@@ -44,22 +45,36 @@ def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lowe
 def number(value: float, low: float, high: float, unit: str, *, sign: bool = False) -> str:
     """A value with its interval.
 
-    >>> number(36.71, 34.1, 39.25, "%"), number(0.04, -0.06, 0.1, "points", sign=True)
-    ('36.7 % [34.1, 39.2]', '+0.0 points [-0.1, 0.1]')
+    >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
+    ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
     """
-    return f"{value:{'+' if sign else ''}.1f} {unit} [{low:.1f}, {high:.1f}]"
+    value, low, high = (round(bound, 1) + 0.0 for bound in (value, low, high))  # no -0.0
+    return f"{value:{'+' if sign else ''}.1f}{f' {unit}' if unit else ''} [{low:.1f}, {high:.1f}]"
 
 
-def scores(table: pd.DataFrame, name: str, metric: str) -> Markdown:
+def answer(*parts: Markdown | str) -> Markdown:
+    """Sentences as one answer, each of which may be an answer of its own.
+
+    >>> answer("One.", Markdown("**Answer.** Two.")).data
+    '**Answer.** One. Two.'
+    """
+    texts = (getattr(part, "data", part).removeprefix("**Answer.** ") for part in parts)
+    return Markdown("**Answer.** " + " ".join(text for text in texts if text))
+
+
+def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) -> Markdown:
     """The highest and the lowest of some scores, with their intervals.
 
     Args:
-        table: value, ci_low, ci_high as shares, n, and the column `name` of what is compared.
+        table: value, ci_low, ci_high, n, and the column `name` of what is compared. scale: from the values to
+            percent.
     """
+    if table.empty:
+        return _said(f"{metric}: not measured.")
     rows = table.sort_values("value", ascending=False).to_dict("records")
 
     def told(row: Mapping) -> str:
-        bounds = (100 * row[column] for column in ("value", "ci_low", "ci_high"))
+        bounds = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
         return f"{row[name]} ({number(*bounds, '%')}, n = {row['n']:,})"
 
     if len(rows) == 1:
@@ -178,3 +193,138 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
         clauses.append(f"{name} {text} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
     steps = f"first against last {tenth} of {len(history)} steps"
     return _said(f"{'; '.join(clauses)}; {steps}.")
+
+
+def agreement(points: Sequence[float]) -> str:
+    """Whether single seeds agree on the sign of a difference, with their range; "" where none was run.
+
+    >>> agreement((0.5, -0.1, 3.0)), agreement((0.5, 2.0)), agreement((0.5,))
+    (' (seeds disagree: -0.1 to +3.0)', ' (every seed: +0.5 to +2.0)', ' (one seed)')
+    """
+    if len(points) < 2:
+        return " (one seed)" if points else ""
+    low, high = (round(end(points), 9) + 0.0 for end in (min, max))  # no -0.0, no noise of the last digit
+    word = "seeds disagree" if low < 0 < high else "every seed" if low > 0 or high < 0 else "single seeds"
+    low, high = (round(end, 1) + 0.0 for end in (low, high))
+    return f" ({word}: {low:+.1f} to {high:+.1f})"
+
+
+def changes(
+    pairs: pd.DataFrame, label: str, what: str, *, scale: float = 100.0, command: str = ""
+) -> Markdown:
+    """What many paired differences say: those above zero, those below it, those that are inconclusive.
+
+    Args:
+        pairs: value, ci_low, ci_high, n, the column `label` that names a row, and by seed where there are
+            several. what: is compared, in words. scale: from the values to points. command: that runs what
+            is missing.
+    """
+    if pairs.empty:
+        return _said(f"{what}: not run{f' ({command})' if command else ''}.")
+    groups: dict[str, list[str]] = {"higher": [], "lower": [], "inconclusive": [], "the same": []}
+    for row in pairs.to_dict("records"):
+        value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
+        word = "the same" if value == low == high == 0 else direction(low, high)
+        seeds = agreement(row["by seed"]) if "by seed" in row else ""
+        groups[word].append(f"{row[label]} {number(value, low, high, '', sign=True)}{seeds}")
+    if len(pairs) > MOST and len(groups["inconclusive"]) > 1:
+        groups["inconclusive"] = [f"the {len(groups['inconclusive'])} others of the table"]
+    listed = "; ".join(f"{word} for {', '.join(rows)}" for word, rows in groups.items() if rows)
+    return _said(f"{what}, in points: {listed} ({counted(pairs['n'])}).")
+
+
+def counted(n: pd.Series) -> str:
+    """The number of queries behind rows of a table.
+
+    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60]))
+    ('n = 120 to 1,200 queries', 'n = 60 queries')
+    """
+    low, high = int(n.min()), int(n.max())
+    return f"n = {low:,} queries" if low == high else f"n = {low:,} to {high:,} queries"
+
+
+def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
+    """Which scores are above chance, which below, and of which that cannot be said.
+
+    Args:
+        table: value, ci_low, ci_high, chance (shares), n, and the column `label` that names a row.
+    """
+    over = table.assign(**{column: table[column] - table["chance"] for column in ("ci_low", "ci_high")})
+    groups: dict[str, list[str]] = {"above": [], "below": [], "not clearly off": []}
+    for row, apart in zip(table.to_dict("records"), over.itertuples(), strict=True):
+        word = direction(apart.ci_low, apart.ci_high, ("above", "below"))
+        told = number(*(100 * row[column] for column in ("value", "ci_low", "ci_high")), "%")
+        chance = f"{100 * row['chance']:.1f}"
+        groups[word.replace("inconclusive", "not clearly off")].append(f"{row[label]} {told} ({chance})")
+    listed = "; ".join(f"{word} chance: {', '.join(rows)}" for word, rows in groups.items() if rows)
+    counts = f" ({counted(table['n'])}; chance in brackets)" if len(table) else ""
+    return _said(f"{what}: {listed or 'not measured'}{counts}.")
+
+
+def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
+    """How many times as fast one way is, on each side and batch that was timed.
+
+    Args:
+        table: `throughput.times`.
+    """
+    clauses = [
+        f"{row.side} {row.batch} at a time {row.times:.1f} [{row.lowest:.1f}, {row.highest:.1f}]"
+        for row in table[table["way"] == way].itertuples()
+    ]
+    told = f"{table['rounds'].min()} rounds of {int(table['n'].min())} items or more"
+    return Markdown(
+        f"**Answer.** {way} takes fewer seconds than {base} by these factors, with the range of {told}: "
+        f"{', '.join(clauses)}."
+    )
+
+
+def trade(table: pd.DataFrame, base: str) -> Markdown:
+    """Hit rate and speed of every way that was timed, and those that were not.
+
+    Args:
+        table: way, value, ci_low, ci_high (percent), n and per second, nan where it was not measured. base:
+            the way that the others stand beside.
+    """
+    timed, untimed = table[table["per second"].notna()], table[table["per second"].isna()]
+    clauses = []
+    for row in timed.sort_values("way", key=lambda ways: ways != base).to_dict("records"):
+        rate = number(row["value"], row["ci_low"], row["ci_high"], "%")
+        clauses.append(f"{row['way']} {rate} at {row['per second']:,.0f} queries a second")
+    rest = [f"{row['way']} ({row['value']:.1f} %)" for row in untimed.to_dict("records")]
+    apart = f"; speed not measured: {', '.join(rest)}" if rest else ""
+    return _said(f"hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
+
+
+def costs(table: pd.DataFrame) -> Markdown:
+    """What writing a summary costs: hit rate, speed of one query at a time and passes of the language model.
+
+    Args:
+        table: `compare.speeds`.
+    """
+    clauses = [
+        f"{row['arm']} finds {row['hit@5']:.1f} % and takes {row['passes']:.1f} passes a query, "
+        f"{row['queries a second']:.1f} queries a second ({row['seeds']} seeds)"
+        for row in table.to_dict("records")
+    ]
+    return _said(f"hit@5 and cost: {'; '.join(clauses) or 'no arm was timed'}.")
+
+
+def lengths(table: pd.DataFrame) -> Markdown:
+    """From how many queries on a training is above where it began, if it is at every longer one, too.
+
+    Args:
+        table: `compare.efficiency`.
+    """
+    clauses = []
+    for name, part in table[table["queries"] > 0].groupby("run", sort=False):
+        part = part.sort_values("queries")
+        enough = part[(part["ci_low"] > 0)[::-1].cummin()[::-1]]  # at this length and at every longer one
+        text = "not clearly above stage 2 at its longest"
+        if len(enough):
+            text = f"above stage 2 from {enough['queries'].iloc[0]:,} queries on"
+        last = part.iloc[-1]
+        gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
+        clauses.append(f"{name} is {text} (lengths tried: {len(part)}; {last['queries']:,} queries: {gain})")
+    if not clauses:
+        return Markdown("**Answer.** Not run.")
+    return _said(f"{'; '.join(clauses)} ({counted(table['n'])}, one seed).")

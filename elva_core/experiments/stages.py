@@ -165,11 +165,7 @@ class Stage:
             answer: to the notebook's question; the chain puts it under the question in the executed copy.
         """
         read = sorted(self.settings._read)
-        sizes: dict[str, dict] = {}
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder).as_posix()
-            if path.is_file() and not name.startswith("work/"):
-                sizes[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        sizes = listed_files(self.folder)
         record = {
             "stage": self.name,
             "profile": self.settings.profile,
@@ -192,6 +188,16 @@ class Stage:
         _move_into_place(self.folder, stage_folder(self.settings.profile, self.seed, self.name))
         lock.give_back(seed_place(self.settings.profile, self.seed))
         return {"stage": self.name, "profile": self.settings.profile, "seed": self.seed, "files": len(sizes)}
+
+
+def listed_files(folder: Path) -> dict[str, dict]:
+    """Size and hash of every file of a stage's folder, by name, as its manifest has them."""
+    sizes: dict[str, dict] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith("work/") and name != "manifest.json":
+            sizes[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return sizes
 
 
 def packages() -> dict[str, str]:

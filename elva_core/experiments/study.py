@@ -266,8 +266,21 @@ def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.
             run(settings, root, triplets, bench, backbone, folder, work)
     elif todo := missing(settings, backbone, folder):
         lacking = f"{len(todo)} of {len(planned(settings))} trainings have no result of these values"
-        log.warning("%s; run: python -m elva_core study %s", lacking, settings.profile)
+        log.warning("%s; run: %s", lacking, command(settings.profile))
     return read(folder, settings)
+
+
+def coverage(done: Study, settings: Settings) -> str:
+    """How many of the planned arms and trainings have a result, in words, with the command of the others."""
+    plan, there = planned(settings), done.runs[["arm", "seed"]]
+    arms_there, arms_planned = there["arm"].nunique(), len({name for name, *_ in plan})
+    rest = f"; the others: {command(settings.profile)}" if len(there) < len(plan) else ""
+    return f"{arms_there} of {arms_planned} arms have a result, {len(there)} of {len(plan)} trainings{rest}."
+
+
+def command(profile: str) -> str:
+    """What trains and measures the arms that have no result."""
+    return f"python -m elva_core study {profile}"
 
 
 def folders(profile: str) -> tuple[Path, Path]:
@@ -288,7 +301,7 @@ def read(folder: Path, settings: Settings) -> Study:
     """
     manifests, known = _manifests(folder, settings), arms(settings)
     if not manifests:
-        raise ProfileError(f"{folder} holds no result; run: python -m elva_core study {settings.profile}")
+        raise ProfileError(f"{folder} holds no result; run: {command(settings.profile)}")
 
     def table(kind: str) -> pd.DataFrame:
         """The files of one kind, of every arm and seed that has one, with arm, group and seed."""

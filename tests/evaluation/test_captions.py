@@ -639,6 +639,23 @@ def test_sets_of_a_profile_are_scored_where_they_are(profile, sets):
         profiles.UnseenSettings(sets="x", language="es", queries=3)
 
 
+def test_a_vendor_a_composition_and_a_language_are_told_apart():
+    """Four drawings, two of each composition: hits under each vendor and language by hand."""
+    values = {"trained vendor": [1, 1, 1, 0], "unseen vendor": [1, 0, 0, 0], "names in es": [0, 0, 0, 0]}
+    rows = [
+        {"set": name, "question": "vendor" if "vendor" in name else "language", "query": i, "value": v, "model": "m", "reported": True}
+        | {"group": emoji_variants.COMPOSITIONS[i // 2] if "vendor" in name else ""}
+        for name, hits in values.items()
+        for i, v in enumerate(hits)
+    ]
+    hits = pd.DataFrame(rows)
+    table = captions.shifts(pd.concat([hits, hits.assign(model="other", value=1)]), "m", 200, 0).set_index("what")
+    # known compositions lose 0.5 and unseen ones 0.5 by the vendor; means over vendors 0.75 and 0.25; 0.5 against 0.5 of the mixed cells
+    assert table["value"].tolist() == pytest.approx([-0.5, -0.5, 0.0, -0.25]) and set(table["n"]) == {4}
+    assert (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
+    assert captions.shifts(hits[hits["set"] == "names in es"], "m", 5, 0).empty
+
+
 def test_a_chain_without_the_sets_goes_on_with_empty_tables(profile, tmp_path):
     asked = profile.model_copy(update={"unseen": profiles.UnseenSettings(sets=str(tmp_path / "nowhere"))})
     loaded = captions.profile_sets(asked, tmp_path)
@@ -652,6 +669,7 @@ def test_a_chain_without_the_sets_goes_on_with_empty_tables(profile, tmp_path):
         and captions.described(loaded).empty
         and captions.false_captions(loaded).empty
         and captions.side_by_side(results, "vendor").empty
+        and captions.shifts(hits, "stage 3", 5, 0).empty
     )
     assert not len(schema.scores(captions.headline(again))) and not len(schema.points(captions.headline(gains)))
     reached = results[results["reported"]]

@@ -150,6 +150,8 @@ def test_twins_ahead_are_paired_over_queries_and_said_beside_the_distance():
     assert said.startswith("From stage 2 to stage 3 the grain distance has no clear change, +0.000 [-0.100, 0.100] (n = 2 queries).")
     assert "ahead of the positive, 62.5 % under stage 2, shrinks, -20.0 [-20.0, -20.0] points (n = 2 queries)" in said
     assert said.endswith("by the grain that differs: who shrinks, -20.0 [-20.0, -20.0]; tone shrinks, -20.0 [-20.0, -20.0].")
+    told = grains.blindness(distance)
+    assert "is stage 2 0.300 [0.100, 0.500], stage 3 0.300 [0.000, 0.600]; from stage 2 to stage 3 it has no clear change, +0.000" in told
 
 
 def test_the_query_to_show_is_the_one_of_median_change_of_rank():

@@ -546,6 +546,10 @@ def test_the_gain_is_paired_over_what_moves_at_the_most_frames(tmp_path):
     own = hits.query("frames == 8 and words == 'name' and metric == 'hit@5' and motion != 'still'").set_index("model")["value"]
     assert row["value"] == pytest.approx(own["a"].mean() - own["b"].mean()) and row["ci_low"] < row["value"] < row["ci_high"]
     assert row["paper"] == pytest.approx(70.5 - 68.6) and row["n"] == 30
+    (more,) = video.more_frames(hits, "a", 200, 1).to_dict("records")
+    few = hits.query("frames == 1 and words == 'name' and metric == 'hit@5' and motion != 'still' and model == 'a'")["value"].mean()
+    assert more["what"] == "8 frames over 1" and more["value"] == pytest.approx(own["a"].mean() - few) and more["n"] == 30
+    assert video.more_frames(hits[hits["frames"] == 1], "a", 5, 1).empty
     results = video.table(hits, 10, 1)
     rows = video.headline(results)
     assert len(rows) == 2 * 3 and set(rows["group"]) == {"8 frames"} and video.experiment(hits) == "Table 7, own clips"
@@ -569,6 +573,7 @@ def test_a_profile_may_name_the_sets_or_nothing(tmp_path, smoke):
     with pytest.raises(files.ElvaDataError, match="none of"):
         video.measure(known.model_copy(update={"sets": str(tmp_path / "msvd")}), tmp_path, look)
     nothing = video.measure(None, tmp_path, look).assign(model="a")
+    assert video.more_frames(nothing, "a", 5, 1).empty
     results, gains = video.table(nothing, 5, 1), video.gain(nothing, "a", "b", statistics.reported(), 5, 1)
     assert not len(results) and not len(gains) and not len(video.headline(results)) and not len(results_schema.points(gains))
     assert figures.frames_seen(results, "none") and figures.frames_seen(video.table(hits.query("metric == 'hit@5'"), 5, 1), "some")

@@ -91,12 +91,30 @@ def test_only_the_gain_over_eol_at_five_has_the_papers_figure_and_a_verdict(tabl
     assert set(plumbing["verdict"]) == {""}
 
 
-def test_the_sentence_names_the_gain_its_steps_n_and_seeds(table):
+def test_the_sentence_names_the_gain_its_steps_seeds_and_losses(table):
     said = decomposition.sentence(table, "cpu")
-    assert said.startswith("Stage 3 over stage 2, EOL only, hit@5: +50.0 [") and "(paper +13.1 %: reproduced)" in said
+    assert said.startswith("Stage 3 over stage 2, EOL only, hit@5: +50.0 [") and "(paper +13.1 %: reproduced); lower on no task." in said
     assert "generation +12.5 [" in said and "more InfoNCE -6.2 [" in said and "ranking reward +43.8 [" in said
+    # by hand, points under seed 17 and 18: EOL 12.5, 25; [RET] 37.5, 25; control 37.5, 12.5; stage 3 75, 62.5
+    seeds = ("(single seeds: +0.0 to +25.0)", "(single seeds: -12.5 to +0.0)", "(every seed: +37.5 to +50.0)")
+    assert [said.index(words) for words in seeds] == sorted(said.index(words) for words in seeds)
     assert said.endswith("(n = 8 queries, seeds 17, 18).")
     assert "paper" not in decomposition.sentence(table, "cpu", k=1)
+
+
+def test_a_task_that_stage_3_makes_worse_is_named_with_its_values(settings):
+    """Task 1 loses a query of four under one seed of two, task 0 gains."""
+    worse = RANKS | {("stage 2, EOL only", 17): [9, 9, 9, 9, 1, 1, 1, 1], ("stage 2, EOL only", 18): [1, 1, 9, 9, 1, 9, 9, 9]}
+    said = decomposition.sentence(decomposition.table(made(worse), None, settings), "cpu")
+    assert "lower on x_task1 (62.5 to 37.5 %, -25.0 [" in said and "points, inconclusive)" in said and "x_task0" not in said
+
+
+def test_the_controls_negatives_are_told_from_the_profile(smoke):
+    there = smoke.changed({"stage3": {"negatives": {"hard": 4, "random": 2}}})
+    told = {(4, 2): ("all", "all"), (3, 0): ("3", "none"), (None, None): ("all", "all")}
+    for (hard, random), (of_hard, of_random) in told.items():
+        said = decomposition.negatives(there.changed({"control": {"hard": hard, "random": random}}))
+        assert said == f"{of_hard} of stage 3's 4 hard negatives and {of_random} of its 2 random ones"
 
 
 def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
@@ -106,6 +124,7 @@ def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
     assert overview["generation"] == overview["all"] == "not run" and overview["ranking reward"].startswith("+43.8")
     said = decomposition.sentence(rows, "cpu")
     assert "stage 2, EOL only, seeds 17, 18, 19; stage 2, seeds 19; InfoNCE control, seeds 19 (python -m elva_core study cpu)" in said
+    assert said.startswith(decomposition.sentence(rows, "")) and "Not run" not in decomposition.sentence(rows, "")
     written = [text.get_text() for text in decomposition.figure(rows).findobj(Text)]
     assert written.count("not run") == 2 * len(decomposition.CUTOFFS)
     nothing = decomposition.table(made({("x", 1): [1]}), None, smoke)
@@ -113,15 +132,19 @@ def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
     assert decomposition.measured(nothing, decomposition.shares(made({("x", 1): [1]}), 5), dataset="d", backbone="b").empty
 
 
-def test_a_bar_goes_from_the_level_before_its_step_to_the_level_after_it(table):
+def test_bars_are_joined_at_the_levels_of_the_steps_on_one_scale(table):
     figure = decomposition.figure(table)
     bars = [(bar.get_y(), bar.get_height()) for bar in figure.axes[1].patches]
     assert [start for start, _ in bars] == pytest.approx([0, 12.5, 6.25, 0])
     assert [start + height for start, height in bars] == pytest.approx([12.5, 6.25, 50, 50])
+    joined = [line.get_ydata().tolist() for line in figure.axes[1].lines if np.diff(line.get_xdata()).tolist() == pytest.approx([0.4])]
+    assert joined == [pytest.approx([level, level]) for level in (12.5, 6.25, 50)]
     ends = {tuple(np.round(s[:, 1], 4)) for lines in figure.axes[1].collections for s in lines.get_segments()}
     row = chosen(table, "ranking reward")
     assert tuple(np.round([6.25 + row["ci_low"], 6.25 + row["ci_high"]], 4)) in ends
-    assert "n = 8 queries, seeds 17, 18" in figure.get_suptitle()
+    dots = [line.get_ydata() for line in figure.axes[1].lines if line.get_marker() == "."]
+    assert dots[2] == pytest.approx([6.25 + 37.5, 6.25 + 50])  # seed by seed, from the level before
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim() and "n = 8 queries, seeds 17, 18" in figure.get_suptitle()
 
 
 def test_shares_of_the_gain_are_those_of_the_points(table):
@@ -154,8 +177,13 @@ def test_the_report_reads_the_tables_back(table, settings, tmp_path):
         rows.to_csv(tmp_path / f"{name}.csv", index=False)
     run = SimpleNamespace(settings=settings, require=lambda stage: tmp_path / stage)
     back = report.study_table(run, "decomposition")
+    tables = SimpleNamespace(
+        decomposition=back,
+        headroom=written["70_analyse_grains/headroom"],
+        shares=written["70_analyse_grains/shares"],
+    )
     pd.testing.assert_frame_equal(decomposition.overview(back), decomposition.overview(table))
-    text = report.gain(run)
+    text = report.gain(tables, settings)
     assert decomposition.sentence(table, settings.profile) in text and "| greedy | 25.0 | 50.0 | 25.0 | 50.0 |" in text
     assert "| all | stage 3 over stage 2, EOL only | +37.5" in text and "Embed-RL-2B" in text and "50 % [" in text
 

@@ -51,7 +51,7 @@ def made(text, stage=TRAINED, name="model/model.safetensors"):
     ("changes", "stale"),
     [
         ({"evaluation": {"batch": 1}}, "00 50 60 70 80 82 85 90"),
-        ({"study": {"arms": ["stage 2"]}}, "00 60 82"),
+        ({"study": {"arms": ["stage 2"]}}, "00 60 82 90"),
         ({"stage2": {"steps": 9}}, "00 30 60 85 90"),
         ({"stage3": {"reward": {"alpha": 0.5}}}, "00 40 60 82 85 90"),
         ({"distil": {"pairs": 9}}, "00 85"),
@@ -90,7 +90,7 @@ def test_an_arm_that_changes_makes_the_notebooks_of_the_study_stale_and_no_other
     (tmp_path / "arms.yaml").write_text(text.replace("timed: true, trains: stage3,", "timed: true, trains: control,"))
     assert (tmp_path / "arms.yaml").read_text() != text
     monkeypatch.setattr(arms, "PARAMS", tmp_path)
-    assert [stage[:2] for stage, key in current(smoke).items() if key != before[stage]] == ["60", "82"]
+    assert [stage[:2] for stage, key in current(smoke).items() if key != before[stage]] == ["60", "82", "90"]
 
 
 def test_an_arm_beside_a_row_that_the_paper_does_not_have_is_refused_before_anything_trains(smoke, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_results_of_a_study_of_its_own_command_are_an_input(outputs, smoke):
     settings = smoke.changed({"study": {"in_chain": False}})
     before = current(settings)
     files.write_whole(outputs / "smoke/study/stage-2/seed-17/manifest.json", "{}")
-    assert [stage[:2] for stage, key in current(settings).items() if key != before[stage]] == ["60", "82"]
+    assert [stage[:2] for stage, key in current(settings).items() if key != before[stage]] == ["60", "82", "90"]
 
 
 def test_an_input_counts_by_what_later_stages_take_from_it(outputs, smoke, monkeypatch):
@@ -262,21 +262,24 @@ def test_stages_of_the_older_layout_are_named_with_what_to_do_and_left_alone(out
     assert (outputs / "smoke/seed-1/.40_finetune_rlvr.partial/work/checkpoint").is_file()
 
 
-def test_the_report_names_sets_that_were_not_there(smoke, tmp_path):
+def test_the_report_has_one_row_for_what_was_not_run_with_its_command(smoke, tmp_path):
     pd.DataFrame({"set": ["circo"]}).to_csv(tmp_path / "unseen.csv")
     pd.DataFrame({"set": ["MSVD"]}).to_csv(tmp_path / "clips.csv")
+    (first, _, seed), *rest = arms.planned(smoke)
+    pd.DataFrame([{"arm": first, "seed": seed}]).to_csv(tmp_path / "runs.csv")
     run = SimpleNamespace(settings=smoke, seed=1, require=lambda stage: tmp_path)
     reported = {"table7": {"columns": ["MSR-VTT R@1", "MSR-VTT R@5", "MSVD R@1"]}}
-    assert report.missing_sets(run, reported) == []  # sets of its own
-    video = smoke.video.model_copy(update={"sets": f"{files.REPOSITORY}/data/videos"})
+    figures = pd.DataFrame({"ours": [None, None, 3.0], "paper": [1.0, 2.0, 3.0]}).assign(source="Table 1", baseline="GPUs: make x")
+    table, trainings = report.not_run(run, reported, figures).to_numpy().tolist()  # sets of its own: none is missing
+    assert table == ["Table 1", "2 figures", "GPUs", "make x"]
+    command = "python -m elva_core study smoke --seed 1"
+    assert trainings == ["ablation study", f"{len(rest)} of {len(rest) + 1} trainings", "time", command]
+    video = smoke.video.model_copy(update={"sets": f"{files.REPOSITORY}/data/videos", "drawings": None})
     run.settings = smoke.model_copy(update={"unseen": config.UnseenSettings(sets="data/unseen"), "video": video})
-    unseen, clips = report.missing_sets(run, reported)
-    assert unseen.startswith(
-        "ccneg, flickr30k, genecis, mt_fashioniq, sharegpt4v, sugarcrepe, urban1k, visdial: not in data/unseen when 80_"
-    )
-    assert clips == (
-        "MSR-VTT: not in data/videos when 82_transfer ran; put it there, then: python -m elva_core run smoke --seed 1 --only 82 --force"
-    )
+    unseen, clips = report.not_run(run, reported, figures).to_numpy().tolist()[1:3]
+    sets = "ccneg, flickr30k, genecis, mt_fashioniq, sharegpt4v, sugarcrepe, urban1k, visdial"
+    assert unseen[:3] == ["80_generalise", sets, "these in data/unseen"]
+    assert clips == ["82_transfer", "MSR-VTT", "these in data/videos", "python -m elva_core run smoke --seed 1 --only 82 --force"]
 
 
 OFFERED = {"root": "10_prepare_data", "bench": "20_build_mrbench"}  # by a stage, of these

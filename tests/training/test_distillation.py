@@ -15,7 +15,7 @@ from elva_core.config import ProfileError
 from elva_core.data import images
 from elva_core.data import items as data_items
 from elva_core.evaluation import statistics, throughput
-from elva_core.experiments import claims, estimate, figures, jobs, plan, results, stages
+from elva_core.experiments import claims, estimate, figures, jobs, plan, results, sentences, stages
 from elva_core.export import hub
 from elva_core.models import encoder, generation
 from elva_core.retrieval import cache, retriever
@@ -264,6 +264,15 @@ def test_a_plan_counts_the_passes_and_summaries_of_the_single_pass(smoke):
     assert {stage.name for stage in plan.stages(without)} == rows.keys() - {"single pass", "single pass, its summaries"}
 
 
+def test_how_many_times_as_fast_is_of_medians_with_the_range_of_the_rounds():
+    rows = [("base", "queries", 1, 10.0, 8.0, 20.0), ("new", "queries", 1, 30.0, 20.0, 40.0), ("new", "candidates", 1, 5.0, 5.0, 5.0)]
+    table = pd.DataFrame(rows, columns=["way", "side", "batch", "per second", "lowest", "highest"]).assign(n=16, rounds=3)
+    (row,) = throughput.times(table, "base").to_dict("records")  # no row for what its base was not timed on
+    assert [row[c] for c in ("times", "lowest", "highest")] == [3, 1, 5] and row["way"] == "new"
+    said = sentences.faster(throughput.times(table, "base"), "new", "base").data
+    assert said.endswith("the range of 3 rounds of 16 items or more: queries 1 at a time 3.0 [1.0, 5.0].")
+
+
 def test_quality_and_speed_become_claims_and_a_figure():
     quality = pd.DataFrame([["single pass", "average", "hit@5", 0.3, 0.2, 0.4, 50]], columns=["model", "unit", "metric", *"vlhn"])
     quality.columns = ["model", "unit", "metric", "value", "ci_low", "ci_high", "n"]
@@ -279,6 +288,10 @@ def test_quality_and_speed_become_claims_and_a_figure():
     assert ours["single pass", "queries per second, 1 at a time"] == 9 and ours["single pass", "forward passes, queries"] == 1
     assert table.set_index("claim").loc["single pass over stage 3", "ci_low"] == pytest.approx(-50)
     rates = quality.rename(columns={"model": "way"}).assign(value=30.0, ci_low=20.0, ci_high=40.0)
-    (axis,) = figures.quality_against_speed(rates.merge(speed[speed["batch"] == 64], on="way", suffixes=("", "_timed")), "t").axes
+    rates = pd.concat([rates, rates.assign(way="another", value=35.0)])
+    trade = rates.merge(speed[speed["batch"] == 64].drop(columns="n"), on="way", how="left")
+    assert sentences.trade(trade, "stage 3").data.endswith("at 90 queries a second (n = 50 queries); speed not measured: another (35.0 %).")
+    (axis,) = figures.quality_against_speed(trade, "t").axes
+    assert [text.get_text() for text in axis.figure.legends[0].texts] == ["another (speed not measured)", "single pass"]
     assert axis.get_xscale() == "log" and "n = 50" in axis.get_title()
     assert next(tuple(line.get_xydata()[0]) for line in axis.lines if len(line.get_xydata()) == 1) == (90, 30)

@@ -250,8 +250,13 @@ def test_a_depth_beyond_the_lists_is_refused(searcher, smoke):
 def test_table_figure_and_claims_of_a_second_look(model, searcher, seen, settings, smoke):
     weights = reranking.choose(reranking.weigh([seen], 0.05))
     hits = reranking.hits([seen], weights, 0.05, first="stage 3", cutoffs=[1, 5])
-    taken = reranking.seconds(model, searcher, [(seen, searcher.embedded("emoji_task0"))], settings, first="stage 3")
-    assert taken["n"].tolist() == [settings.timed] * 3 and (taken["seconds"].iloc[1:] > taken["seconds"].iloc[0]).all()
+    pool = [(seen, searcher.embedded("emoji_task0"))]
+    taken = reranking.seconds(model, searcher, pool, settings, weights, 0.05, first="stage 3")
+    assert taken["n"].tolist() == [settings.timed] * 5 and (taken["seconds"].iloc[1:] > taken["seconds"].iloc[0]).all()
+    alone = reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken[~taken["model"].str.contains("fused")])
+    assert alone.set_index("model")["seconds"].isna().to_dict() == {
+        m: "fused" in m or "best" in m for m in alone["model"]
+    }  # none is copied
     table = reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken)
     assert table["seconds"].isna().tolist() == ["best" in m for m in table["model"]]
     assert reranking.table(benchmark.mrbench_table(hits, [1, 5], 50, 0), taken)["hit@1"].between(0, 100).all()

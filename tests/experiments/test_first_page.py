@@ -1,0 +1,121 @@
+"""README's first screen and the report's first page say what their tables say, also where that is against the paper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from elva_core.evaluation import headroom, statistics
+from elva_core.experiments import claims, decomposition, first_page
+from elva_core.files import ElvaDataError
+
+REPORTED = statistics.reported()
+INTERVALS = {  # step -> interval in points at hit@1, and at hit@5
+    "generation": ((1.0, 3.0), (2.0, 4.0)),
+    "more InfoNCE": ((-2.0, 1.0), (-1.0, 1.0)),
+    "ranking reward": ((-1.0, 1.0), (0.5, 1.5)),
+    "all": ((1.0, 5.0), (2.0, 6.0)),
+}
+
+
+def step(name, unit, metric, low, high):
+    new, old = {**decomposition.STEPS, **decomposition.SUMS}[name]
+    seeds = (low, high)
+    row = {
+        "by seed": seeds,
+        "step": name,
+        "new": new,
+        "old": old,
+        "unit": unit,
+        "group": "",
+        "metric": metric,
+        "n": 40,
+        "seeds": (17, 18),
+        "missing": "",
+    }
+    row |= {"old value": 50.0, "new value": 50 + (low + high) / 2, "value": (low + high) / 2, "ci_low": low, "ci_high": high}
+    return row | {"relative": low + high, "relative low": 2 * low, "relative high": 2 * high, "paper": None, "verdict": ""}
+
+
+@pytest.fixture
+def tables() -> first_page.Tables:
+    rows = [step(name, "", f"hit@{k}", *ends) for name, both in INTERVALS.items() for k, ends in zip((1, 5), both, strict=True)]
+    rows[-1] |= {"verdict": "same direction", "paper": 13.1}
+    rows += [step("all", "x_task0", "hit@5", 3.0, 9.0), step("all", "x_task4", "hit@5", -6.0, 2.0)]
+    distances = [("stage 2", 0.5, ""), ("stage 3", 0.4, ""), ("stage 3 over stage 2", -0.1, "contradicted")]
+    distances = [{"claim": c, "ours": v, "ci_low": v - 0.01, "ci_high": v + 0.01, "verdict": w, "paper": 0.1} for c, v, w in distances]
+    hits = [("stage 2", headroom.GREEDY, 0.4), ("stage 2", headroom.BEST, 0.6), ("stage 3", headroom.GREEDY, 0.5)]
+    return first_page.Tables(
+        claims=pd.DataFrame(distances).assign(source="Figure 4", metric=claims.DISTANCE, n=8).reindex(columns=claims.COLUMNS),
+        audit=pd.DataFrame({"what": ["a", "b"], "agrees": [True, False]}),
+        cost=pd.DataFrame({"stage": ["30_x", "40_y"], "wall_s": [90.0, 30.0], "peak_memory_gb": [1.5, 2.0]}),
+        answers=pd.DataFrame(),
+        not_run=pd.DataFrame(),
+        decomposition=pd.DataFrame(rows),
+        runs=pd.DataFrame({"arm": ["stage 3", "stage 3", "z"], "seed": [17, 18, 17], "wall_s": [3600.0] * 3}),
+        headroom=pd.DataFrame(hits, columns=["model", "summaries", "value"]).assign(unit="average", metric="hit@5"),
+        shares=pd.DataFrame([{"metric": "hit@5", "value": 0.5, "ci_low": 0.1, "ci_high": 0.9, "n": 40}]),
+        environment=pd.DataFrame(),
+    )
+
+
+def test_the_gain_stands_beside_the_papers_with_the_meaning_of_its_verdict(tables, smoke):
+    gain = first_page.findings(tables, smoke, REPORTED)[0]
+    assert (
+        "The paper: +13.1 %" in gain
+        and "+8.0 [4.0, 12.0] %, n = 40, 2 seeds: *same direction* (its interval is above zero and below" in gain
+    )
+    rows = tables.decomposition.copy()
+    rows.loc[rows["step"] == "all", ["value", "missing"]] = [float("nan"), "stage 3, seeds 18"]
+    assert "not run: stage 3, seeds 18." in first_page.findings(replace(tables, decomposition=rows), smoke, REPORTED)[0]
+
+
+def test_in_short_says_what_holds_at_one_cutoff_only_and_where_seeds_disagree(tables, smoke):
+    said = first_page.result(tables, smoke, REPORTED).splitlines()[0]
+    assert "ELVA gains over the EOL baseline, less than in the paper. Of +4.0 points of hit@5, the summary gives +3.0" in said
+    assert "reward +1.0 (higher; at hit@1 inconclusive). That ELVA is less grain-blind: contradicted." in said
+    rows = tables.decomposition.copy()
+    rows["by seed"] = [(-1.0, 2.0)] * len(rows)
+    said = first_page.result(replace(tables, decomposition=rows.assign(verdict="contradicted")), smoke, REPORTED).splitlines()[0]
+    assert "does not gain" in said and "inconclusive; seeds disagree)" in said
+
+
+def test_what_speaks_against_the_gain_is_said(tables, smoke):
+    _, parts, tasks, distance, _ = first_page.findings(tables, smoke, REPORTED)
+    assert "*ranking reward* (in its place) +1.0 [0.5, 1.5], +0.0 [-1.0, 1.0]" in parts and "hit@5: +0.5, +1.5." in parts
+    assert "text to image +6.0 [3.0, 9.0] (higher); image to image -2.0 [-6.0, 2.0] (lower, inconclusive)" in tasks
+    assert "from 0.500 to 0.400, -0.100 [-0.110, -0.090], n = 8 queries, one seed: *contradicted* (" in distance
+
+
+def test_easy_hard_and_cost_follow_from_what_was_measured(tables, smoke):
+    page = first_page.page(tables, smoke, 17, REPORTED)
+    easy, hard = page.partition("**What was easy.**")[2].split("**What was hard.**")
+    assert "2 notebooks ran to their end on cpu, 1 of them in less than a minute, with 2.0 GB" in easy
+    assert "Above zero at both hit@1 and hit@5 over all seeds: generation." in easy and "with every single seed: generation." in easy
+    assert "Not above zero at hit@1 nor at hit@5 over all seeds: more InfoNCE." in hard and "30_x takes 75 % of the time." in hard
+    assert "Single seeds disagree in sign at hit@5: more InfoNCE." in hard and "1 of 1 compared claims are inconclusive or" in hard
+    assert "2 minutes, 2.0 GB at most. The study so far: 3 trainings of 2 arms, 3.0 hours." in hard
+    exact = smoke.changed({"stage3": REPORTED_VALUES})
+    assert first_page.changed_values(exact, REPORTED) == [] and len(first_page.changed_values(smoke, REPORTED)) > 0
+
+
+REPORTED_VALUES = {
+    "num_generations": 8,
+    "beta": 0.2,
+    "optimiser": {"lr": 1e-6},
+    "negatives": {"hard": 50, "random": 50},
+    "reward": {"alpha": 0.4, "epsilon": 0.6},
+}
+
+
+def test_the_commands_have_their_measured_time(tables, smoke):
+    one, study = first_page.commands(tables, smoke, 17).splitlines()[1:3]
+    assert one.startswith("make reproduce ") and one.endswith(f"one seed of everything: 2 minutes on {smoke.threads} cores, after set-up")
+    assert study.endswith("2 seeds and ablations, resumable: 3.0 hours for the 3 trainings done so far")
+
+
+def test_a_report_without_its_tables_is_refused_with_the_command(tmp_path):
+    with pytest.raises(ElvaDataError, match=r"lacks claims, audit, .* \(.csv\); run: python -m elva_core run"):
+        first_page.read(tmp_path)
