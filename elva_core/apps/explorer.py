@@ -31,17 +31,13 @@ QUERIES = 2  # side by side
 PLACEHOLDER = "type a query, for instance: a dog, red"
 TYPED = ("word", "part")  # kinds of grains of a text that a person typed
 SIDE = 64  # pixels of a thumbnail
-SPACED = {"width": "auto", "margin": "0 16px 0 0"}
-WIDE = {"width": "auto", "overflow": "visible"}
-# as many columns as have room; what is of one kind stands at one height in all of them
-GRID = {"grid_template_columns": "repeat(auto-fit, minmax(min(100%, 330px), 1fr))", "grid_gap": "0 24px"}
-COLUMN = WIDE | {
-    "display": "grid",
-    "grid_template_rows": "subgrid",
-    "grid_template_columns": "minmax(0, 1fr)",
-}
+# columns as there is room; a model stands at one height in all of them
 STYLE = """<style>
-.elva { line-height: 1.3; overflow-wrap: anywhere }
+.elva .jupyter-widgets { width: auto; overflow: visible }
+.elva .widget-checkbox { margin-right: 14px }
+.elva .widget-gridbox { grid: auto / repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0 24px }
+.elva .elva-column { display: grid; grid-template: subgrid / minmax(0, 1fr) }
+.elva .widget-html-content { line-height: 1.3; overflow-wrap: anywhere }
 .elva img { max-width: 100%; vertical-align: middle }
 .elva ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); gap: 4px }
 .elva ol { list-style: none; margin: 4px 2px 12px; padding: 0 }
@@ -52,11 +48,11 @@ STYLE = """<style>
 </style>
 """
 # else JupyterLab takes arrow keys and letters for commands on cells, d d deletes one (ipywidgets issue 3912)
-KEYS = """<style onload="this.closest('.elva-explorer').addEventListener('focusin',
+KEYS = """<style onload="this.closest('.elva').addEventListener('focusin',
 event => event.target.dataset.lmSuppressShortcuts = true)"></style>"""
-LEGEND = """<div class="elva">In each answer: rank · cosine; ✓ a grain of the query that it has;
+LEGEND = """In each answer: rank · cosine; ✓ a grain of the query that it has;
 <span class="lacks">✗ <del>a grain that it lacks</del></span> and what it has instead; + what it has besides.
-A positive, which answers the whole query, is framed.</div>"""
+A positive, which answers the whole query, is framed."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +137,11 @@ class Explorer(ipywidgets.VBox):
     """
 
     def __init__(self, measured: Sequence[Measured], depth: int) -> None:
-        super().__init__(layout=WIDE)
+        super().__init__()
         models, bench = [Model(one) for one in measured], measured[0].bench
         self.columns = [Column(models, bench, number, depth) for number in range(1, QUERIES + 1)]
-        grid = ipywidgets.GridBox(self.columns, layout=WIDE | GRID)
-        self.add_class("elva-explorer")
-        self.children = [ipywidgets.HTML(STYLE + KEYS + LEGEND, layout=WIDE), grid]
+        self.children = [ipywidgets.HTML(STYLE + KEYS + LEGEND), ipywidgets.GridBox(self.columns)]
+        self.add_class("elva")
 
 
 class Column(ipywidgets.VBox):
@@ -162,21 +157,20 @@ class Column(ipywidgets.VBox):
     def __init__(
         self, models: Sequence[Model], bench: Mapping[str, UnitResult], number: int, depth: int
     ) -> None:
-        super().__init__(layout=COLUMN | {"grid_area": f"span {1 + len(models)}"})
+        super().__init__(layout={"grid_area": f"span {1 + len(models)}"})
+        self.add_class("elva-column")
         self._models, self._bench, self._depth = models, bench, depth
-        self.unit = ipywidgets.Dropdown(options=list(bench), description="Unit", layout=WIDE)
-        self.choice = ipywidgets.Dropdown(options=self._queries(), description=f"Query {number}", layout=WIDE)
+        self.unit = ipywidgets.Dropdown(options=list(bench), description="Unit")
+        self.choice = ipywidgets.Dropdown(options=self._queries(), description=f"Query {number}")
         self.choice.index = min(number, len(self.choice.options)) - 1
-        self.text = ipywidgets.Text(
-            description="or", placeholder=PLACEHOLDER, continuous_update=False, layout=WIDE
-        )
-        self.boxes = ipywidgets.HBox(layout=WIDE | {"flex_flow": "row wrap"})
-        self.head = ipywidgets.HTML(layout=WIDE)
-        self.panels = [ipywidgets.HTML(layout=WIDE) for _ in models]
+        self.text = ipywidgets.Text(description="or", placeholder=PLACEHOLDER, continuous_update=False)
+        self.boxes = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
+        self.head = ipywidgets.HTML()
+        self.panels = [ipywidgets.HTML() for _ in models]
         for changed, act in ((self.unit, self._list), (self.choice, self._choose), (self.text, self._begin)):
             changed.observe(act, "value")
         controls = [self.unit, self.choice, self.text, self.boxes, self.head]
-        self.children = [ipywidgets.VBox(controls, layout=WIDE), *self.panels]
+        self.children = [ipywidgets.VBox(controls), *self.panels]
         self._begin()
 
     def _queries(self) -> list[tuple[str, tuple[str, int]]]:
@@ -205,18 +199,13 @@ class Column(ipywidgets.VBox):
         """A query with all its grains."""
         query = self._query()
         allowed, self.text.disabled = grains.removable(query), "text" not in query.modality
-        names = [f"{kind}: {grain}" for kind, grain in mbeir.grains(query)]
-        if query.image:
-            names = [name if i in allowed else f"{name} (in the picture)" for i, name in enumerate(names)]
-        ticks = [
-            ipywidgets.Checkbox(
-                True, description=name, disabled=i not in allowed, indent=False, layout=SPACED
-            )
-            for i, name in enumerate(names)
-        ]
-        self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED), *ticks]
-        for box in ticks:
-            box.observe(self._search, "value")
+        ticks = []
+        for place, (kind, grain) in enumerate(mbeir.grains(query)):
+            fixed = place not in allowed
+            name = f"{kind}: {grain}" + (" (in the picture)" if fixed and query.image else "")
+            ticks.append(ipywidgets.Checkbox(True, description=name, disabled=fixed, indent=False))
+            ticks[-1].observe(self._search, "value")
+        self.boxes.children = [ipywidgets.Label("Grains:"), *ticks]
         self._search()
 
     def _search(self, _=None) -> None:
@@ -241,7 +230,7 @@ def label(index: int, query: mbeir.Query) -> str:
 def heading(answers: Answers) -> str:
     """What every model reads, as HTML."""
     picture = f"{_picture(answers.image)} " if answers.image else ""
-    return f'<div class="elva">{picture}Query as read: {html.escape(answers.text)}</div>'
+    return f"{picture}Query as read: {html.escape(answers.text)}"
 
 
 def page(answers: Answers, root: mbeir.Root) -> str:
@@ -250,8 +239,7 @@ def page(answers: Answers, root: mbeir.Root) -> str:
     Raises:
         ElvaDataError: an image leaves the root.
     """
-    size = f"{answers.size:,}"
-    known = f"first positive at rank {answers.rank:,} of {size}" if answers.rank else f"{size} candidates"
+    known = f"first positive at rank {answers.rank:,} of " if answers.rank else ""
     cards = []
     for rank, (candidate, cosine) in enumerate(answers.best, start=1):
         positive = candidate.did in answers.positives
@@ -262,8 +250,8 @@ def page(answers: Answers, root: mbeir.Root) -> str:
         mark = ' class="positive"' if positive else ""
         cards.append(f"<li{mark}>{''.join(f'<div>{line}</div>' for line in lines if line)}</li>")
     return (
-        f'<div class="elva"><b>{html.escape(answers.model)}</b>, {known}'
-        f"<br>summary: <i>{html.escape(answers.summary) or 'none'}</i><ol>{''.join(cards)}</ol></div>"
+        f"<b>{html.escape(answers.model)}</b>, {known}{answers.size:,} candidates"
+        f"<br>summary: <i>{html.escape(answers.summary) or 'none'}</i><ol>{''.join(cards)}</ol>"
     )
 
 
@@ -281,7 +269,7 @@ def _compared(wanted: Sequence[tuple[str, str]], candidate: mbeir.Candidate) -> 
         else:
             lines.append(f'<span class="lacks">✗ <del>{word}</del></span> {instead}')
     besides = " ".join(text for kind, text in shown if kind not in dict(wanted))
-    return [*lines, f"+ {besides}" if besides else ""]
+    return [*lines, f"+ {besides}"] if besides else lines
 
 
 def _picture(path: Path) -> str:
