@@ -28,7 +28,7 @@ pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MINUTES = 15  # that a notebook may take; on two quiet cores the slowest takes one
 RUN = "outputs/smoke/seed-17"
-PARTS = ("elva_core", "notebooks", "params", "pyproject.toml")
+PARTS = ("elva_core", "notebooks", "params", "outputs/backbone", "pyproject.toml")
 # resolves when the last cell has ended, or the first one has failed; rejects where the kernel died
 RUN_ALL = """async minutes => {
     const app = window.jupyterapp, late = new Promise((_, fail) => setTimeout(() => fail(new Error("no end")), minutes * 60000));
