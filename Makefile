@@ -45,7 +45,7 @@ test: .venv/ready ## unit tests, then every notebook at smoke size
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 NO_CHROMIUM = Chromium is missing. As root: apt-get install chromium. Elsewhere: make test-browser CHROMIUM=/path/to/it
 
-test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, and a click on the explorer
+test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, the explorer, and the book
 	test -n "$(CHROMIUM)" || $(if $(filter 0,$(shell id -u)),,sudo) sh -c "apt-get update && apt-get install -y chromium" || { echo "$(NO_CHROMIUM)"; exit 1; }
 	$(BIN)/python -m pip install --quiet -e '.[test,browser]'
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/apps/test_browser.py

@@ -1,9 +1,8 @@
-"""The explorer: a query, its grains as check boxes, and what several models answer, side by side.
+"""The explorer: two queries side by side, their grains as check boxes, and what several models answer.
 
-In JupyterLab a grain that is unticked leaves the query; `inline` shows the answers alone.
+In JupyterLab a grain that is unticked leaves its query; a grain of the query that an answer lacks is struck.
 
 Explorer([measured["stage 2"], measured["stage 3"]], depth=5)
-inline([measured["stage 3"]], unit, typed("a dog, red", query), depth=5)
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,56 +25,83 @@ from elva_core.evaluation.benchmark import Measured
 from elva_core.models.vision import Stamp, stamp
 from elva_core.mrbench import verify
 from elva_core.retrieval import retriever, search
+from elva_core.retrieval.retriever import UnitResult
 
+QUERIES = 2  # side by side
 PLACEHOLDER = "type a query, for instance: a dog, red"
-SIDE = 48  # pixels of a thumbnail
-SPACED = {"width": "auto", "margin": "2px 20px 2px 0"}
+TYPED = ("word", "part")  # kinds of grains of a text that a person typed
+SIDE = 64  # pixels of a thumbnail
+# columns as there is room; a model stands at one height in all of them
+STYLE = """<style>
+.elva .jupyter-widgets { width: auto; overflow: visible }
+.elva .widget-checkbox { margin-right: 14px }
+.elva .widget-gridbox { grid: auto / repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0 24px }
+.elva .elva-column { display: grid; grid-template: subgrid / minmax(0, 1fr) }
+.elva .widget-html-content { line-height: 1.3; overflow-wrap: anywhere }
+.elva img { max-width: 100%; vertical-align: middle }
+.elva ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); gap: 4px }
+.elva ol { list-style: none; margin: 4px 2px 12px; padding: 0 }
+.elva li { padding: 3px; border: 1px solid #8886; font-size: 12px }
+.elva li.positive { outline: 2px solid #2e8b57 }
+.elva li div { margin-top: 2px }
+.elva .lacks { color: #d33 }
+</style>
+"""
+# else JupyterLab takes arrow keys and letters for commands on cells, d d deletes one (ipywidgets issue 3912)
+KEYS = """<style onload="this.closest('.elva').addEventListener('focusin',
+event => event.target.dataset.lmSuppressShortcuts = true)"></style>"""
+LEGEND = """In each answer: rank · cosine; ✓ a grain of the query that it has;
+<span class="lacks">✗ <del>a grain that it lacks</del></span> and what it has instead; + what it has besides.
+A positive, which answers the whole query, is framed."""
 
 
 @dataclass(frozen=True)
 class Answers:
     """What one model answers to a query.
 
-    asked: the text it was given, instruction and query. image: of the query. found: candidate and cosine,
-    best first. right: dids of the positives; empty where nobody knows them. rank: of the first positive in a
-    pool of `size`, None without one.
+    text, image: what it read, instruction and query. grains: (kind, text) of the query, without those taken
+    out. best: candidate and cosine, best first. positives: dids; empty where nobody knows them. rank: of the
+    first positive in a pool of `size`, None without one.
     """
 
     model: str
-    asked: str
+    text: str
     image: Path | None
+    grains: Sequence[tuple[str, str]]
     summary: str
-    found: Sequence[tuple[mbeir.Candidate, float]]
-    right: Sequence[str]
+    best: Sequence[tuple[mbeir.Candidate, float]]
+    positives: Sequence[str]
     rank: int | None
     size: int
 
 
-class Asker:
+class Model:
     """One measured model that answers queries about the pools of its benchmark, each embedded once."""
 
     def __init__(self, measured: Measured) -> None:
+        self.root = measured.searcher.root
         self._measured, self._pools = measured, {}
 
-    def __call__(self, unit: str, query: mbeir.Query, depth: int) -> Answers:
-        """The `depth` best candidates of the local pool of `unit`.
+    def answers(self, unit: str, query: mbeir.Query, depth: int, dropped: Sequence[int] = ()) -> Answers:
+        """The `depth` best candidates of the local pool of `unit`, for a query without its grains `dropped`.
 
         Raises:
             ElvaDataError: an image leaves the root.
         """
         searcher, candidates = self._measured.searcher, self._measured.bench[unit].candidates
-        item, size = searcher.query(query, unit), len(candidates)
+        item, size = searcher.query(grains.without(query, *dropped), unit), len(candidates)
         if unit not in self._pools:
             self._pools[unit] = searcher.vectors(candidate_item(searcher.root, c) for c in candidates)
         vectors, summary = _embedded(searcher, item)
         positives = [row for row in map(candidates.row, query.positives) if row is not None]
         depth, device = min(depth, size), searcher.encoder.device
         ranking = search.exact(vectors, self._pools[unit], depth, [positives], device=device)
-        best = [candidates[row] for row in ranking.rows[0]]
-        answers = list(zip(best, ranking.scores[0].tolist(), strict=True))
+        cosines = ranking.scores[0].tolist()
+        best = [(candidates[row], cosine) for row, cosine in zip(ranking.rows[0], cosines, strict=True)]
         rank = ranking.ranks[0][0] if positives else None
+        kept = [grain for i, grain in enumerate(mbeir.grains(query)) if i not in dropped]
         model = self._measured.model
-        return Answers(model, item.text, item.image, summary, answers, query.positives, rank, size)
+        return Answers(model, item.text, item.image, kept, summary, best, query.positives, rank, size)
 
 
 def _embedded(searcher: retriever.Searcher, item: Item):
@@ -98,25 +124,13 @@ def typed(text: str, like: mbeir.Query) -> mbeir.Query:
     """
     parts = [part for part in (part.strip().rstrip(".!?") for part in re.split("[,;]", text)) if part]
     words = text.split() if len(parts) < 2 else []
-    named = [["word", word] for word in words] or [["part", part] for part in parts]
+    named = [[TYPED[0], word] for word in words] or [[TYPED[1], part] for part in parts]
     text = mbeir.normalise(" ".join(words) or text)
     return replace(like, text=text, positives=(), negatives=(), source={"grains": named})
 
 
-def inline(measured: Sequence[Measured], unit: str, query: mbeir.Query, depth: int):
-    """A query and the answers of each model with their pictures, for JupyterLab to show."""
-    from IPython.display import HTML
-
-    answers = [Asker(m)(unit, query, depth) for m in measured]
-    tables = "".join(table(a, m.searcher.root) for a, m in zip(answers, measured, strict=True))
-    return HTML(f'{heading(answers[0])}<div style="display:flex;gap:2em">{tables}</div>')
-
-
 class Explorer(ipywidgets.VBox):
-    """A widget: choose a query of the benchmark or type one, untick grains, and see what each model answers.
-
-    A grain that only the picture shows cannot be taken out of it, so its box stays ticked. "Right" is what
-    answers the whole query.
+    """A widget: two queries of the benchmark, or typed ones, side by side, each put to every model.
 
     Args:
         measured: models measured on the same benchmark. depth: how many answers each shows.
@@ -124,21 +138,39 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, measured: Sequence[Measured], depth: int) -> None:
         super().__init__()
-        wide, column = ({"width": width} for width in ("auto", f"{100 // len(measured)}%"))
-        self._bench, self._depth = measured[0].bench, depth
-        self._askers, self._roots = [Asker(m) for m in measured], [m.searcher.root for m in measured]
-        self.unit = ipywidgets.Dropdown(options=list(self._bench), description="Unit")
-        self.choice = ipywidgets.Dropdown(options=self._queries(), description="Query", layout=wide)
-        self.text = ipywidgets.Text(
-            description="or", placeholder=PLACEHOLDER, continuous_update=False, layout=wide
-        )
+        models, bench = [Model(one) for one in measured], measured[0].bench
+        self.columns = [Column(models, bench, number, depth) for number in range(1, QUERIES + 1)]
+        self.children = [ipywidgets.HTML(STYLE + KEYS + LEGEND), ipywidgets.GridBox(self.columns)]
+        self.add_class("elva")
+
+
+class Column(ipywidgets.VBox):
+    """One query: chosen or typed, its grains to untick, and below it what each model answers.
+
+    A grain that only the picture shows cannot be taken out of it, so its box stays ticked. A positive is what
+    answers the whole query.
+
+    Args:
+        number: which column this is; it begins with that query of the first unit.
+    """
+
+    def __init__(
+        self, models: Sequence[Model], bench: Mapping[str, UnitResult], number: int, depth: int
+    ) -> None:
+        super().__init__(layout={"grid_area": f"span {1 + len(models)}"})
+        self.add_class("elva-column")
+        self._models, self._bench, self._depth = models, bench, depth
+        self.unit = ipywidgets.Dropdown(options=list(bench), description="Unit")
+        self.choice = ipywidgets.Dropdown(options=self._queries(), description=f"Query {number}")
+        self.choice.index = min(number, len(self.choice.options)) - 1
+        self.text = ipywidgets.Text(description="or", placeholder=PLACEHOLDER, continuous_update=False)
         self.boxes = ipywidgets.HBox(layout={"flex_flow": "row wrap"})
-        self.head = ipywidgets.HTML(layout=wide)
-        self.panels = [ipywidgets.HTML(layout=column) for _ in measured]
+        self.head = ipywidgets.HTML()
+        self.panels = [ipywidgets.HTML() for _ in models]
         for changed, act in ((self.unit, self._list), (self.choice, self._choose), (self.text, self._begin)):
             changed.observe(act, "value")
-        panels = ipywidgets.HBox(self.panels, layout=wide)
-        self.children = [self.unit, self.choice, self.text, self.boxes, self.head, panels]
+        controls = [self.unit, self.choice, self.text, self.boxes, self.head]
+        self.children = [ipywidgets.VBox(controls), *self.panels]
         self._begin()
 
     def _queries(self) -> list[tuple[str, tuple[str, int]]]:
@@ -158,7 +190,7 @@ class Explorer(ipywidgets.VBox):
             self._begin()
 
     def _query(self) -> mbeir.Query:
-        """What is asked while every box is ticked."""
+        """The query with all its grains."""
         unit, index = self.choice.value
         query = self._bench[unit].queries[index]
         return typed(self.text.value, query) if self.text.value.strip() else query
@@ -167,31 +199,26 @@ class Explorer(ipywidgets.VBox):
         """A query with all its grains."""
         query = self._query()
         allowed, self.text.disabled = grains.removable(query), "text" not in query.modality
-        names = [f"{kind}: {grain}" for kind, grain in mbeir.grains(query)]
-        if query.image:
-            names = [name if i in allowed else f"{name} (in the picture)" for i, name in enumerate(names)]
-        ticks = [
-            ipywidgets.Checkbox(
-                True, description=name, disabled=i not in allowed, indent=False, layout=SPACED
-            )
-            for i, name in enumerate(names)
-        ]
-        self.boxes.children = [ipywidgets.Label("Grains:", layout=SPACED), *ticks]
-        for box in ticks:
-            box.observe(self._ask, "value")
-        self._ask()
+        ticks = []
+        for place, (kind, grain) in enumerate(mbeir.grains(query)):
+            fixed = place not in allowed
+            name = f"{kind}: {grain}" + (" (in the picture)" if fixed and query.image else "")
+            ticks.append(ipywidgets.Checkbox(True, description=name, disabled=fixed, indent=False))
+            ticks[-1].observe(self._search, "value")
+        self.boxes.children = [ipywidgets.Label("Grains:"), *ticks]
+        self._search()
 
-    def _ask(self, _=None) -> None:
-        """The query without the grains that are not ticked, put to every model."""
+    def _search(self, _=None) -> None:
+        """What every model answers to the query without the grains that are not ticked."""
         dropped = [i for i, box in enumerate(self.boxes.children[1:]) if not box.value]
-        query = grains.without(self._query(), *dropped)
+        unit, query = self.unit.value, self._query()
         try:
-            answers = [ask(self.unit.value, query, self._depth) for ask in self._askers]
-            tables = [table(answer, root) for answer, root in zip(answers, self._roots, strict=True)]
+            answers = [model.answers(unit, query, self._depth, dropped) for model in self._models]
+            pages = [page(one, model.root) for one, model in zip(answers, self._models, strict=True)]
             self.head.value = heading(answers[0])
         except files.ElvaDataError as error:  # a callback has no cell that would show it
-            self.head.value, tables = f"<b>{html.escape(str(error))}</b>", [""] * len(self.panels)
-        for panel, shown in zip(self.panels, tables, strict=True):
+            self.head.value, pages = f"<b>{html.escape(str(error))}</b>", [""] * len(self.panels)
+        for panel, shown in zip(self.panels, pages, strict=True):
             panel.value = shown
 
 
@@ -201,35 +228,48 @@ def label(index: int, query: mbeir.Query) -> str:
 
 
 def heading(answers: Answers) -> str:
-    """What every model was asked, as HTML."""
+    """What every model reads, as HTML."""
     picture = f"{_picture(answers.image)} " if answers.image else ""
-    return f"{picture}Asked: {html.escape(answers.asked)}"
+    return f"{picture}Query as read: {html.escape(answers.text)}"
 
 
-def table(answers: Answers, root: mbeir.Root) -> str:
-    """The answers of one model as an HTML table; a right one is framed.
+def page(answers: Answers, root: mbeir.Root) -> str:
+    """The answers of one model as HTML: rank, cosine, picture, text and grains of each; positives are framed.
 
     Raises:
         ElvaDataError: an image leaves the root.
     """
-    size = f"{answers.size:,}"
-    known = f"first right answer at rank {answers.rank:,} of {size}" if answers.rank else f"{size} candidates"
-    rows = [_cells("th", ["rank", "", "answer", "cosine", ""])]
-    for rank, (candidate, score) in enumerate(answers.found, start=1):
+    known = f"first positive at rank {answers.rank:,} of " if answers.rank else ""
+    cards = []
+    for rank, (candidate, cosine) in enumerate(answers.best, start=1):
+        positive = candidate.did in answers.positives
         picture = _picture(root.image_path(candidate.image)) if candidate.image else ""
-        words = html.escape(candidate.text or mbeir.caption(candidate) or candidate.did)
-        mark, style = ("right", "outline:2px solid #2e8b57") if candidate.did in answers.right else ("", "")
-        rows.append(_cells("td", [rank, picture, words, f"{score:.3f}", mark], style))
+        text = html.escape(candidate.text or ("" if picture else candidate.did))
+        lines = [f"{rank} · {cosine:.3f}", picture, text, "✓ positive" if positive else ""]
+        lines += _compared(answers.grains, candidate)
+        mark = ' class="positive"' if positive else ""
+        cards.append(f"<li{mark}>{''.join(f'<div>{line}</div>' for line in lines if line)}</li>")
     return (
-        f"<div><b>{html.escape(answers.model)}</b>, {known}"
-        f"<br>summary: <i>{html.escape(answers.summary) or 'none'}</i>"
-        f'<table style="border-collapse:collapse;line-height:1.3">{"".join(rows)}</table></div>'
+        f"<b>{html.escape(answers.model)}</b>, {known}{answers.size:,} candidates"
+        f"<br>summary: <i>{html.escape(answers.summary) or 'none'}</i><ol>{''.join(cards)}</ol>"
     )
 
 
-def _cells(tag: str, cells: Iterable[object], style: str = "") -> str:
-    columns = (f'<{tag} style="padding:2px 8px;text-align:left">{cell}</{tag}>' for cell in cells)
-    return f'<tr style="{style}">{"".join(columns)}</tr>'
+def _compared(wanted: Sequence[tuple[str, str]], candidate: mbeir.Candidate) -> list[str]:
+    """The grains of a query as a candidate has them, as LEGEND says; none where nobody named its grains.
+
+    Those of a typed text have no kind: they are looked up in the candidate's grains as words.
+    """
+    shown = [(kind, html.escape(text)) for kind, text in mbeir.grains(candidate)]
+    lines = []
+    for kind, text in wanted if shown else ():
+        word, instead = html.escape(text), " ".join(other for same, other in shown if same == kind)
+        if grains.spans(mbeir.caption(candidate), text) if kind in TYPED else (kind, word) in shown:
+            lines.append(f"✓ {word}")
+        else:
+            lines.append(f'<span class="lacks">✗ <del>{word}</del></span> {instead}')
+    besides = " ".join(text for kind, text in shown if kind not in dict(wanted))
+    return [*lines, f"+ {besides}"] if besides else lines
 
 
 def _picture(path: Path) -> str:
@@ -240,4 +280,4 @@ def _picture(path: Path) -> str:
 def _thumbnail(path: Path, _stamp: Stamp) -> str:
     """HTML of a picture, of the file as it was when it had this stamp."""
     data = base64.b64encode(verify.thumbnail(path, SIDE)).decode()
-    return f'<img src="data:image/png;base64,{data}" style="height:{SIDE}px;vertical-align:middle">'
+    return f'<img src="data:image/png;base64,{data}" alt="">'

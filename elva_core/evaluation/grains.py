@@ -33,7 +33,7 @@ def without(query: mbeir.Query, *dropped: int) -> mbeir.Query:
         text = " ".join(grain for i, grain in enumerate(grains) if i not in dropped)
         return replace(query, text=mbeir.normalise(text))
     text = query.text or ""
-    for start, end in sorted((_spans(text, grains[i])[0] for i in dropped), reverse=True):
+    for start, end in sorted((spans(text, grains[i])[0] for i in dropped), reverse=True):
         text = f"{text[:start]} {text[end:]}"
     text = re.sub(r"\s+([,;:.!?])", r"\1", " ".join(text.split()))
     text = re.sub(r"[,;:]+(?=[,;:.!?])", "", text)  # of two marks side by side the later one stays
@@ -54,12 +54,12 @@ def removable(query: mbeir.Query) -> list[int]:
     grains = mbeir.grains(query)
     if query.text == mbeir.caption(query):
         return list(range(len(grains)))
-    places = [(i, *span) for i, (_, grain) in enumerate(grains) for span in _spans(query.text or "", grain)]
+    places = [(i, *span) for i, (_, grain) in enumerate(grains) for span in spans(query.text or "", grain)]
     once = [place for place in places if sum(i == place[0] for i, *_ in places) == 1]
     return [i for i, a, b in once if not any(j != i and start < b and a < end for j, start, end in places)]
 
 
-def _spans(text: str, grain: str) -> list[tuple[int, int]]:
+def spans(text: str, grain: str) -> list[tuple[int, int]]:
     """Where a grain stands in a text, in any case, as whole words."""
     return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(grain)}(?!\w)", text, re.IGNORECASE)]
 

@@ -1,7 +1,7 @@
 """Sentences that answer a notebook's questions from its tables: value, interval, n, and how sure that is.
 
 answer = sentences.differences(comparisons)
-run.close(answer=sentences.joined(answer, sentences.wrong_modality(units)))
+run.close(answer=sentences.answer(answer, sentences.wrong_modality(units)))
 """
 
 from __future__ import annotations
@@ -18,15 +18,6 @@ from elva_core.retrieval import metrics
 SAMPLES = 1000  # of the bootstrap over training steps
 START = "**Answer.** "
 MOST = 8  # differences that are named in one sentence although they are inconclusive
-
-
-def joined(*answers: Markdown) -> Markdown:
-    """Several answers as one.
-
-    >>> joined(Markdown("**Answer.** Yes."), Markdown("**Answer.** No.")).data
-    '**Answer.** Yes. No.'
-    """
-    return Markdown(START + " ".join(answer.data.removeprefix(START) for answer in answers))
 
 
 def _said(text: str) -> Markdown:
@@ -58,8 +49,8 @@ def answer(*parts: Markdown | str) -> Markdown:
     >>> answer("One.", Markdown("**Answer.** Two.")).data
     '**Answer.** One. Two.'
     """
-    texts = (getattr(part, "data", part).removeprefix("**Answer.** ") for part in parts)
-    return Markdown("**Answer.** " + " ".join(text for text in texts if text))
+    texts = (getattr(part, "data", part).removeprefix(START) for part in parts)
+    return Markdown(START + " ".join(text for text in texts if text))
 
 
 def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) -> Markdown:
@@ -326,5 +317,5 @@ def lengths(table: pd.DataFrame) -> Markdown:
         gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
         clauses.append(f"{name} is {text} (lengths tried: {len(part)}; {last['queries']:,} queries: {gain})")
     if not clauses:
-        return Markdown("**Answer.** Not run.")
+        return _said("not run.")
     return _said(f"{'; '.join(clauses)} ({counted(table['n'])}, one seed).")
