@@ -300,35 +300,35 @@ class Workload:
         val += self.embed(sum(u.pool for u in bench.values()), "candidate")  # as large as test's
         return train, mined, val, looks
 
-    @property
-    def own_queries(self) -> int:
-        """Queries of a step of stage 3 that one device takes."""
-        return math.ceil(self.settings.stage3.queries_per_step / self.devices)
-
-    def inputs(self, rollout_sides: str) -> int:
-        """Inputs of one call of stage 3: those of `chunk` rollouts, if a device has as many."""
-        s = self.settings.stage3
-        fitting = max(1, s.chunk // s.num_generations)
-        return fitting if rollout_sides == "all" else min(fitting, self.own_queries)
-
     def rlvr(self, rollout_sides: str) -> Cost:
-        """Stage 3: sampling, candidates of the step, reference and policy."""
+        """Stage 3: sampling, candidates of the step, reference and policy; `both`: positives act in turns."""
+        s = self.settings.stage3
+        steps = s.queries // s.queries_per_step
+        turned = steps // 2 if rollout_sides == "both" else 0
+        cost = self._rolled_out(steps - turned, "query", "candidate", rollout_sides)
+        if turned:
+            cost += self._rolled_out(turned, "candidate", "query", rollout_sides)
+        vllm = self.gpu.memory * s.vllm.gpu_memory_utilization
+        return cost.beside("vLLM", vllm if s.sampler == "vllm" else 0)
+
+    def _rolled_out(self, steps: int, asks: str, answers: str, rollout_sides: str) -> Cost:
+        """Steps of stage 3 whose `asks` have rollouts, against one right and all wrong `answers` each."""
         s, request, cost = self.settings.stage3, self.settings.encoder.summary_request, Cost()
-        rows = s.queries // s.queries_per_step * s.queries_per_step
-        candidates = rows * (1 + s.negatives.hard + s.negatives.random)
-        rank, per_call = s.lora.rank, self.inputs(rollout_sides)
+        every, fitting = rollout_sides == "all", max(1, s.chunk // s.num_generations)
+        rows, ranked = steps * s.queries_per_step, 1 + s.negatives.hard + s.negatives.random
+        own = math.ceil(s.queries_per_step / self.devices)  # of a step, that one device takes
+        rank, per_call = s.lora.rank, fitting if every else min(fitting, own)
         shape = {"continuations": s.num_generations, "ending": self.cap + 1, "logits": self.cap, "looks": 0}
-        for which, n in (("query", rows), ("candidate", candidates))[: 1 + (rollout_sides == "all")]:
-            side, inputs = self.side(which), self.own_queries * round(n / rows)
+        for which, of_one in ((asks, 1), (answers, ranked))[: 1 + every]:
+            n, side, inputs = rows * of_one, self.side(which), own * of_one
             together = max(1, s.decode_rows // s.num_generations) if s.decode_rows else inputs
             cost += self.write(n, side, s.num_generations, per_call=min(together, inputs), rank=rank)
             cost += self.read(n, side, request, per_call=per_call, **shape)
             cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
-        if rollout_sides == "query" and s.candidates == "step":
-            per_call = min(s.chunk, self.own_queries * candidates / rows / 2)  # texts and images apart
-            cost += self.write(candidates, self.side("candidate"), 1, per_call=per_call, rank=rank)
-        vllm = self.gpu.memory * s.vllm.gpu_memory_utilization
-        return cost.beside("vLLM", vllm if s.sampler == "vllm" else 0)
+        if not every and s.candidates == "step":
+            per_call = min(s.chunk, own * ranked / 2)  # texts and images apart
+            cost += self.write(rows * ranked, self.side(answers), 1, per_call=per_call, rank=rank)
+        return cost
 
     def mining(self) -> Cost:
         """Negatives of stage 3: a pool per modality, queries and their positives, as often as repeated."""

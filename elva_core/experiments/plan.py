@@ -1,8 +1,7 @@
 """The compute and memory estimate of a profile, printed before anything starts: hours, memory, disk.
 
 `python -m elva_core plan PROFILE [--gpu H20] [--devices 8]`: the stages as the profile asks for them, stage 3
-both with rollouts of the query and in the paper's literal reading, and the paper's own hours beside the same
-arithmetic. Writes nothing.
+in the paper's literal reading as well, and the paper's own hours beside the same arithmetic. Writes nothing.
 
     show(config.load("qwen2vl-2b"), gpu="H100", devices=1, console=Console())
 """
@@ -66,7 +65,8 @@ def stages(load: Workload) -> list[Stage]:
     rows += _contrastive(load, "stage 2", s.stage2, query, candidate, distinct=data.train_pool)
     rows.append(embedding("mining", load.mining()))
     dealt, negatives = load.dealt(s.stage3.queries_per_step), s.stage3.negatives
-    for sides in ("query", "all"):
+    read = "query" if s.stage3.rollout_sides == "all" else s.stage3.rollout_sides
+    for sides in (read, "all"):
         rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk"))
     distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
     each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
@@ -315,5 +315,5 @@ def _assumptions(load: Workload) -> list[str]:
         "waiting: for images from the host, or for Python",
         *_shared(load),
         "of one device, whatever their number: annotation, val, second looks and evaluation",
-        "not planned: a server that annotates, and what vLLM saves",
+        "not planned: a server that annotates, groups that are sampled again, and what vLLM saves",
     ]

@@ -148,7 +148,8 @@ class Vision:
 
     def keys(self, items: Sequence[Item], request: str) -> list[Path]:
         """What is made ready for items: their images of which no features are kept."""
-        return list(_changed([path for item in items for path in item.images], self._features))
+        kept = self._features if self.keep else {}  # those of a step are gone when another one comes
+        return list(_changed([path for item in items for path in item.images], kept))
 
     def prepared(self, path: Path) -> tuple[Stamp, torch.Tensor] | None:
         """An image made ready, in a worker; None for one that cannot be, which fails where it is needed."""

@@ -34,7 +34,7 @@ configs:
 
 Retrieval queries that have at least {min_grains} grains: atomic units of meaning that an answer must match. \
 Built after ELVA
-(arXiv 2606.20280, section 3) by profile {profile}: of every unit the {split} queries were annotated \
+(arXiv 2606.20280, section 3) by profile {profile}: of every unit the test queries were annotated \
 in a random order until
 {share} of them had enough grains; all of a unit's candidates are its pool.
 
@@ -70,8 +70,6 @@ def write(
     settings: Settings,
     counts: pd.DataFrame,
     agreement: Mapping[str, object],
-    *,
-    split: str = "test",
 ) -> None:
     """queries.parquet, corpus.parquet and README.md, the data card.
 
@@ -82,12 +80,12 @@ def write(
         counts: of `mrbench.build`. agreement: of `verify.agreement`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in (("queries", queries(bench, split)), ("corpus", corpus(bench, split))):
+    for name, table in (("queries", queries(bench)), ("corpus", corpus(bench))):
         table.to_parquet(folder / f"{name}.parquet")
-    files.write_whole(folder / "README.md", card(bench, settings, counts, agreement, split=split))
+    files.write_whole(folder / "README.md", card(bench, settings, counts, agreement))
 
 
-def queries(bench: mbeir.Root, split: str = "test"):
+def queries(bench: mbeir.Root):
     """A row per query: unit, qid, text, image (decoded on access), grains (kind, text), positives (dids)."""
     from datasets import Dataset, Features, Image, List, Value
 
@@ -102,22 +100,22 @@ def queries(bench: mbeir.Root, split: str = "test"):
             "grains": [{"kind": kind, "text": text} for kind, text in mbeir.grains(q)],
             "positives": list(q.positives),
         }
-        for unit in bench.units(split)
-        for q in bench.queries(unit, split)
+        for unit in bench.units("test")
+        for q in bench.queries(unit, "test")
     ]
     lists = {"grains": List(grain), "positives": List(Value("string"))}
     return Dataset.from_list(rows, features=Features(text | {"image": Image()} | lists))
 
 
-def corpus(bench: mbeir.Root, split: str = "test"):
+def corpus(bench: mbeir.Root):
     """A row per candidate of each local pool: unit, did, modality, text, path of its image in `bench`."""
     from datasets import Dataset, Features, Value
 
     columns = ("did", "modality", "text", "image")
     rows = [
         {"unit": unit} | {name: getattr(candidate, name) for name in columns}
-        for unit in bench.units(split)
-        for candidate in bench.pool(unit, split)
+        for unit in bench.units("test")
+        for candidate in bench.pool(unit, "test")
     ]
     return Dataset.from_list(rows, features=Features(dict.fromkeys(("unit", *columns), Value("string"))))
 
@@ -127,8 +125,6 @@ def card(
     settings: Settings,
     counts: pd.DataFrame,
     agreement: Mapping[str, object],
-    *,
-    split: str = "test",
 ) -> str:
     """The data card: how the benchmark was made, who checked it, and under which licence its images are."""
     own, images = settings.mrbench, bench.folder / "mbeir_images"
@@ -154,7 +150,6 @@ def card(
         data=settings.data.name,
         min_grains=own.min_grains,
         profile=settings.profile,
-        split=split,
         share=int(counts["drawn"].min()),
         table=markdown_table(counts).strip(),
         annotator=annotator,

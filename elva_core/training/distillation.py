@@ -77,6 +77,7 @@ def train(
         computed = [items[i] for number in distributed.own_share(len(chunks)) for i in chunks[number]]
         return computed, encoder.settings.eol_request
 
+    @encoder.one_step()
     def step_fn(step: int) -> dict[str, float]:
         prepare(step)
         rows, chunks = drawn(step)

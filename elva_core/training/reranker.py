@@ -23,6 +23,7 @@ import torch
 from elva_core import distributed
 from elva_core.data import mbeir
 from elva_core.data.items import Item
+from elva_core.models.ahead import preparing
 from elva_core.models.encoder import Encoder
 from elva_core.training import loop
 from elva_core.training.contrastive import epochs
@@ -72,6 +73,11 @@ def answers(kind: Kind, settings: RerankSettings) -> tuple[str, ...]:
     return YES_NO if kind == "pointwise" else tuple(map(str, range(1, settings.window + 1)))
 
 
+def request(kind: Kind, settings: RerankSettings) -> str:
+    """What the model is asked behind query and candidates."""
+    return settings.pointwise_request if kind == "pointwise" else settings.listwise_request
+
+
 def answer_ids(encoder: Encoder, kind: Kind, settings: RerankSettings) -> torch.Tensor:
     """First token of each answer, (A,).
 
@@ -95,8 +101,7 @@ def log_p(
     encoder: Encoder, prompts: Sequence[Prompt], kind: Kind, settings: RerankSettings, ids: torch.Tensor
 ) -> torch.Tensor:
     """Log-probabilities (B, A) in nats of the answers that each prompt offers, else -inf; with gradient."""
-    request = settings.pointwise_request if kind == "pointwise" else settings.listwise_request
-    states = encoder.states(encoder.batch([p.item for p in prompts], request))
+    states = encoder.states(encoder.batch([p.item for p in prompts], request(kind, settings)))
     logits = encoder.logits(states[:, -1])[:, ids]
     offered = torch.tensor([p.offered for p in prompts], device=logits.device)
     absent = torch.arange(len(ids), device=logits.device) >= offered[:, None]
@@ -151,10 +156,16 @@ def score(
     parts = alike(prompts, batch)
 
     # this process's share of them, then those of all
-    ids, answered = answer_ids(encoder, kind, settings), {}
-    for part in distributed.own_share(len(parts)):
-        values = log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids)
-        answered[part] = values.double().cpu().numpy()
+    ids, answered, mine = answer_ids(encoder, kind, settings), {}, distributed.own_share(len(parts))
+
+    def reads(turn: int) -> tuple[list[Item], str]:
+        return [prompts[i].item for i in parts[mine[turn]]], request(kind, settings)
+
+    with preparing(encoder, reads, len(mine)) as prepare:
+        for turn, part in enumerate(mine):
+            prepare(turn)
+            values = log_p(encoder, [prompts[i] for i in parts[part]], kind, settings, ids)
+            answered[part] = values.double().cpu().numpy()
     scores = [np.zeros(len(query.candidates)) for query in asked]
     for part, batch_values in distributed.gathered(answered).items():
         for i, values in zip(parts[part], batch_values, strict=True):
@@ -199,12 +210,21 @@ def train(
     ids = {kind: answer_ids(encoder, kind, settings) for kind in KINDS}
     draws = {kind: epochs(ranked, seed, f"rerank {kind}") for kind in KINDS}
 
-    @encoder.one_step()
-    def step_fn(step: int) -> dict[str, float]:
+    def drawn(step: int) -> tuple[Kind, list[Prompt], list[list[int]]]:
         turn, listwise = divmod(step, 2)
         kind, rng = KINDS[listwise], distributed.rng_for(seed, "rerank", step)
         prompts = [p for r in draws[kind](turn, settings.batch) for p in exercise(r, kind, settings, rng)]
-        parts, metrics = alike(prompts, settings.chunk), {"loss": 0.0, "accuracy": 0.0}
+        return kind, prompts, alike(prompts, settings.chunk)
+
+    def reads(step: int) -> tuple[list[Item], str]:
+        kind, prompts, parts = drawn(step)
+        computed = [prompts[i].item for part in distributed.own_share(len(parts)) for i in parts[part]]
+        return computed, request(kind, settings)
+
+    @encoder.one_step()
+    def step_fn(step: int) -> dict[str, float]:
+        prepare(step)
+        (kind, prompts, parts), metrics = drawn(step), {"loss": 0.0, "accuracy": 0.0}
         for part in distributed.own_share(len(parts)):
             # the same dropout on any number of processes
             torch.manual_seed(mbeir.stable_hash(seed, step, part))
@@ -216,8 +236,11 @@ def train(
             metrics["loss"] += float(loss.detach())
             metrics["accuracy"] += float((predicted.argmax(1) == target).sum()) / len(prompts)
         distributed.sum_gradients(parameters.values())
-        return distributed.summed(metrics) | {"listwise": float(listwise)}
+        return distributed.summed(metrics) | {"listwise": float(kind == "listwise")}
 
     checkpointing = settings.gradient_checkpointing
-    with encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters:
+    with (
+        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        preparing(encoder, reads, settings.steps) as prepare,
+    ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -250,6 +250,31 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked,
     assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
 
 
+def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positives_among_queries(
+    tiny, load, pictures, ranked, rows, monkeypatch, tmp_path
+):
+    """Three steps, the second with rollouts of the positives; queries are texts, candidates drawings."""
+    wrong = iter([data_items.Item(text) for text in ("a b", "c d", "e f", "g h")])
+    asking = [dataclasses.replace(r, item=data_items.Item(text)) for r, text in zip(ranked, ("i j", "k l"), strict=True)]
+    turned = [dataclasses.replace(r, item=r.positive, positive=r.item, negatives=tuple(islice(wrong, 2))) for r in asking]
+    asking = [dataclasses.replace(r, negatives=r.negatives[:2]) for r in asking]
+    monkeypatch.setattr(hard_negatives, "exchanged", lambda *given: turned)
+    changes = {"queries": 6, "queries_per_step": 2, "num_generations": 3, "candidates": "step", "rollout_sides": "both"}
+    negatives = {"negatives": load.settings.stage3.negatives.model_copy(update={"hard": 1, "random": 1})}
+    s = load.settings.stage3.model_copy(update=changes | negatives)
+    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
+    monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, float(which == "candidate")))
+    request = tiny.settings.summary_request
+    exact = [tiny.batch([item], request).input_ids.shape[1] for item in (asking[0].item, pictures[0])]
+    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[int(side.image)])
+    rows.update(prompts=0, rollouts=0)
+    flops = counted(lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
+    planned = load.rlvr("both")
+    assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
+    assert flops == pytest.approx(planned.flops, rel=0.02)
+    assert planned.flops != pytest.approx(load.rlvr("query").flops, rel=0.02)
+
+
 def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, ranked, rows, monkeypatch, tmp_path):
     """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
     s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from elva_core import files
 from elva_core.data import items as data_items
 from elva_core.models import ahead, chat, encoder, vision
 from elva_core.retrieval import retriever
-from elva_core.training import contrastive, distillation, grpo
+from elva_core.training import contrastive, distillation, grpo, reranker
 
 
 def of(folder, smoke, workers: int) -> encoder.Encoder:
@@ -60,17 +61,26 @@ def ways(root, smoke, tmp_path):
     base = smoke.stage2.model_copy(update={"steps": 3, "batch": 8, "chunk": 3, "ret_share": 0.5, "one_task_per_batch": False})
     pool = [data_items.candidate_item(root, c) for c in root.pool("", "test", "global")][:40]
     few = smoke.distil.model_copy(update={"steps": 3, "batch": 6, "chunk": 4})
+    looks = smoke.rerank.model_copy(update={"steps": 3, "batch": 2, "chunk": 2})
+    ranked = [SimpleNamespace(item=pool[i], positive=pool[i + 1], negatives=tuple(pool[i + 2 : i + 6])) for i in range(0, 24, 6)]
+    asked = [reranker.Asked(str(i), r.item, tuple("abcd"), r.negatives) for i, r in enumerate(ranked)]
+    targets = lambda m: torch.nn.functional.normalize(torch.ones(len(pool), m.backbone.config.get_text_config().hidden_size))  # noqa: E731
     return {
         "stage 2": lambda m: contrastive.train(m, contrastive.union_pairs(root, base, 1), base, seed=1, folder=tmp_path),
         "embedding": lambda m: retriever.encode(m, pool, batch=8, template="eol"),
-        "distillation": lambda m: distillation.train(
-            m, pool, torch.nn.functional.normalize(torch.ones(len(pool), 64)), few, seed=1, folder=tmp_path
-        ),
+        "distillation": lambda m: distillation.train(m, pool, targets(m), few, seed=1, folder=tmp_path),
+        "reranker": lambda m: reranker.train(m, ranked, looks, seed=1, folder=tmp_path),
+        "second looks": lambda m: [reranker.score(m, asked, kind, looks, batch=2) for kind in reranker.KINDS],
     }
 
 
-@pytest.mark.parametrize("way", ["stage 2", "embedding"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        *(("qwen2_vl", way) for way in ("stage 2", "embedding", "distillation", "reranker", "second looks")),
+        *(("qwen3_vl", way) for way in ("stage 2", "embedding")),
+    ],
+)
 def test_batches_are_the_same_bit_for_bit_and_workers_alone_open_images(family, way, texts, model_folder, root, smoke, tmp_path, opened):
     folder = model_folder if family == "qwen2_vl" else families.write(families.qwen3_vl, texts, tmp_path / "model")
     seen = {}
