@@ -274,7 +274,7 @@ def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) ->
     sns.boxplot(table, x="kind", y="distance", hue="model", ax=axis, **style)
     for name, value in paper.items():
         axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
-        axis.text(axis.get_xlim()[1], value, f" paper, Figure 4\n {name}: {value}", va="center", fontsize=7)
+        axis.text(axis.get_xlim()[1], value, f" paper, {name}: {value}", va="center", fontsize=7)
     axis.set(xlabel="grain taken away", ylabel="1 - cosine (0 = grain is not there)")
     axis.set_title(f"{title} (n = {table['qid'].nunique()} queries)")
     axis.legend(frameon=False, fontsize=8)
