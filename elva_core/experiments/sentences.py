@@ -262,10 +262,9 @@ def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
         f"{row.side} {row.batch} at a time {row.times:.1f} [{row.lowest:.1f}, {row.highest:.1f}]"
         for row in table[table["way"] == way].itertuples()
     ]
-    told = f"{table['rounds'].min()} rounds of {int(table['n'].min())} items or more"
+    told = f"median and range of {table['rounds'].min()} rounds, {int(table['n'].min())} items or more"
     return Markdown(
-        f"**Answer.** {way} takes fewer seconds than {base} by these factors, with the range of {told}: "
-        f"{', '.join(clauses)}."
+        f"**Answer.** Items a second of {way} as a multiple of {base}: {', '.join(clauses)} ({told})."
     )
 
 
@@ -280,7 +279,8 @@ def trade(table: pd.DataFrame, base: str) -> Markdown:
     clauses = []
     for row in timed.sort_values("way", key=lambda ways: ways != base).to_dict("records"):
         rate = number(row["value"], row["ci_low"], row["ci_high"], "%")
-        clauses.append(f"{row['way']} {rate} at {row['per second']:,.0f} queries a second")
+        speed = "{per second:,.0f} [{lowest:,.0f}, {highest:,.0f}]".format(**row)
+        clauses.append(f"{row['way']} {rate} at {speed} queries a second")
     rest = [f"{row['way']} ({row['value']:.1f} %)" for row in untimed.to_dict("records")]
     apart = f"; speed not measured: {', '.join(rest)}" if rest else ""
     return _said(f"hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")

@@ -69,7 +69,7 @@ def test_a_figure_of_arms_that_the_profile_does_not_name_says_so(made_up, smoke)
         figures.arms(table[:0].assign(paper=np.nan), "None", "points").get_suptitle(),
         figures.efficiency(curves, "None").get_suptitle(),
     ]
-    assert titles == ["All (n = 4 queries)", "None (no arm of the study)", "None (no arm of the study, 95 % intervals)"]
+    assert titles == ["All (n = 4 queries)", "None (nothing measured)", "None (nothing measured, 95 % intervals)"]
 
 
 def test_a_score_is_the_mean_over_seeds_with_their_spread(made_up):
