@@ -175,8 +175,11 @@ class Column(ipywidgets.VBox):
 
     def _queries(self) -> list[tuple[str, tuple[str, int]]]:
         """The queries of the unit, each with its name in the list."""
-        unit = self.unit.value
-        return [(label(i, query), (unit, i)) for i, query in enumerate(self._bench[unit].queries)]
+        unit, listed = self.unit.value, []
+        for i, query in enumerate(self._bench[unit].queries):
+            name = f"{i + 1}. {query.text or ''}" + (f" [{mbeir.caption(query)}]" if query.image else "")
+            listed.append((name, (unit, i)))
+        return listed
 
     def _list(self, _) -> None:
         """Another unit: its first query is chosen."""
@@ -215,22 +218,12 @@ class Column(ipywidgets.VBox):
         try:
             answers = [model.answers(unit, query, self._depth, dropped) for model in self._models]
             pages = [page(one, model.root) for one, model in zip(answers, self._models, strict=True)]
-            self.head.value = heading(answers[0])
+            picture = _picture(answers[0].image) if answers[0].image else ""
+            self.head.value = f"{picture} Query as read: {html.escape(answers[0].text)}"
         except files.ElvaDataError as error:  # a callback has no cell that would show it
             self.head.value, pages = f"<b>{html.escape(str(error))}</b>", [""] * len(self.panels)
         for panel, shown in zip(self.panels, pages, strict=True):
             panel.value = shown
-
-
-def label(index: int, query: mbeir.Query) -> str:
-    """A query in the list of all."""
-    return f"{index + 1}. {query.text or ''}" + (f" [{mbeir.caption(query)}]" if query.image else "")
-
-
-def heading(answers: Answers) -> str:
-    """What every model reads, as HTML."""
-    picture = f"{_picture(answers.image)} " if answers.image else ""
-    return f"{picture}Query as read: {html.escape(answers.text)}"
 
 
 def page(answers: Answers, root: mbeir.Root) -> str:
