@@ -188,15 +188,15 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
     for share in shares.to_dict("records"):
         before, after = (100 * at[share["metric"], model, GREEDY] for model in ("stage 2", "stage 3"))
         best = 100 * at[share["metric"], "stage 2", BEST]
-        part = "no share that could be measured, for there may be no room"
+        part = "no measurable share"
         if share["value"] == share["value"]:
             percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
             part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}]".format(**percent)
-            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else ", inconclusive"
+            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else " (inconclusive)"
         words.append(
-            f"{share['metric']}: stage 2 finds {before:.1f} % with the summary that it writes and "
-            f"{best:.1f} % with the best of {samples} that it samples for each query; of this room stage 3, "
-            f"with {after:.1f} %, takes {part}"
+            f"At {share['metric']} the best of {samples} sampled summaries, chosen with the answer known, "
+            f"would raise stage 2 from {before:.1f} to {best:.1f} %; stage 3 has {after:.1f} %, {part} "
+            "of that room"
         )
     return ". ".join(words) + f" (n = {shares['n'].iloc[0]:,} queries, one seed)."
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from elva_core import config, distributed, files
 from elva_core.retrieval import metrics
@@ -147,6 +148,25 @@ RULE = (
     "the paper's own setting: *reproduced* if its interval reaches the paper's, else *below*. A score in "
     "another setting, and what the paper has no figure for, is a result without a verdict."
 )
+
+
+def over_seeds(points: Sequence[float]) -> tuple[float, float]:
+    """95 % interval for the mean over training seeds: Student's t, which takes seeds as draws.
+
+    Args:
+        points: a value for each seed.
+
+    Returns:
+        (nan, nan) for fewer than three seeds, of which it would say nothing.
+
+    >>> low, high = over_seeds((1.0, 2.0, 3.0))
+    >>> round(low, 2), round(high, 2)
+    (-0.48, 4.48)
+    """
+    if len(points) < 3:
+        return float("nan"), float("nan")
+    low, high = stats.t.interval(0.95, len(points) - 1, np.mean(points), stats.sem(points))
+    return float(low), float(high)
 
 
 def verdict(paper: float, low: float, high: float, *, difference: bool) -> str:

@@ -238,44 +238,37 @@ def _panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Step chart: points over the EOL baseline after each step, a panel for each cut-off, on one scale.
+    """Points of each step over the one before it, and of all together; both panels have one scale.
 
-    A bar goes from the level before its step to the level after it, with the step's paired 95 % interval and
-    a dot for each seed alone; the last bar is their sum. A step that was not run is named in its place.
+    Each bar has its paired 95 % interval over queries, and a dot for each seed alone. A step that was not run
+    is named in its place.
     """
-    drawn, axes = _panels((9.6, 4.0))
-    names, first = [*STEPS, "all"], EOL
+    drawn, axes = _panels((9.6, 4.2))
+    names = [*STEPS, "all"]
     for axis, k in zip(axes, CUTOFFS, strict=True):
-        steps, level, before = at_cutoff(rows, k), 0.0, None
+        steps, labels = at_cutoff(rows, k), []
         for place, step in enumerate(names):
             row = steps.loc[step]
+            labels.append("\n".join(("all: stage 3\nover EOL" if step == "all" else step).split(" ", 1)))
             if row["value"] != row["value"]:
-                axis.text(place, level, "not run", ha="center", va="bottom", color="#666666")
+                axis.text(place, 0, "not run", ha="center", va="bottom", color="#666666")
                 continue
-            first, start = (row["old"], level) if before is None else (first, 0.0 if step == "all" else level)
-            end, spread = (
-                start + row["value"],
-                [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]],
-            )
-            axis.bar(place, row["value"], bottom=start, width=0.6, color=COLOURS.get(step, figures.GREY))
-            if before is not None:  # from the level of the last bar to where this one starts, or ends
-                axis.plot([before + 0.3, place - 0.3], [level, level], color="black", linewidth=0.8)
-            axis.errorbar(place, end, yerr=np.clip(spread, 0, None), color="black", capsize=3, elinewidth=0.9)
-            alone = [start + value for value in row["by seed"] if len(row["by seed"]) > 1]
-            axis.plot([place - 0.17] * len(alone), alone, ".", color="black", markersize=3)
-            text = f"{row['value']:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
-            top = max(start, start + row["ci_high"], *alone)
+            value, ends = row["value"], [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]]
+            axis.bar(place, value, width=0.6, color=COLOURS.get(step, figures.GREY))
+            axis.errorbar(place, value, np.clip(ends, 0, None), color="black", capsize=3, elinewidth=0.9)
+            alone = row["by seed"] if len(row["by seed"]) > 1 else ()
+            axis.plot([place - 0.17] * len(alone), alone, ".", color="black", markersize=4)
+            text = f"{value:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
             style = {"ha": "center", "va": "bottom", "fontsize": 8, "textcoords": "offset points"}
-            axis.annotate(text, (place, top), (0, 3), **style)
-            level, before = end if step != "all" else level, place
+            axis.annotate(text, (place, max(0.0, row["ci_high"], *alone)), (0, 3), **style)
         axis.set_xlim(-0.6, len(names) - 0.4)
-        axis.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+        axis.set_xticks(range(len(names)), labels)
     axes[0].margins(y=0.16)  # for the numbers above the bars
-    axes[0].set_ylabel(f"percentage points over {first}")
+    axes[0].set_ylabel("percentage points of hit rate")
     counted = _counted(average(rows)).strip(" ()") or "no result yet"
     drawn.suptitle(
-        f"Hit rate on MRBench (average) after each change of the training\n"
-        f"{counted}; paired differences, 95 % intervals over queries, dots: single seeds",
+        f"What each change of the training adds on MRBench (average), against the one before it\n"
+        f"{counted}; lines: paired 95 % intervals over queries; dots: single seeds",
         fontsize=10,
     )
     return drawn

@@ -15,27 +15,28 @@ import pandas as pd
 
 from elva_core.config import Settings
 from elva_core.data import mbeir
-from elva_core.evaluation import headroom
-from elva_core.experiments import claims, decomposition, sentences
+from elva_core.evaluation import headroom, statistics
+from elva_core.experiments import claims, decomposition, sentences, sizes
 from elva_core.files import ElvaDataError
 from elva_core.tables import read_table
 
 MEANING = {
-    "reproduced": "its interval is above zero and reaches the paper's value",
-    "same direction": "its interval is above zero and below the paper's value",
-    "inconclusive": "its interval holds zero and reaches half of the paper's value",
-    "contradicted": "its interval is not above zero and does not reach half of the paper's value",
-}
-STEPS = {
-    "generation": "a summary first, read at [RET]",
-    "more InfoNCE": "on the queries of stage 3, the control",
-    "ranking reward": "in its place",
+    "reproduced": "above zero, and reaching the paper's value",
+    "same direction": "above zero, and smaller than the paper's value",
+    "inconclusive": "zero and at least half of the paper's value are both within the interval",
+    "contradicted": "not above zero, and below half of the paper's value",
 }
 IN_SHORT = {
-    "reproduced": "ELVA's gain over the EOL baseline is as large as the paper's",
-    "same direction": "ELVA gains over the EOL baseline, less than in the paper",
-    "inconclusive": "whether ELVA gains over the EOL baseline cannot be said",
-    "contradicted": "ELVA does not gain over the EOL baseline as in the paper",
+    "reproduced": "the whole method gains over the EOL baseline as much as in the paper",
+    "same direction": "the whole method gains over the EOL baseline, less than in the paper",
+    "inconclusive": "whether the whole method gains over the EOL baseline cannot be said",
+    "contradicted": "the whole method does not gain over the EOL baseline as in the paper",
+}
+MODELS = {  # arm -> how it is trained and read
+    decomposition.EOL: "trained and read at the prompt's last token, as the paper's baseline LamRA-Ret",
+    decomposition.RET: "the same training with a share of its steps at [RET], read there after a summary",
+    decomposition.CONTROL: "stage 2 continued with InfoNCE on the queries of stage 3",
+    decomposition.STAGE3: "stage 2 continued with the ranking reward on these queries, against the control",
 }
 
 
@@ -53,6 +54,7 @@ class Tables:
     headroom: pd.DataFrame  # headroom.table
     shares: pd.DataFrame  # headroom.shares_taken
     environment: pd.DataFrame  # package, installed
+    mrbench: pd.DataFrame  # unit, queries, pool (candidates) of each task
 
 
 def read(folder: Path) -> Tables:
@@ -78,13 +80,11 @@ def read_study_table(path: Path) -> pd.DataFrame:
 
 
 def result(tables: Tables, settings: Settings, reported: dict) -> str:
-    """The main result in words, for the first screen of README."""
-    sure = (
-        f"**How sure?** Brackets are 95 % intervals over queries; {_seeds(tables)}, all else has one. "
-        f"{claims.counted(tables.claims)}"
+    """The main result in words and as a table, for the first screen of README."""
+    return (
+        f"{_in_short(tables, reported)}\n\n{_setting(tables, settings, reported)}\n\n{steps(tables)}\n\n"
+        f"{listed(findings(tables, settings, reported))}"
     )
-    lines = listed([*findings(tables, settings, reported), sure])
-    return f"{_in_short(tables, reported)}\n\n{_setting(tables, settings)}\n\n{lines}"
 
 
 def commands(tables: Tables, settings: Settings, seed: int) -> str:
@@ -97,15 +97,34 @@ def commands(tables: Tables, settings: Settings, seed: int) -> str:
 
 
 def findings(tables: Tables, settings: Settings, reported: dict) -> list[str]:
-    """What was found, a line for each claim or question, whatever it says."""
+    """What was found besides the steps, a line for each question, whatever it says."""
     left = headroom.sentence(tables.headroom, tables.shares, settings.evaluation.headroom_samples)
     return [
-        f"**Does the gain come?** {_gain(tables, reported)}",
-        f"**From what?** {_parts(tables)}",
         f"**In every task?** {_tasks(tables)}",
-        f"**Is it grain-blind?** {_distance(tables, reported)}",
-        f"**What is left?** {left}",
+        f"**Less grain-blind?** {_distance(tables, reported)}",
+        f"**How much is left?** {left}",
+        f"**How sure?** {_sure(tables)}",
     ]
+
+
+def steps(tables: Tables) -> str:
+    """The arms from the EOL baseline to stage 3, each beside the one before it, as a Markdown table."""
+    one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
+    lines = [
+        "| | hit@1, % | step, points | hit@5, % | step, points | single seeds, over seeds |",
+        "|--|--|--|--|--|--|",
+    ]
+    begin = next(iter(decomposition.STEPS))
+    first = [_level(rows.loc[begin, "old value"]) for rows in (one, five)]
+    lines.append(f"| {_arm(decomposition.EOL)} | {first[0]} | | {first[1]} | | |")
+    for step, (new, _) in decomposition.STEPS.items():
+        before, row = one.loc[step], five.loc[step]
+        cells = [_level(before["new value"]), _span(before), _level(row["new value"]), _span(row)]
+        lines.append(f"| {_arm(new)}: *{step}* | {' | '.join(cells)} | {_over_seeds(row)} |")
+    before, row = one.loc["all"], five.loc["all"]
+    whole = f"**{decomposition.STAGE3} over {decomposition.EOL}**"
+    lines.append(f"| {whole} | | {_span(before)} | | {_span(row)} | {_over_seeds(row)} |")
+    return "\n".join(lines)
 
 
 def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
@@ -113,8 +132,9 @@ def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
     figures = tables.claims["paper"].notna()
     not_run = figures & tables.claims["ours"].isna()
     scope = (
-        f"{_setting(tables, settings)} Profile {settings.profile}, seed {seed}, device {settings.device}. "
-        f"{int(not_run.sum())} figures of the paper need its data and GPUs and were not run."
+        f"{_setting(tables, settings, reported)} Profile {settings.profile}, seed {seed}, device "
+        f"{settings.device}. {int(not_run.sum())} figures of the paper need its data and GPUs and were not "
+        "run."
     )
     return f"""**Scope.** {scope}
 
@@ -122,9 +142,13 @@ def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
 
 {listed(_claimed(reported))}
 
-**What was measured.** {claims.counted(tables.claims)}
+**What was measured.** {_in_short(tables, reported).partition(": ")[2]}
+
+{steps(tables)}
 
 {listed(findings(tables, settings, reported))}
+
+{claims.counted(tables.claims)}
 
 **What was easy.**
 
@@ -154,85 +178,101 @@ def listed(lines: Sequence[str]) -> str:
     return "\n".join(f"* {line}" for line in lines)
 
 
-def _setting(tables: Tables, settings: Settings) -> str:
+def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
     """What is trained on what, what is asked, and what ranks."""
-    units = [unit for unit in dict.fromkeys(tables.decomposition["unit"]) if unit]
-    tasks = "; ".join(f"{unit}: {_words(unit)}" for unit in units) or "of the profile's tasks"
-    path, data = settings.backbone.path, f"the data {settings.data.name}"
-    backbone = path if path.startswith("Qwen/") else "a small Qwen2-VL"
+    size = sizes.of_model(settings.backbone.path, sizes.known().architectures).parameters
+    data = f"the data {settings.data.name}; its test split is unseen"
     if settings.data.emoji:
-        train = len(settings.data.emoji.vendors["train"])
+        vendors, apart = settings.data.emoji.vendors, 100 * settings.data.emoji.held_out_share
         data = (
-            f"emoji as {train} vendors draw them, and on their names. The test's drawings are other "
-            "vendors', which no training saw"
+            f"names of emoji and how {len(vendors['train'])} vendors draw them. The test has the drawings of "
+            f"a vendor that no training saw; {apart:.0f} % of the names are new, too"
         )
-    return (
-        f"The language model of {backbone} is trained (LoRA) on {data}. Our MRBench is built as the "
-        f"paper's, of this data: {_count(tables, settings):,} queries with {settings.mrbench.min_grains} "
-        f"grains or more ({tasks}). hit@5 is the share of queries with a positive among the first five "
-        "candidates."
+    bench, scores = (
+        tables.mrbench,
+        claims.main(tables.claims, reported).set_index(["claim", "metric"])["ours"],
     )
-
-
-def _count(tables: Tables, settings: Settings) -> int:
-    """Queries of MRBench: those that were measured, or else those of the profile."""
-    measured = decomposition.average(tables.decomposition)["n"].dropna()
-    return int(measured.max()) if len(measured) else settings.mrbench.queries
+    before = scores.get(("zero-shot, average", "hit@5"))
+    start = "" if before is None else f"; the backbone before any stage reaches {before:.1f} % hit@5"
+    pools = " to ".join(f"{count:,}" for count in sorted({bench["pool"].min(), bench["pool"].max()}))
+    return (
+        f"A Qwen2-VL of {size / 1e6:,.1f} M parameters (vision tower frozen, LoRA) is trained on {data}. "
+        f"MRBench, the paper's benchmark of queries with {settings.mrbench.min_grains} grains or more, is "
+        f"rebuilt on them: {bench['queries'].sum():,} queries, {pools} candidates each{start}. hit@k is the "
+        "share of queries with a positive among the first k candidates; the average weighs tasks equally."
+    )
 
 
 def _in_short(tables: Tables, reported: dict) -> str:
-    """One sentence for who reads no further: the verdict, the parts of the gain, the grain distance."""
-    five, one = (decomposition.at_cutoff(tables.decomposition, k) for k in (5, 1))
+    """What holds, for who reads no further: the verdict, the parts of the gain, the grain distance."""
+    one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
     whole, reward = five.loc["all"], five.loc["ranking reward"]
     if not whole["verdict"]:
-        return "**In short:** no verdict."
-    five_says, one_says = (
-        sentences.direction(row["ci_low"], row["ci_high"]) for row in (reward, one.loc["ranking reward"])
-    )
-    seeds = "; seeds disagree" if min(reward["by seed"]) < 0 < max(reward["by seed"]) else ""
-    distance = _distance_rows(tables, reported)["verdict"].get("stage 3 over stage 2", "without a verdict")
-    return (
-        f"**In short:** {IN_SHORT[whole['verdict']]}. Of {whole['value']:+.1f} points of hit@5, the summary "
-        f"gives {five.loc['generation', 'value']:+.1f}, the ranking reward {reward['value']:+.1f} "
-        f"({five_says}; at hit@1 {one_says}{seeds}). That ELVA is less grain-blind: {distance}."
-    )
-
-
-def _gain(tables: Tables, reported: dict) -> str:
-    """Stage 3 over the counterpart of the paper's baseline, beside the paper's figure."""
-    row = decomposition.at_cutoff(tables.decomposition, 5).loc["all"]
-    paper = f"The paper: {reported['mrbench_gain']['value']:+.1f} % on its MRBench over LamRA-Ret. Here"
-    if row["value"] != row["value"]:
-        return f"{paper} not run: {row['missing']}."
-    gain = _span(row, "relative", "relative low", "relative high")
-    return (
-        f"{paper} stage 3 has {row['new value']:.1f} % hit@5 and LamRA-Ret's counterpart, stage 2 read at "
-        f"EOL, {row['old value']:.1f} %: {gain} %, n = {int(row['n']):,}, {len(row['seeds'])} seeds"
-        f"{_verdict(row['verdict'])}."
-    )
-
-
-def _parts(tables: Tables) -> str:
-    """The steps from the EOL baseline to stage 3, at both cut-offs, and the reward's gain under each seed."""
-    five, one = (decomposition.at_cutoff(tables.decomposition, k) for k in (5, 1))
-    parts = [
-        f"*{name}* ({words}) {_span(five.loc[name])}, {_span(one.loc[name])}" for name, words in STEPS.items()
+        lacking = f"; not run: {whole['missing']}" if whole["missing"] else ""
+        return f"**In short:** no verdict{lacking}."
+    words = [
+        sentences.direction(row["ci_low"], row["ci_high"], ("above zero", "below zero"))
+        for row in (reward, one.loc["ranking reward"])
     ]
-    text = f"Points of hit@5, and of hit@1: {'; '.join(parts)}."
-    seeds = [f"{round(value, 1) + 0.0:+.1f}" for value in five.loc["ranking reward", "by seed"]]
-    return text + (f" Single seeds of the reward, hit@5: {', '.join(seeds)}." if len(seeds) > 1 else "")
+    low, _ = statistics.over_seeds(reward["by seed"])
+    over = "" if low != low else f" over queries, {'above zero' if low > 0 else 'inconclusive'} over seeds"
+    relative = _span(whole, "relative", "relative low", "relative high")
+    distance = _distance_rows(tables, reported)["verdict"].get("stage 3 over stage 2", "")
+    return (
+        f"**In short:** {IN_SHORT[whole['verdict']]}: {whole['old value']:.1f} to {whole['new value']:.1f} % "
+        f"hit@5, {_span(whole)} points, {relative} % of the baseline (paper: {whole['paper']:+.1f} %). "
+        f"Writing a summary gives {five.loc['generation', 'value']:+.1f} points of it, the ranking reward "
+        f"{reward['value']:+.1f} ({words[0]}{over}; at hit@1 {words[1]}). The paper's reason, less grain "
+        f"blindness, is {distance or 'without a verdict'} here."
+    )
+
+
+def _arm(name: str) -> str:
+    return f"**{name}**, {MODELS[name]}"
+
+
+def _level(value: float) -> str:
+    return "not run" if value != value else f"{value:.1f}"
+
+
+def _over_seeds(row) -> str:
+    """Points under each seed alone, and the interval over seeds."""
+    if len(row["by seed"]) < 2:
+        return ""
+    points = ", ".join(f"{round(round(value, 9), 1) + 0.0:+.1f}" for value in row["by seed"])
+    low, high = (round(end, 1) + 0.0 for end in statistics.over_seeds(row["by seed"]))
+    return points if low != low else f"{points}; [{low:.1f}, {high:.1f}]"
 
 
 def _tasks(tables: Tables) -> str:
-    """Stage 3 over the EOL baseline on each task, with what its interval says."""
-    rows, parts = tables.decomposition, []
+    """Stage 3 over the EOL baseline on each task."""
+    rows = tables.decomposition
     rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
-    for row in rows.to_dict("records"):
-        word = sentences.direction(row["ci_low"], row["ci_high"])
-        if word == "inconclusive":
-            word = f"{'lower' if row['value'] < 0 else 'higher'}, inconclusive"
-        parts.append(f"{_words(row['unit'])} {_span(row)} ({word})")
-    return f"Stage 3 over EOL, points of hit@5: {'; '.join(parts)}." if parts else "Not run."
+    if rows.empty:
+        return "Not run."
+    parts = [f"{_words(row['unit'])} {_span(row)}" for row in rows.to_dict("records")]
+    worse = [_words(row.unit) for row in rows.itertuples() if row.value < 0]
+    said = f"No, not in {' and '.join(worse)}" if worse else "Yes"
+    n = f"n = {int(rows['n'].min()):,} each"
+    return f"{said}. Stage 3 over the EOL baseline, points of hit@5: {'; '.join(parts)} ({n})."
+
+
+def _sure(tables: Tables) -> str:
+    """What the intervals hold, how many seeds there are, and the claims by verdict, each by its name."""
+    judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
+    over = judged["claim"].str.removeprefix("stage 3 over stage 2").str.removeprefix(", ")
+    what = over.where(~over.isin(["", "EOL only"]), judged["metric"])
+    names = judged["source"].str.partition(",")[0] + ": " + what
+    words = [
+        f"*{word}* ({MEANING[word]}): {', '.join(names[judged['verdict'] == word])}"
+        for word in MEANING
+        if (judged["verdict"] == word).any()
+    ]
+    return (
+        "Brackets are 95 % intervals over queries, seeds averaged; the table's last column has each seed's "
+        f"points of hit@5 and the interval over seeds. {_seeds(tables)}, all else has one. {len(judged)} "
+        f"claims of the paper have a figure here; {'; '.join(words)}."
+    )
 
 
 def _distance_rows(tables: Tables, reported: dict) -> pd.DataFrame:
@@ -246,16 +286,16 @@ def _distance(tables: Tables, reported: dict) -> str:
     rows = _distance_rows(tables, reported)
     values = reported["grain_distance"]["values"]
     text = (
-        "Cosine distance between a query and itself without one grain. The paper: "
-        f"{values['stage 2']} for its baseline, {values['stage 3']} for ELVA."
+        "Without one of its grains a query should be embedded elsewhere (cosine distance; larger is less "
+        f"blind). The paper: {values['stage 2']} for its baseline, {values['stage 3']} for ELVA."
     )
     if not {"stage 2", "stage 3", "stage 3 over stage 2"} <= set(rows.index):
-        return f"{text} Here: not run."
+        return f"Not run. {text}"
     change = rows.loc["stage 3 over stage 2"]
     before, after = rows.loc["stage 2", "ours"], rows.loc["stage 3", "ours"]
     return (
-        f"{text} Here from {before:.3f} to {after:.3f}, {_span(change, 'ours', digits=3)}, n = "
-        f"{int(change['n']):,} queries, one seed{_verdict(change['verdict'])}."
+        f"{change['verdict'].capitalize() or 'No verdict'}. {text} Here stage 2 has {before:.3f}, stage 3 "
+        f"{after:.3f}: {_span(change, 'ours', digits=3)}, n = {int(change['n']):,} queries, one seed."
     )
 
 
@@ -321,7 +361,9 @@ def _cost(tables: Tables) -> str:
 def _steps_that(tables: Tables, holds: Callable, cutoffs: Sequence[int] = decomposition.CUTOFFS) -> str:
     """The steps of which the row at every cut-off has a property; those that were not run have none."""
     rows = decomposition.average(tables.decomposition).dropna(subset="value")
-    rows = rows[rows["step"].isin(list(STEPS)) & rows["metric"].isin([f"hit@{k}" for k in cutoffs])]
+    rows = rows[
+        rows["step"].isin(list(decomposition.STEPS)) & rows["metric"].isin([f"hit@{k}" for k in cutoffs])
+    ]
     steps = rows.groupby("step", sort=False)
     return ", ".join(step for step, part in steps if all(map(holds, part.to_dict("records"))))
 
@@ -347,8 +389,3 @@ def _span(row, value: str = "value", low: str = "ci_low", high: str = "ci_high",
         return "not run"
     middle, low, high = (round(row[name], digits) + 0.0 for name in (value, low, high))  # no -0.0
     return f"{middle:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _verdict(word: str) -> str:
-    """A verdict and what the word means; nothing where there is none."""
-    return f": *{word}* ({MEANING[word]})" if word in MEANING else ""

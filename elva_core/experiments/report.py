@@ -133,6 +133,8 @@ def collect(run: Stage) -> None:
     for stage, names in TAKEN.items():
         for name in names:
             shutil.copyfile(run.require(stage) / f"{name}.csv", run.folder / f"{name}.csv")
+    counts = read_table(run.require("20_build_mrbench") / "counts.csv")
+    run.save_table("mrbench", counts[["unit", "drawn", "pool"]].rename(columns={"drawn": "queries"}))
 
 
 def answers(stages: Mapping[str, dict]) -> pd.DataFrame:

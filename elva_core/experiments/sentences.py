@@ -13,6 +13,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from elva_core import distributed
+from elva_core.evaluation import statistics
 from elva_core.retrieval import metrics
 
 SAMPLES = 1000  # of the bootstrap over training steps
@@ -187,17 +188,18 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
 
 
 def agreement(points: Sequence[float]) -> str:
-    """Whether single seeds agree on the sign of a difference, with their range; "" where none was run.
+    """Whether single seeds agree on the sign of a difference, with the interval over them; "" without any.
 
     >>> agreement((0.5, -0.1, 3.0)), agreement((0.5, 2.0)), agreement((0.5,))
-    (' (seeds disagree: -0.1 to +3.0)', ' (every seed: +0.5 to +2.0)', ' (one seed)')
+    (' (seeds disagree: -0.1 to +3.0; over seeds [-3.0, 5.2])', ' (every seed: +0.5 to +2.0)', ' (one seed)')
     """
     if len(points) < 2:
         return " (one seed)" if points else ""
     low, high = (round(end(points), 9) + 0.0 for end in (min, max))  # no -0.0, no noise of the last digit
     word = "seeds disagree" if low < 0 < high else "every seed" if low > 0 or high < 0 else "single seeds"
-    low, high = (round(end, 1) + 0.0 for end in (low, high))
-    return f" ({word}: {low:+.1f} to {high:+.1f})"
+    low, high, *interval = (round(end, 1) + 0.0 for end in (low, high, *statistics.over_seeds(points)))
+    over = "; over seeds [{:.1f}, {:.1f}]".format(*interval) if len(points) > 2 else ""
+    return f" ({word}: {low:+.1f} to {high:+.1f}{over})"
 
 
 def changes(

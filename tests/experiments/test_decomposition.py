@@ -132,18 +132,16 @@ def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
     assert decomposition.measured(nothing, decomposition.shares(made({("x", 1): [1]}), 5), dataset="d", backbone="b").empty
 
 
-def test_bars_are_joined_at_the_levels_of_the_steps_on_one_scale(table):
+def test_each_bar_is_a_step_with_its_interval_and_seeds_on_one_scale(table):
     figure = decomposition.figure(table)
     bars = [(bar.get_y(), bar.get_height()) for bar in figure.axes[1].patches]
-    assert [start for start, _ in bars] == pytest.approx([0, 12.5, 6.25, 0])
-    assert [start + height for start, height in bars] == pytest.approx([12.5, 6.25, 50, 50])
-    joined = [line.get_ydata().tolist() for line in figure.axes[1].lines if np.diff(line.get_xdata()).tolist() == pytest.approx([0.4])]
-    assert joined == [pytest.approx([level, level]) for level in (12.5, 6.25, 50)]
+    assert [start for start, _ in bars] == [0, 0, 0, 0]
+    assert [height for _, height in bars] == pytest.approx([12.5, -6.25, 43.75, 50])
     ends = {tuple(np.round(s[:, 1], 4)) for lines in figure.axes[1].collections for s in lines.get_segments()}
     row = chosen(table, "ranking reward")
-    assert tuple(np.round([6.25 + row["ci_low"], 6.25 + row["ci_high"]], 4)) in ends
+    assert tuple(np.round([row["ci_low"], row["ci_high"]], 4)) in ends
     dots = [line.get_ydata() for line in figure.axes[1].lines if line.get_marker() == "."]
-    assert dots[2] == pytest.approx([6.25 + 37.5, 6.25 + 50])  # seed by seed, from the level before
+    assert dots[2] == pytest.approx([37.5, 50])  # seed by seed
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim() and "n = 8 queries, seeds 17, 18" in figure.get_suptitle()
 
 

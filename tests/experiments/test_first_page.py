@@ -58,35 +58,48 @@ def tables() -> first_page.Tables:
         headroom=pd.DataFrame(hits, columns=["model", "summaries", "value"]).assign(unit="average", metric="hit@5"),
         shares=pd.DataFrame([{"metric": "hit@5", "value": 0.5, "ci_low": 0.1, "ci_high": 0.9, "n": 40}]),
         environment=pd.DataFrame(),
+        mrbench=pd.DataFrame({"unit": ["x_task0", "x_task4"], "queries": [20, 30], "pool": [7, 9]}),
     )
 
 
-def test_the_gain_stands_beside_the_papers_with_the_meaning_of_its_verdict(tables, smoke):
-    gain = first_page.findings(tables, smoke, REPORTED)[0]
-    assert (
-        "The paper: +13.1 %" in gain
-        and "+8.0 [4.0, 12.0] %, n = 40, 2 seeds: *same direction* (its interval is above zero and below" in gain
-    )
-    rows = tables.decomposition.copy()
-    rows.loc[rows["step"] == "all", ["value", "missing"]] = [float("nan"), "stage 3, seeds 18"]
-    assert "not run: stage 3, seeds 18." in first_page.findings(replace(tables, decomposition=rows), smoke, REPORTED)[0]
-
-
-def test_in_short_says_what_holds_at_one_cutoff_only_and_where_seeds_disagree(tables, smoke):
+def test_in_short_says_the_verdict_and_what_holds_over_queries_only_or_at_one_cutoff_only(tables, smoke):
     said = first_page.result(tables, smoke, REPORTED).splitlines()[0]
-    assert "ELVA gains over the EOL baseline, less than in the paper. Of +4.0 points of hit@5, the summary gives +3.0" in said
-    assert "reward +1.0 (higher; at hit@1 inconclusive). That ELVA is less grain-blind: contradicted." in said
+    assert "gains over the EOL baseline, less than in the paper: 50.0 to 54.0 % hit@5, +4.0 [2.0, 6.0] points, +8.0 [4.0, 12.0] %" in said
+    assert (
+        "(paper: +13.1 %). Writing a summary gives +3.0 points of it, the ranking reward +1.0 (above zero; at hit@1 inconclusive)." in said
+    )
+    assert "less grain blindness, is contradicted here" in said
     rows = tables.decomposition.copy()
-    rows["by seed"] = [(-1.0, 2.0)] * len(rows)
+    rows["by seed"] = [(-1.0, 2.0, 1.5)] * len(rows)
     said = first_page.result(replace(tables, decomposition=rows.assign(verdict="contradicted")), smoke, REPORTED).splitlines()[0]
-    assert "does not gain" in said and "inconclusive; seeds disagree)" in said
+    assert "does not gain" in said and "+1.0 (above zero over queries, inconclusive over seeds; at hit@1 inconclusive)" in said
+    rows = rows.assign(verdict="", missing="stage 3, seeds 18")
+    said = first_page.result(replace(tables, decomposition=rows), smoke, REPORTED)
+    assert said.startswith("**In short:** no verdict; not run: stage 3, seeds 18.")
+
+
+def test_every_arm_of_the_table_has_its_level_and_its_step_over_the_arm_above(tables):
+    lines = first_page.steps(tables).splitlines()[2:]
+    assert [line.split("**")[1] for line in lines] == [*decomposition.CHAIN, "stage 3 over stage 2, EOL only"]
+    assert lines[0].endswith("LamRA-Ret | 50.0 | | 50.0 | | |")
+    assert lines[3].endswith("*ranking reward* | 50.0 | +0.0 [-1.0, 1.0] | 51.0 | +1.0 [0.5, 1.5] | +0.5, +1.5 |")
+    assert lines[4].endswith("| | +3.0 [1.0, 5.0] | | +4.0 [2.0, 6.0] | +2.0, +6.0 |")
+
+
+def test_what_is_trained_on_what_is_told_from_the_profile_and_the_tables(tables, smoke):
+    said = first_page.result(tables, smoke, REPORTED).splitlines()[2]
+    vendors = len(smoke.data.emoji.vendors["train"])
+    assert f"how {vendors} vendors draw them" in said and ": 50 queries, 7 to 9 candidates each. hit@k" in said
 
 
 def test_what_speaks_against_the_gain_is_said(tables, smoke):
-    _, parts, tasks, distance, _ = first_page.findings(tables, smoke, REPORTED)
-    assert "*ranking reward* (in its place) +1.0 [0.5, 1.5], +0.0 [-1.0, 1.0]" in parts and "hit@5: +0.5, +1.5." in parts
-    assert "text to image +6.0 [3.0, 9.0] (higher); image to image -2.0 [-6.0, 2.0] (lower, inconclusive)" in tasks
-    assert "from 0.500 to 0.400, -0.100 [-0.110, -0.090], n = 8 queries, one seed: *contradicted* (" in distance
+    tasks, distance, _, sure = first_page.findings(tables, smoke, REPORTED)
+    assert (
+        "No, not in image to image. " in tasks and "text to image +6.0 [3.0, 9.0]; image to image -2.0 [-6.0, 2.0] (n = 40 each)" in tasks
+    )
+    assert "** Contradicted." in distance and "stage 2 has 0.500, stage 3 0.400: -0.100 [-0.110, -0.090], n = 8 queries, one" in distance
+    assert "1 claims of the paper have a figure here; *contradicted* (not above zero, and below half of the" in sure
+    assert sure.endswith("Figure 4: mean cosine distance.") and "1 arms have 2 seeds" in sure
 
 
 def test_easy_hard_and_cost_follow_from_what_was_measured(tables, smoke):

@@ -104,7 +104,7 @@ def test_changes_are_grouped_by_what_their_intervals_say():
     assert said.endswith("the same for d +0.0 [0.0, 0.0] (n = 120 to 780 queries).")
     seeds = pairs[:1].assign(**{"by seed": [(1.0, -1.0)]})
     assert "a +2.0 [1.0, 3.0] (seeds disagree: -1.0 to +1.0)" in sentences.changes(seeds, "unit", "x").data
-    assert sentences.changes(pairs[:0], "unit", "x", command="make study").data == "**Answer.** x: not run (make study)."
+    assert sentences.changes(pairs[:0], "unit", "x", command="make study").data == "**Answer.** X: not run (make study)."
 
 
 def test_a_training_is_above_only_from_where_no_longer_one_is_inconclusive():
@@ -125,4 +125,4 @@ def test_a_score_is_above_chance_only_where_its_interval_is():
     table = pd.DataFrame(rows, columns=["set", "value", "ci_low", "ci_high"]).assign(chance=0.5, n=9)
     said = sentences.beside_chance(table, "set", "stage 3").data
     assert "above chance: a 80.0 % [60.0, 90.0] (50.0); below chance: c 20.0" in said and "not clearly off chance: b 60.0" in said
-    assert sentences.beside_chance(table[:0], "set", "stage 3").data == "**Answer.** stage 3: not measured."
+    assert sentences.beside_chance(table[:0], "set", "stage 3").data == "**Answer.** Stage 3: not measured."
