@@ -102,7 +102,7 @@ def test_the_share_of_the_room_is_what_stage_3_gains_of_what_the_best_sample_wou
     assert "; stage 3 has 50.0 %, 50 % [" in said and "inconclusive" not in said
     assert "from 100.0 to 100.0 %" in said and "no measurable share of that room" in said and "n = 200 queries" in said
     low = shares.reset_index().assign(ci_low=-0.1)
-    assert ", inconclusive" in headroom.sentence(headroom.table(table, CUTOFFS, 20, 0), low, 8)
+    assert "(inconclusive)" in headroom.sentence(headroom.table(table, CUTOFFS, 20, 0), low, 8)
 
 
 def test_reading_is_the_share_of_pictures_whose_summary_is_exact(root, bench):
