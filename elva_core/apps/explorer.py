@@ -143,6 +143,10 @@ class Explorer(ipywidgets.VBox):
         self.children = [ipywidgets.HTML(STYLE + KEYS + LEGEND), ipywidgets.GridBox(self.columns)]
         self.add_class("elva")
 
+    def __repr__(self) -> str:
+        """What a notebook that is only read shows in its place."""
+        return "The explorer, a widget: run the notebook in JupyterLab to use it."
+
 
 class Column(ipywidgets.VBox):
     """One query: chosen or typed, its grains to untick, and below it what each model answers.

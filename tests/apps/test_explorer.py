@@ -170,6 +170,7 @@ def test_the_grains_that_were_queried_and_an_answer_lacks_are_struck(measured, d
         ),
         ([("who", "man"), ("tone", "dark skin tone")], [("who", "man")], ["✓ man", "✗ dark skin tone "]),
         ([("word", "MAN"), ("word", "red")], [("who", "man"), ("what", "pilot")], ["✓ MAN", "✗ red ", "+ man pilot"]),
+        ([("what", "man")], [("who", "man")], ["✗ man ", "+ man"]),
         ([("word", "man")], [("who", "woman")], ["✗ man ", "+ woman"]),
         ([("who", "<b>")], [("who", "<i>")], ["✗ &lt;b&gt; &lt;i&gt;"]),
         ([("who", "man")], [], []),
