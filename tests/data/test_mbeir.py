@@ -221,11 +221,6 @@ def test_lint_finds_broken_rules_of_content(own_root):
         assert message in problems
 
 
-def test_transparency_becomes_white(tmp_path):
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert images.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-
-
 def test_a_pool_is_read_by_offset_and_in_any_order(root):
     pool = root.pool("", "test", "global")
     records = list(pool)

@@ -105,14 +105,6 @@ def test_only_queries_carry_the_instruction_that_was_given_last(tiny, tmp_path):
     np.testing.assert_allclose(found, ours(tiny, pool, "", tmp_path, "summary"), atol=1e-5)
 
 
-def test_an_image_with_an_orientation_is_embedded_upright(tiny):
-    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8))
-    lying = upright.transpose(Image.Transpose.ROTATE_90)
-    lying.getexif()[0x0112] = 6
-    vectors = MtebEncoder(tiny).encode([{"image": [upright, lying]}], task_metadata=None, hf_split="test", hf_subset="default")
-    np.testing.assert_allclose(*vectors, atol=1e-5)
-
-
 def test_results_of_other_weights_or_another_template_are_kept_apart(tiny, tmp_path):
     tiny.save(tmp_path / "model", stage="test", parent="none")
     first = encoder.load(tmp_path / "model")

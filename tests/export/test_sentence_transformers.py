@@ -15,7 +15,7 @@ from elva_core import encoder as former_encoder
 from elva_core import sentence_module
 from elva_core.data import items as data_items
 from elva_core.data import mbeir
-from elva_core.export import embedder, hub, sentence_transformers
+from elva_core.export import embedder, sentence_transformers
 from elva_core.models import encoder
 from elva_core.retrieval import retriever
 
@@ -175,15 +175,6 @@ def test_a_file_that_changes_is_read_again(exported, items, tmp_path):
         place.write_bytes(item.image.read_bytes())
         found.append(model.encode(str(place)))
     assert abs(found[0] - found[1]).max() > 1e-4
-
-
-def test_an_export_is_whole_or_not_there(saved, tmp_path, monkeypatch):
-    target = tmp_path / "elva"
-    with monkeypatch.context() as patched:
-        patched.setattr(hub, "card", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            sentence_transformers.sentence_transformer(saved, target)
-    assert not target.exists()
 
 
 def test_an_export_says_nothing_of_this_machine_and_what_must_be_installed(saved, tmp_path):
