@@ -265,6 +265,29 @@ def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
     return groups.reset_index().rename(columns={"mean": f"hit@{k}", "count": "n"})
 
 
+def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.DataFrame:
+    """How much higher MRBench hit rates are for compositions that no training row has than for the others.
+
+    Returns:
+        a row per model that has queries of both: new, old, metric, value and its 95 % interval (queries
+        resampled inside each of the two), ci_low, ci_high, n of both.
+    """
+    rows, metric = [], f"hit@{k}"
+    for model, of_model in hits.groupby("model", sort=False):
+        unseen, seen = (
+            of_model.loc[of_model["unseen"] == is_new, metric].to_numpy() for is_new in (True, False)
+        )
+        if len(unseen) and len(seen):
+            low, high = metrics.interval(
+                [unseen, -seen], samples, distributed.rng_for(seed, "unseen", model, k)
+            )
+            names = {"new": f"{model}, unseen", "old": "seen compositions", "metric": metric}
+            # the interval is of the mean of two groups, which is half their difference
+            bounds = {"value": unseen.mean() - seen.mean(), "ci_low": 2 * low, "ci_high": 2 * high}
+            rows.append(names | bounds | {"n": len(of_model)})
+    return pd.DataFrame(rows, columns=["new", "old", "metric", "value", "ci_low", "ci_high", "n"])
+
+
 def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
@@ -289,5 +312,5 @@ def side_by_side(
         result = one.bench[unit]
         top = [result.candidates[row] for row in result.top[index][:depth]]
         answers.append((one.model, [(mbeir.caption(c), image(c), c.did in query.positives) for c in top]))
-    text = f"{query.text or ''} [{mbeir.caption(query)}]" if query.image else query.text or ""
+    text = f"{query.text or ''} [{mbeir.caption(query)}]".strip() if query.image else query.text or ""
     return text, image(query), answers

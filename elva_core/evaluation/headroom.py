@@ -194,9 +194,9 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
             part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}]".format(**percent)
             part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else ", inconclusive"
         words.append(
-            f"{share['metric']}: stage 2 finds {before:.1f} % with the summary that it writes and {best:.1f} % "
-            f"with the best of {samples} that it samples for each query; of this room stage 3, with "
-            f"{after:.1f} %, takes {part}"
+            f"{share['metric']}: stage 2 finds {before:.1f} % with the summary that it writes and "
+            f"{best:.1f} % with the best of {samples} that it samples for each query; of this room stage 3, "
+            f"with {after:.1f} %, takes {part}"
         )
     return ". ".join(words) + f" (n = {shares['n'].iloc[0]:,} queries, one seed)."
 

@@ -129,6 +129,21 @@ def choose(table: pd.DataFrame) -> dict[Kind, float]:
     return {kind: float(best.loc[kind, "weight"]) for kind in reranker.KINDS}
 
 
+def chosen(table: pd.DataFrame, weights: Mapping[Kind, float], n: int) -> str:
+    """The weights that were chosen, in words, with the mean reciprocal rank of each and of the retriever.
+
+    Args:
+        table: `weigh`. n: queries of the validation.
+    """
+    mrr = table.set_index(["kind", "weight"])["mrr"]
+    words = [f"{kind} {weight:.2f} (MRR {mrr[kind, weight]:.3f})" for kind, weight in weights.items()]
+    alone = mrr.xs(WEIGHTS[-1], level="weight").iloc[0]
+    none = " A weight of 1 leaves the retriever's order." if WEIGHTS[-1] in weights.values() else ""
+    return (
+        f"{', '.join(words)}; the retriever alone has MRR {alone:.3f} (n = {n:,} validation queries).{none}"
+    )
+
+
 def hits(
     seen: Sequence[Reranked],
     weights: Mapping[Kind, float],

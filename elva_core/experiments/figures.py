@@ -1,6 +1,6 @@
 """Figures of results, DataFrame -> Figure: bars, points with intervals, curves (of images: pictures.py).
 
-No file is read, nothing is shown, no global style is changed. Intervals are the columns ci_low and ci_high.
+No file is read, nothing shown, no global style changed. Intervals are the columns ci_low and ci_high.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from elva_core.experiments import sentences
 from elva_core.experiments.pictures import PlainFigure
 from elva_core.training import rewards
 from elva_core.training_settings import RewardSettings
@@ -48,8 +49,8 @@ def _legend_below(figure: Figure, axis, columns: int, fontsize: float = 8) -> No
 
 
 def _queries(table: pd.DataFrame) -> str:
-    """The number of queries behind a point, the smallest where points differ; for titles."""
-    return f"n = {table['n'].min():,} queries" if len(table) else "no arm of the study"
+    """The number of queries behind a point, from the smallest to the largest where they differ."""
+    return sentences.counted(table["n"]) if len(table) else "nothing measured"
 
 
 def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure:
@@ -107,12 +108,12 @@ def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     table = pd.DataFrame({"rank": ranks, **weights, "positive": 1 / (1 + k.float().log())})
     figure, ((left, right),) = _axes(columns=2, size=(8, 3))
     left.axhline(0, color="black", linewidth=0.8)
-    left.plot(k, table["printed"], label="printed: ln k - 1", color=RED)
-    left.plot(k, table["corrected"], "--", label="corrected: max(0, ln k - 1)", color=BLUE)
+    left.plot(k, table["printed"], "o-", markersize=3, label="printed: ln k - 1", color=RED)
+    left.plot(k, table["corrected"], ".--", label="corrected: max(0, ln k - 1)", color=BLUE)
     left.set(xlabel="rank k of the negative", ylabel="weight of the penalty", xscale="log")
     left.set_title(f"Below 0 a negative is rewarded (gamma = {gamma})", fontsize=10)
     left.legend(frameon=False)
-    right.plot(k, table["positive"], color=BLUE)
+    right.plot(k, table["positive"], "o-", markersize=3, color=BLUE)
     right.set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", xscale="log", ylim=(0, 1.05))
     right.set_title("Discount of the positive", fontsize=10)
     whole = [rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= max(ranks)]
@@ -262,8 +263,7 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(0, 100 * table["ci_high"].max() * 1.05)
     _legend_below(figure, axes[0, 0], columns=4)
-    n = table["n"].min() if len(table) else 0
-    figure.suptitle(f"{title} (n = {n:,} queries a point, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
     return figure
 
 
@@ -274,7 +274,7 @@ def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) ->
     sns.boxplot(table, x="kind", y="distance", hue="model", ax=axis, **style)
     for name, value in paper.items():
         axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
-        axis.text(axis.get_xlim()[1], value, f" paper, Figure 4\n {name}: {value}", va="center", fontsize=7)
+        axis.text(axis.get_xlim()[1], value, f" paper, {name}: {value}", va="center", fontsize=7)
     axis.set(xlabel="grain taken away", ylabel="1 - cosine (0 = grain is not there)")
     axis.set_title(f"{title} (n = {table['qid'].nunique()} queries)")
     axis.legend(frameon=False, fontsize=8)
@@ -385,7 +385,7 @@ def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
     before = timed[timed["model"] == first].iloc[0]
     for axis, metric in zip(panels, ("hit@1", "hit@5"), strict=True):
         for place, r in enumerate(timed.to_dict("records")):
-            colour = MODEL_COLOURS.get(r["model"], f"C{place}")
+            colour = MODEL_COLOURS.get(r["model"], WAY_COLOURS[place % len(WAY_COLOURS)])
             ends = [before["seconds"], r["seconds"]], [before[metric], r[metric]]
             axis.plot(*ends, color=colour, linewidth=0.8, alpha=0.5)
             along, across = _spread(r, metric, f"{metric} low", f"{metric} high"), _spread(r, *columns)

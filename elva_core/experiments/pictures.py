@@ -11,7 +11,8 @@ from matplotlib.text import Text
 
 from elva_core.data import images
 
-CAPTION = 8  # points, of what stands at a picture
+CAPTION = 9  # points, of what stands at a picture
+CELL = 1.6  # inches: six beside each other are no wider than a notebook
 FORMULA = r"$\mathdefault{"  # how matplotlib writes the ticks of a logarithmic axis
 
 
@@ -33,9 +34,9 @@ def image_grid(rows: Sequence[tuple[str, Sequence[tuple[str, Path | None]]]], ti
         rows: (label, [(caption, image), ...]) per row; a row may be shorter than the others.
     """
     columns = max(len(cells) for _, cells in rows)
-    figure, axes = _bare_axes(len(rows), columns, (1.7 * columns + 0.8, 1.9 * len(rows) + 0.4), title)
+    figure, axes = _bare_axes(len(rows), columns, (CELL * columns + 0.3, 2 * len(rows) + 0.4), title)
     for line, (label, cells) in zip(axes, rows, strict=True):
-        line[0].set_ylabel(label, fontsize=9)
+        line[0].set_ylabel(label, fontsize=CAPTION)
         for axis, (caption, image) in zip(line, cells, strict=False):
             _cell(axis, caption, image)
     return figure
@@ -52,12 +53,12 @@ def retrieved(
     """
     depth = max(len(candidates) for _, _, models in rows for _, candidates in models)
     height = sum(len(models) for _, _, models in rows)
-    figure, axes = _bare_axes(height, depth + 1, (1.7 * (depth + 1), 1.9 * height + 0.4), title)
+    figure, axes = _bare_axes(height, depth + 1, (CELL * (depth + 1) + 0.3, 2 * height + 0.4), title)
     lines = iter(axes)
     for query, query_image, models in rows:
         for place, (model, candidates) in enumerate(models):
             first, *others = next(lines)
-            first.set_ylabel(model, fontsize=9)
+            first.set_ylabel(model, fontsize=CAPTION)
             if place == 0:
                 first.set_title(_wrapped(f"query: {query}"), fontsize=CAPTION)
                 if query_image is not None:
@@ -76,7 +77,7 @@ def contact_sheet(cards: Sequence[tuple[str, Path | None, str]], title: str, col
         cards: (text, image, label); a text without an image is a text card, with one it goes under the label.
     """
     height = -(-len(cards) // columns)
-    figure, axes = _bare_axes(height, columns, (1.8 * columns, 2.3 * height + 0.4), title)
+    figure, axes = _bare_axes(height, columns, (CELL * columns, 2.3 * height + 0.4), title)
     for axis, (text, image, label) in zip(axes.flat, cards, strict=False):
         _cell(axis, text if image is None else "", image)
         below = label if image is None else f"{label}\n{_wrapped(text)}"
@@ -103,11 +104,11 @@ def _cell(axis, caption: str, image: Path | None) -> None:
         axis.set_title(_wrapped(caption), fontsize=CAPTION)
     else:
         middle = {"x": 0.5, "y": 0.5, "ha": "center", "va": "center", "transform": axis.transAxes}
-        axis.text(s=_wrapped(caption), fontsize=CAPTION + 1, **middle)
+        axis.text(s=_wrapped(caption), fontsize=CAPTION, **middle)
         axis.set(aspect="equal")
 
 
 def _wrapped(text: str) -> str:
-    """The first four lines of a text, none of them wider than a cell."""
-    lines = textwrap.wrap(text, 22, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines[:4])
+    """The first five lines of a text, none of them wider than a cell."""
+    lines = textwrap.wrap(text, 20, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines[:5])

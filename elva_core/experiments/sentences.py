@@ -1,6 +1,7 @@
-"""Sentences that answer a notebook's question from its table: value, interval, n, and how sure that is.
+"""Sentences that answer a notebook's questions from its tables: value, interval, n, and how sure that is.
 
-Markdown(sentences.differences(comparisons))
+answer = sentences.differences(comparisons)
+run.close(answer=sentences.joined(answer, sentences.wrong_modality(units)))
 """
 
 from __future__ import annotations
@@ -15,7 +16,22 @@ from elva_core import distributed
 from elva_core.retrieval import metrics
 
 SAMPLES = 1000  # of the bootstrap over training steps
+START = "**Answer.** "
 MOST = 8  # differences that are named in one sentence although they are inconclusive
+
+
+def joined(*parts: Markdown | str) -> Markdown:
+    """Several sentences or answers as one answer.
+
+    >>> joined(Markdown("**Answer.** Yes."), "No.").data
+    '**Answer.** Yes. No.'
+    """
+    texts = (getattr(part, "data", part).removeprefix(START) for part in parts)
+    return Markdown(START + " ".join(text for text in texts if text))
+
+
+def _said(text: str) -> Markdown:
+    return Markdown(START + text[:1].upper() + text[1:])
 
 
 def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lower")) -> str:
@@ -37,16 +53,6 @@ def number(value: float, low: float, high: float, unit: str, *, sign: bool = Fal
     return f"{value:{'+' if sign else ''}.1f}{f' {unit}' if unit else ''} [{low:.1f}, {high:.1f}]"
 
 
-def answer(*parts: Markdown | str) -> Markdown:
-    """Sentences as one answer, each of which may be an answer of its own.
-
-    >>> answer("One.", Markdown("**Answer.** Two.")).data
-    '**Answer.** One. Two.'
-    """
-    texts = (getattr(part, "data", part).removeprefix("**Answer.** ") for part in parts)
-    return Markdown("**Answer.** " + " ".join(text for text in texts if text))
-
-
 def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) -> Markdown:
     """The highest and the lowest of some scores, with their intervals.
 
@@ -55,7 +61,7 @@ def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) ->
             percent.
     """
     if table.empty:
-        return Markdown(f"**Answer.** {metric}: not measured.")
+        return Markdown(f"{START}{metric}: not measured.")
     rows = table.sort_values("value", ascending=False).to_dict("records")
 
     def told(row: Mapping) -> str:
@@ -63,26 +69,101 @@ def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) ->
         return f"{row[name]} ({number(*bounds, '%')}, n = {row['n']:,})"
 
     if len(rows) == 1:
-        return Markdown(f"**Answer.** {metric}: {told(rows[0])}.")
-    return Markdown(f"**Answer.** {metric}: highest for {told(rows[0])}, lowest for {told(rows[-1])}.")
+        return Markdown(f"{START}{metric}: {told(rows[0])}.")
+    return Markdown(f"{START}{metric}: highest for {told(rows[0])}, lowest for {told(rows[-1])}.")
 
 
 def differences(pairs: pd.DataFrame, scale: float = 100.0, unit: str = "points") -> Markdown:
-    """What paired differences say, one clause each; "inconclusive" is an answer, too.
+    """What paired differences say, one clause for each pair; "inconclusive" is an answer, too.
 
     Args:
         pairs: new, old, metric, value, ci_low, ci_high, n, as `statistics.comparison` gives them.
         scale: from the table's values to `unit`.
     """
+    clauses, same = [], len(set(pairs["n"])) == 1
+    for (new, old), rows in pairs.groupby(["new", "old"], sort=False):
+        told = []
+        for row in rows.to_dict("records"):
+            value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
+            n = "" if same else f", n = {row['n']:,}"
+            said = number(value, low, high, unit, sign=True)
+            told.append(f"{row['metric']} {direction(low, high)} ({said}{n})")
+        clauses.append(f"{new} against {old}: {', '.join(told)}")
+    if not clauses:
+        return Markdown(f"{START}Nothing could be compared.")
+    n = f"; n = {pairs['n'].iloc[0]:,}" if same else ""
+    return _said(f"{'; '.join(clauses)}{n}.")
+
+
+def shares(table: pd.DataFrame) -> Markdown:
+    """Which kind of grain most queries have, and which the fewest; of `build.describe`."""
+    rows = table.to_dict("records")
+    told = [f"{row['kind']} ({row['queries']:,} queries, {row['share']:.0%})" for row in rows]
+    ends = f"most queries name {told[0]}, fewest {told[-1]}" if len(told) > 1 else f"all name {told[0]}"
+    return Markdown(f"{START}Of {len(rows)} kinds of grains {ends}.")
+
+
+def rewarded_ranks(weights: pd.DataFrame) -> Markdown:
+    """At which ranks a negative raises the reward; of `figures.rank_weights`."""
+    paid = {form: weights[weights[form] < 0] for form in ("printed", "corrected")}
+    told = ", ".join(
+        f"rank {row['rank']:.0f} ({row['printed']:+.2f})" for _, row in paid["printed"].iterrows()
+    )
+    count = f"{len(paid['corrected'])} of {len(weights)} ranks"
+    return Markdown(
+        f"{START}As printed the weight is below zero, so that a negative raises the reward, "
+        f"at {told or 'no rank'}; in the corrected form at {count}."
+    )
+
+
+def passing(table: pd.DataFrame, positive: float) -> Markdown:
+    """What the total reward does as one negative passes the positive; of `figures.hardest_negative`."""
+    before, after = (
+        table[side].iloc[end]
+        for side, end in ((table["hardest"] < positive, -1), (table["hardest"] > positive, 0))
+    )
     clauses = []
-    for row in pairs.to_dict("records"):
-        value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
-        word = direction(low, high)
-        against = f"{row['new']} is {word} {'than' if word != 'inconclusive' else 'against'} {row['old']}"
-        clauses.append(
-            f"{against} in {row['metric']} ({number(value, low, high, unit, sign=True)}, n = {row['n']:,})"
-        )
-    return Markdown("**Answer.** " + "; ".join(clauses) + ".")
+    for form in ("printed", "corrected"):
+        old, new = before[f"R_total {form}"], after[f"R_total {form}"]
+        word = "rises" if new > old else "falls"
+        clauses.append(f"as {form} it {word} from {old:.3f} to {new:.3f}")
+    return Markdown(f"{START}The total reward as the negative passes: {', '.join(clauses)}.")
+
+
+def wrong_modality(shares: pd.DataFrame) -> Markdown:
+    """For which units the first answer mostly has the wrong modality.
+
+    Args:
+        shares: unit, value, ci_low, ci_high (shares of queries), n, of one model in the global pool.
+    """
+    rows = shares.sort_values("value", ascending=False).to_dict("records")
+    most = [row for row in rows if row["value"] > 0.5]
+    told = []
+    for row in most:
+        bounds = (100 * row[column] for column in ("value", "ci_low", "ci_high"))
+        told.append(f"{row['unit']} ({number(*bounds, '%')})")
+    units = f"{len(most)} of {len(rows)} units" + (f": {', '.join(told)}" if told else "")
+    return Markdown(
+        f"{START}In the global pool, which holds every modality, the first answer mostly has the wrong one "
+        f"in {units}; n = {shares['n'].min():,} queries a unit."
+    )
+
+
+def first_by_metric(means: pd.DataFrame) -> Markdown:
+    """Which model is first under which metric, and what ties cost.
+
+    Args:
+        means: a row per metric, a column per model, in percent; "... pessimistic" beside the plain metrics.
+    """
+    plain = [name for name in means.index if f"{name} pessimistic" in means.index]
+    ties = max((means.loc[name] - means.loc[f"{name} pessimistic"]).max() for name in plain)
+    ranked = means[[name.startswith(("hit", "recall", "mrr", "ndcg")) for name in means.index]]
+    counts = ranked.idxmax(axis=1).value_counts()
+    told = ", ".join(f"{model} under {count}" for model, count in counts.items())
+    return Markdown(
+        f"{START}Of {len(ranked)} metrics the highest mean has {told}; "
+        f"ties change a hit rate by {ties:.1f} points at most."
+    )
 
 
 def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
@@ -102,7 +183,7 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
         change = f"{np.mean(first):.3g} to {np.mean(last):.3g}"
         clauses.append(f"{name} {text} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
     steps = f"first against last {tenth} of {len(history)} steps"
-    return Markdown(f"**Answer.** {'; '.join(clauses)}; {steps}.")
+    return _said(f"{'; '.join(clauses)}; {steps}.")
 
 
 def agreement(points: Sequence[float]) -> str:
@@ -130,7 +211,7 @@ def changes(
             is missing.
     """
     if pairs.empty:
-        return Markdown(f"**Answer.** {what}: not run{f' ({command})' if command else ''}.")
+        return Markdown(f"{START}{what}: not run{f' ({command})' if command else ''}.")
     groups: dict[str, list[str]] = {"higher": [], "lower": [], "inconclusive": [], "the same": []}
     for row in pairs.to_dict("records"):
         value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
@@ -140,7 +221,7 @@ def changes(
     if len(pairs) > MOST and len(groups["inconclusive"]) > 1:
         groups["inconclusive"] = [f"the {len(groups['inconclusive'])} others of the table"]
     listed = "; ".join(f"{word} for {', '.join(rows)}" for word, rows in groups.items() if rows)
-    return Markdown(f"**Answer.** {what}, in points: {listed} ({counted(pairs['n'])}).")
+    return Markdown(f"{START}{what}, in points: {listed} ({counted(pairs['n'])}).")
 
 
 def counted(n: pd.Series) -> str:
@@ -168,7 +249,7 @@ def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
         groups[word.replace("inconclusive", "not clearly off")].append(f"{row[label]} {told} ({chance})")
     listed = "; ".join(f"{word} chance: {', '.join(rows)}" for word, rows in groups.items() if rows)
     counts = f" ({counted(table['n'])}; chance in brackets)" if len(table) else ""
-    return Markdown(f"**Answer.** {what}: {listed or 'not measured'}{counts}.")
+    return Markdown(f"{START}{what}: {listed or 'not measured'}{counts}.")
 
 
 def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
@@ -181,11 +262,8 @@ def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
         f"{row.side} {row.batch} at a time {row.times:.1f} [{row.lowest:.1f}, {row.highest:.1f}]"
         for row in table[table["way"] == way].itertuples()
     ]
-    told = f"{table['rounds'].min()} rounds of {int(table['n'].min())} items or more"
-    return Markdown(
-        f"**Answer.** {way} takes fewer seconds than {base} by these factors, with the range of {told}: "
-        f"{', '.join(clauses)}."
-    )
+    told = f"median and range of {table['rounds'].min()} rounds, {int(table['n'].min())} items or more"
+    return _said(f"Items a second of {way} as a multiple of {base}: {', '.join(clauses)} ({told}).")
 
 
 def trade(table: pd.DataFrame, base: str) -> Markdown:
@@ -199,10 +277,11 @@ def trade(table: pd.DataFrame, base: str) -> Markdown:
     clauses = []
     for row in timed.sort_values("way", key=lambda ways: ways != base).to_dict("records"):
         rate = number(row["value"], row["ci_low"], row["ci_high"], "%")
-        clauses.append(f"{row['way']} {rate} at {row['per second']:,.0f} queries a second")
+        speed = "{per second:,.0f} [{lowest:,.0f}, {highest:,.0f}]".format(**row)
+        clauses.append(f"{row['way']} {rate} at {speed} queries a second")
     rest = [f"{row['way']} ({row['value']:.1f} %)" for row in untimed.to_dict("records")]
     apart = f"; speed not measured: {', '.join(rest)}" if rest else ""
-    return Markdown(f"**Answer.** hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
+    return Markdown(f"{START}hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
 
 
 def costs(table: pd.DataFrame) -> Markdown:
@@ -216,7 +295,7 @@ def costs(table: pd.DataFrame) -> Markdown:
         f"{row['queries a second']:.1f} queries a second ({row['seeds']} seeds)"
         for row in table.to_dict("records")
     ]
-    return Markdown(f"**Answer.** hit@5 and cost: {'; '.join(clauses) or 'no arm was timed'}.")
+    return Markdown(f"{START}hit@5 and cost: {'; '.join(clauses) or 'no arm was timed'}.")
 
 
 def lengths(table: pd.DataFrame) -> Markdown:
@@ -236,5 +315,5 @@ def lengths(table: pd.DataFrame) -> Markdown:
         gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
         clauses.append(f"{name} is {text} (lengths tried: {len(part)}; {last['queries']:,} queries: {gain})")
     if not clauses:
-        return Markdown("**Answer.** Not run.")
-    return Markdown(f"**Answer.** {'; '.join(clauses)} ({counted(table['n'])}, one seed).")
+        return _said("Not run.")
+    return _said(f"{'; '.join(clauses)} ({counted(table['n'])}, one seed).")

@@ -304,3 +304,16 @@ def test_a_folder_that_cannot_hold_results_is_refused_before_anything_is_embedde
         finally:
             os.seteuid(user)
         assert not encoded
+
+
+def test_the_gap_of_unseen_compositions_has_the_interval_of_a_difference_of_two_independent_means():
+    rng = np.random.default_rng(0)
+    unseen = np.repeat([True, False], [400, 1600])
+    hits = pd.DataFrame({"model": "m", "unseen": unseen, "hit@5": (rng.random(2000) < np.where(unseen, 0.3, 0.5)).astype(float)})
+    (row,) = benchmark.composition_gaps(hits, 5, 2000, 0).to_dict("records")
+    groups = hits.groupby("unseen")["hit@5"]
+    means, variances = groups.mean(), groups.var(ddof=0)
+    half = 1.96 * np.sqrt(variances[True] / 400 + variances[False] / 1600)
+    assert row["value"] == pytest.approx(means[True] - means[False]) and row["n"] == 2000
+    assert row["value"] - row["ci_low"] == pytest.approx(half, rel=0.1) and row["ci_high"] - row["value"] == pytest.approx(half, rel=0.1)
+    assert benchmark.composition_gaps(hits[unseen], 5, 10, 0).empty

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
 from elva_core.experiments import figures, pictures
 
@@ -93,6 +95,36 @@ def test_ticks_of_a_logarithmic_axis_stay_powers():
     figure.savefig(io.BytesIO(), format="png")
     ticks = [text for axis in figure.axes for text in axis.get_xticklabels() if "$" in text.get_text()]
     assert ticks and all(text.get_parse_math() for text in ticks)
+
+
+COLUMN = 9.4  # inches, of a notebook's outputs in a window of 1,280 pixels
+
+
+@pytest.mark.parametrize("columns", [2, 6])
+def test_the_captions_of_a_grid_of_pictures_have_eight_points_where_it_is_shown(columns):
+    cells = [("a caption", None)] * columns
+    grids = [
+        pictures.image_grid([("unit", cells)], "t"),
+        pictures.retrieved([("query", None, [("stage 3", [("a", None, True)] * (columns - 1))])], "t"),
+        pictures.contact_sheet([("a text", None, "a label")] * columns, "t"),
+    ]
+    for grid in grids:
+        shrunk = min(1.0, COLUMN / grid.get_figwidth())
+        shown = [text.get_fontsize() * shrunk for text in grid.findobj(Text) if text.get_text()]
+        assert len(shown) > columns and min(shown) >= 8
+
+
+def test_no_caption_of_a_grid_covers_another_or_the_label_of_its_row(tmp_path):
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (72, 72), "red").save(picture)
+    long = "Wasserballspieler(in) mit mitteldunkler hautfarbe, Woman golfing medium tone."
+    rows = [("emoji_task0", [(long, None), (long, picture)] * 3), ("emoji_task4", [(long, picture)] * 6)]
+    answers = [(long, None, True), (long, picture, False)] * 2
+    grids = [pictures.image_grid(rows, "t"), pictures.retrieved([(long, None, [("stage 2", answers), ("stage 3", answers)])] * 2, "t")]
+    for grid in grids:
+        grid.savefig(io.BytesIO(), format="png")
+        boxes = [text.get_window_extent() for text in grid.findobj(Text) if text.get_text()]
+        assert len(boxes) > 12 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_every_positive_is_framed():

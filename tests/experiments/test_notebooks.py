@@ -23,6 +23,7 @@ def book(request):
 
 
 COPIES = sorted(chain.files.OUTPUTS.glob("cpu/seed-17/executed/*.ipynb"))  # those in the repository
+SAYS = re.compile(r"\*\*Answer\.\*\*|\bsentences\.\w+\(|\bsentence\(")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 
 
@@ -45,6 +46,29 @@ def test_no_cell_defines_hides_or_names_a_path(book):
     for cell in code(book):
         assert not re.search(FORBIDDEN, cell.source, re.MULTILINE), cell.source
         assert len(cell.source.splitlines()) <= 15, cell.source
+
+
+def says(cell):
+    """Whether a cell displays an answer: what it has displayed, or, where no output is stored, what it will."""
+    shown = [str(o.get("data", {}).get("text/markdown", "")) + o.get("text", "") for o in cell.outputs]
+    return any("**Answer.**" in text for text in shown) if shown else bool(SAYS.search(cell.source))
+
+
+def test_every_question_is_answered_before_the_next_heading(book):
+    answered, heading = {}, None
+    for cell in book.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("## "):
+            heading = cell.source.splitlines()[0]
+            if heading.endswith("?"):
+                answered[heading] = False
+        elif cell.cell_type == "code" and heading in answered:
+            answered[heading] |= says(cell)
+    assert answered and not [question for question, said in answered.items() if not said]
+
+
+def test_the_answer_to_the_first_question_is_given_where_the_stage_is_closed(book):
+    assert book.cells[0].source.splitlines()[1].startswith("**Question** ")
+    assert "answer=" in code(book)[-1].source
 
 
 @pytest.mark.parametrize("path", [*BOOKS, *COPIES], ids=lambda p: "/".join(p.parts[-4:]))

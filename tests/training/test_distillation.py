@@ -270,7 +270,7 @@ def test_how_many_times_as_fast_is_of_medians_with_the_range_of_the_rounds():
     (row,) = throughput.times(table, "base").to_dict("records")  # no row for what its base was not timed on
     assert [row[c] for c in ("times", "lowest", "highest")] == [3, 1, 5] and row["way"] == "new"
     said = sentences.faster(throughput.times(table, "base"), "new", "base").data
-    assert said.endswith("the range of 3 rounds of 16 items or more: queries 1 at a time 3.0 [1.0, 5.0].")
+    assert said.endswith("multiple of base: queries 1 at a time 3.0 [1.0, 5.0] (median and range of 3 rounds, 16 items or more).")
 
 
 def test_quality_and_speed_become_claims_and_a_figure():
@@ -290,7 +290,9 @@ def test_quality_and_speed_become_claims_and_a_figure():
     rates = quality.rename(columns={"model": "way"}).assign(value=30.0, ci_low=20.0, ci_high=40.0)
     rates = pd.concat([rates, rates.assign(way="another", value=35.0)])
     trade = rates.merge(speed[speed["batch"] == 64].drop(columns="n"), on="way", how="left")
-    assert sentences.trade(trade, "stage 3").data.endswith("at 90 queries a second (n = 50 queries); speed not measured: another (35.0 %).")
+    assert sentences.trade(trade, "stage 3").data.endswith(
+        "at 90 [80, 95] queries a second (n = 50 queries); speed not measured: another (35.0 %)."
+    )
     (axis,) = figures.quality_against_speed(trade, "t").axes
     assert [text.get_text() for text in axis.figure.legends[0].texts] == ["another (speed not measured)", "single pass"]
     assert axis.get_xscale() == "log" and "n = 50" in axis.get_title()

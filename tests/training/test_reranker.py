@@ -240,6 +240,8 @@ def test_the_weight_is_the_best_of_validation_and_ties_trust_the_retriever():
     assert (own[own.index < 0.3] == 1.0).all() and (own[own.index > 0.3] == 0.5).all()
     assert reranking.choose(table)["pointwise"] == max(w for w in own.index if own[w] == 1.0) < 0.31
     assert reranking.choose(table)["listwise"] == 1.0  # it never helps
+    said = reranking.chosen(table, reranking.choose(table), 1)
+    assert said.startswith("pointwise 0.30 (MRR 1.000), listwise 1.00 (MRR 0.500); the retriever alone has MRR 0.500 (n = 1 validation")
 
 
 def test_a_depth_beyond_the_lists_is_refused(searcher, smoke):
