@@ -80,7 +80,7 @@ def read_study_table(path: Path) -> pd.DataFrame:
 def result(tables: Tables, settings: Settings, reported: dict) -> str:
     """The main result in words, for the first screen of README."""
     sure = (
-        f"**How sure?** Brackets are 95 % intervals over queries; {_seeds(tables)}, all else has one. "
+        f"**How sure?** Brackets are 95 % intervals over queries; {_seeds(tables)}. "
         f"{claims.counted(tables.claims)}"
     )
     lines = listed([*findings(tables, settings, reported), sure])
@@ -327,9 +327,10 @@ def _steps_that(tables: Tables, holds: Callable, cutoffs: Sequence[int] = decomp
 
 
 def _seeds(tables: Tables) -> str:
-    per_arm = tables.runs.groupby("arm")["seed"].nunique()
-    most = per_arm.max()
-    return f"{int((per_arm == most).sum())} arms have {most} seeds"
+    """How many arms of the study have how many seeds."""
+    arms = tables.runs.groupby("arm")["seed"].nunique().value_counts().sort_index(ascending=False)
+    counts = [f"{n} {'arm has' if n == 1 else 'arms have'} {seeds}" for seeds, n in arms.items()]
+    return f"of the study {', '.join(counts)} seeds; what is not of the study has one"
 
 
 def _words(unit: str) -> str:

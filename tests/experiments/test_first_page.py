@@ -76,6 +76,8 @@ def test_in_short_says_what_holds_at_one_cutoff_only_and_where_seeds_disagree(ta
     said = first_page.result(tables, smoke, REPORTED).splitlines()[0]
     assert "ELVA gains over the EOL baseline, less than in the paper. Of +4.0 points of hit@5, the summary gives +3.0" in said
     assert "reward +1.0 (higher; at hit@1 inconclusive). That ELVA is less grain-blind: contradicted." in said
+    sure = first_page.result(tables, smoke, REPORTED).splitlines()[-1]
+    assert "queries; of the study 1 arm has 2, 1 arm has 1 seeds; what is not of the study has one. " in sure
     rows = tables.decomposition.copy()
     rows["by seed"] = [(-1.0, 2.0)] * len(rows)
     said = first_page.result(replace(tables, decomposition=rows.assign(verdict="contradicted")), smoke, REPORTED).splitlines()[0]
