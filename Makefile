@@ -75,7 +75,7 @@ notebooks: .venv/ready ## re-execute the notebooks at smoke size and store their
 	for notebook in notebooks/*.ipynb; do $(BIN)/jupyter execute --inplace $$notebook || exit 1; done
 	$(STRIP) notebooks/*.ipynb
 
-readme: .venv/ready ## the README's result table from outputs/cpu/seed-17/90_report
+readme: .venv/ready ## the report's texts and README's blocks anew from the tables of outputs/cpu/seed-17/90_report
 	$(BIN)/python -m elva_core readme cpu
 
 book: .venv/ready ## executed notebooks and report as a static site [PROFILE=cpu] [SEED=17]

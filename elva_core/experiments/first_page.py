@@ -270,7 +270,7 @@ def _sure(tables: Tables) -> str:
     ]
     return (
         "Brackets are 95 % intervals over queries, seeds averaged; the table's last column has each seed's "
-        f"points of hit@5 and the interval over seeds. {_seeds(tables)}, all else has one. {len(judged)} "
+        f"points of hit@5 and the interval over seeds. {_seeds(tables)}. {len(judged)} "
         f"claims of the paper have a figure here; {'; '.join(words)}."
     )
 
@@ -369,9 +369,10 @@ def _steps_that(tables: Tables, holds: Callable, cutoffs: Sequence[int] = decomp
 
 
 def _seeds(tables: Tables) -> str:
-    per_arm = tables.runs.groupby("arm")["seed"].nunique()
-    most = per_arm.max()
-    return f"{int((per_arm == most).sum())} arms have {most} seeds"
+    """How many arms of the study have how many seeds."""
+    arms = tables.runs.groupby("arm")["seed"].nunique().value_counts().sort_index(ascending=False)
+    counts = [f"{n} {'arm has' if n == 1 else 'arms have'} {seeds}" for seeds, n in arms.items()]
+    return f"Of the study {', '.join(counts)} seeds; what is not of the study has one"
 
 
 def _words(unit: str) -> str:

@@ -22,7 +22,7 @@ MOST = 8  # differences that are named in one sentence although they are inconcl
 
 
 def _said(text: str) -> Markdown:
-    return Markdown(START + text[:1].upper() + text[1:])
+    return Markdown(START + (text if text.startswith("hit@") else text[:1].upper() + text[1:]))
 
 
 def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lower")) -> str:
@@ -265,9 +265,7 @@ def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
         for row in table[table["way"] == way].itertuples()
     ]
     told = f"median and range of {table['rounds'].min()} rounds, {int(table['n'].min())} items or more"
-    return Markdown(
-        f"**Answer.** Items a second of {way} as a multiple of {base}: {', '.join(clauses)} ({told})."
-    )
+    return _said(f"Items a second of {way} as a multiple of {base}: {', '.join(clauses)} ({told}).")
 
 
 def trade(table: pd.DataFrame, base: str) -> Markdown:

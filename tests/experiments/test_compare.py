@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core.experiments import compare, figures
+from elva_core.experiments import compare, figures, sentences
 from elva_core.experiments.study import Study
 
 
@@ -86,3 +86,13 @@ def test_speeds_are_means_over_the_seeds_of_timed_arms_and_empty_without_any(mad
     timed = runs.assign(queries_s=[10, 20, np.nan, np.nan, np.nan], query_passes=[4, 2, np.nan, np.nan, np.nan])
     (row,) = compare.speeds(dataclasses.replace(made_up, runs=timed)).to_dict("records")
     assert row == {"arm": "old", "hit@5": pytest.approx(20), "passes": 3, "queries a second": 15, "seeds": 2}
+    told = sentences.costs(pd.DataFrame([row])).data
+    assert told.endswith("old finds 20.0 % and takes 3.0 passes a query, 15.0 queries a second (2 seeds).")
+
+
+def test_the_grain_that_wrong_first_answers_lack_most_is_counted_over_all_seeds(made_up):
+    rows = [("new", 1, "tone", 3, 4), ("new", 2, "tone", 1, 4), ("new", 1, "who", 1, 8), ("old", 1, "who", 9, 9)]
+    errors = pd.DataFrame(rows, columns=["arm", "seed", "kind", "sum", "count"])
+    said = compare.most_lacking(dataclasses.replace(made_up, errors=errors), "new")
+    assert said == "Wrong first answers of new lack tone (50.0 % of 8) most often, and who (12.5 % of 8) least often, 2 seeds together."
+    assert compare.most_lacking(made_up, "new") == "No error of new was counted."

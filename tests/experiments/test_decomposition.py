@@ -132,6 +132,12 @@ def test_missing_arms_and_seeds_are_named_in_table_sentence_and_figure(smoke):
     assert decomposition.measured(nothing, decomposition.shares(made({("x", 1): [1]}), 5), dataset="d", backbone="b").empty
 
 
+def test_how_much_of_the_study_is_there_is_counted_beside_its_plan(smoke):
+    """smoke plans ten arms in thirteen trainings; three arms with two seeds each have a result."""
+    some = made({key: ranks for key, ranks in RANKS.items() if key[0] != "stage 2, EOL only" and key[1] != 19})
+    assert study.coverage(some, smoke) == "3 of 10 arms have a result, 6 of 13 trainings; the others: python -m elva_core study smoke."
+
+
 def test_each_bar_is_a_step_with_its_interval_and_seeds_on_one_scale(table):
     figure = decomposition.figure(table)
     bars = [(bar.get_y(), bar.get_height()) for bar in figure.axes[1].patches]
@@ -149,6 +155,9 @@ def test_shares_of_the_gain_are_those_of_the_points(table):
     parts = decomposition.shares(made(), 100).set_index(["step", "metric"])["value"]
     assert parts["ranking reward", "hit@5"] == pytest.approx(100 * 43.75 / 50) and parts.xs("hit@5", level=1).sum() == pytest.approx(100)
     assert decomposition.shares(without("InfoNCE control"), 5).empty
+    said = decomposition.shares_told(decomposition.shares(made(), 100))
+    assert "generation 25.0 % [" in said and "ranking reward 87.5 % [" in said and said.endswith("(n = 8 queries).")
+    assert decomposition.shares_told(decomposition.shares(without("InfoNCE control"), 5)).startswith("No share at hit@5")
 
 
 def test_what_is_measured_is_in_the_schema_and_no_second_claim(table):

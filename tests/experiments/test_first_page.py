@@ -99,7 +99,7 @@ def test_what_speaks_against_the_gain_is_said(tables, smoke):
     )
     assert "** Contradicted." in distance and "stage 2 has 0.500, stage 3 0.400: -0.100 [-0.110, -0.090], n = 8 queries, one" in distance
     assert "1 claims of the paper have a figure here; *contradicted* (not above zero, and below half of the" in sure
-    assert sure.endswith("Figure 4: mean cosine distance.") and "1 arms have 2 seeds" in sure
+    assert sure.endswith("Figure 4: mean cosine distance.") and "Of the study 1 arm has 2, 1 arm has 1 seeds; what" in sure
 
 
 def test_easy_hard_and_cost_follow_from_what_was_measured(tables, smoke):

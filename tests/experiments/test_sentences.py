@@ -105,6 +105,8 @@ def test_changes_are_grouped_by_what_their_intervals_say():
     seeds = pairs[:1].assign(**{"by seed": [(1.0, -1.0)]})
     assert "a +2.0 [1.0, 3.0] (seeds disagree: -1.0 to +1.0)" in sentences.changes(seeds, "unit", "x").data
     assert sentences.changes(pairs[:0], "unit", "x", command="make study").data == "**Answer.** X: not run (make study)."
+    many = sentences.changes(pd.concat([pairs[:1], *[pairs[2:3]] * sentences.MOST]), "unit", "x").data
+    assert f"higher for a +2.0 [1.0, 3.0]; inconclusive for the {sentences.MOST} others of the table (n" in many
 
 
 def test_a_training_is_above_only_from_where_no_longer_one_is_inconclusive():
