@@ -54,7 +54,7 @@ class Tables:
     headroom: pd.DataFrame  # headroom.table
     shares: pd.DataFrame  # headroom.shares_taken
     environment: pd.DataFrame  # package, installed
-    mrbench: pd.DataFrame  # unit, queries, pool (candidates) of each task
+    mrbench: pd.DataFrame  # unit, queries, candidates of its pool
 
 
 def read(folder: Path) -> Tables:
@@ -194,7 +194,9 @@ def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
     )
     before = scores.get(("zero-shot, average", "hit@5"))
     start = "" if before is None else f"; the backbone before any stage reaches {before:.1f} % hit@5"
-    pools = " to ".join(f"{count:,}" for count in sorted({bench["pool"].min(), bench["pool"].max()}))
+    pools = " to ".join(
+        f"{count:,}" for count in sorted({bench["candidates"].min(), bench["candidates"].max()})
+    )
     return (
         f"A Qwen2-VL of {size / 1e6:,.1f} M parameters (vision tower frozen, LoRA) is trained on {data}. "
         f"MRBench, the paper's benchmark of queries with {settings.mrbench.min_grains} grains or more, is "
@@ -262,16 +264,17 @@ def _sure(tables: Tables) -> str:
     judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
     over = judged["claim"].str.removeprefix("stage 3 over stage 2").str.removeprefix(", ")
     what = over.where(~over.isin(["", "EOL only"]), judged["metric"])
-    names = judged["source"].str.partition(",")[0] + ": " + what
+    names = judged["source"].str.replace(r",.*", "", regex=True) + ": " + what
     words = [
         f"*{word}* ({MEANING[word]}): {', '.join(names[judged['verdict'] == word])}"
         for word in MEANING
         if (judged["verdict"] == word).any()
     ]
+    claimed = f"{len(judged)} claims of the paper have a figure here; {'; '.join(words)}"
     return (
         "Brackets are 95 % intervals over queries, seeds averaged; the table's last column has each seed's "
-        f"points of hit@5 and the interval over seeds. {_seeds(tables)}. {len(judged)} "
-        f"claims of the paper have a figure here; {'; '.join(words)}."
+        "points of hit@5 and the interval over seeds. "
+        f"{_seeds(tables)}. {claimed if words else 'No claim of the paper is judged here'}."
     )
 
 
@@ -294,7 +297,7 @@ def _distance(tables: Tables, reported: dict) -> str:
     change = rows.loc["stage 3 over stage 2"]
     before, after = rows.loc["stage 2", "ours"], rows.loc["stage 3", "ours"]
     return (
-        f"{change['verdict'].capitalize() or 'No verdict'}. {text} Here stage 2 has {before:.3f}, stage 3 "
+        f"{change['verdict'].capitalize() if change['verdict'] in MEANING else 'No verdict'}. {text} Here stage 2 has {before:.3f}, stage 3 "
         f"{after:.3f}: {_span(change, 'ours', digits=3)}, n = {int(change['n']):,} queries, one seed."
     )
 

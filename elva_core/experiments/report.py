@@ -134,7 +134,10 @@ def collect(run: Stage) -> None:
         for name in names:
             shutil.copyfile(run.require(stage) / f"{name}.csv", run.folder / f"{name}.csv")
     counts = read_table(run.require("20_build_mrbench") / "counts.csv")
-    run.save_table("mrbench", counts[["unit", "drawn", "pool"]].rename(columns={"drawn": "queries"}))
+    run.save_table(
+        "mrbench",
+        counts[["unit", "drawn", "pool"]].rename(columns={"drawn": "queries", "pool": "candidates"}),
+    )
 
 
 def answers(stages: Mapping[str, dict]) -> pd.DataFrame:

@@ -58,7 +58,7 @@ def tables() -> first_page.Tables:
         headroom=pd.DataFrame(hits, columns=["model", "summaries", "value"]).assign(unit="average", metric="hit@5"),
         shares=pd.DataFrame([{"metric": "hit@5", "value": 0.5, "ci_low": 0.1, "ci_high": 0.9, "n": 40}]),
         environment=pd.DataFrame(),
-        mrbench=pd.DataFrame({"unit": ["x_task0", "x_task4"], "queries": [20, 30], "pool": [7, 9]}),
+        mrbench=pd.DataFrame({"unit": ["x_task0", "x_task4"], "queries": [20, 30], "candidates": [7, 9]}),
     )
 
 
