@@ -296,8 +296,9 @@ def _distance(tables: Tables, reported: dict) -> str:
         return f"Not run. {text}"
     change = rows.loc["stage 3 over stage 2"]
     before, after = rows.loc["stage 2", "ours"], rows.loc["stage 3", "ours"]
+    word = change["verdict"] if change["verdict"] in MEANING else "no verdict"
     return (
-        f"{change['verdict'].capitalize() if change['verdict'] in MEANING else 'No verdict'}. {text} Here stage 2 has {before:.3f}, stage 3 "
+        f"{word.capitalize()}. {text} Here stage 2 has {before:.3f}, stage 3 "
         f"{after:.3f}: {_span(change, 'ours', digits=3)}, n = {int(change['n']):,} queries, one seed."
     )
 
