@@ -88,12 +88,13 @@ def result(tables: Tables, settings: Settings, reported: dict) -> str:
 
 
 def commands(tables: Tables, settings: Settings, seed: int) -> str:
-    """The two commands of README with their measured time."""
+    """The commands of README, with their measured time."""
     minutes, hours = tables.cost["wall_s"].sum() / 60, tables.runs["wall_s"].sum() / 3600
     whole = f"one seed of everything: {minutes:.0f} minutes on {settings.threads} cores, after set-up"
     seeds, done = tables.runs["seed"].nunique(), len(tables.runs)
     study = f"{seeds} seeds and ablations, resumable: {hours:.1f} hours for the {done} trainings done so far"
-    return f"```\nmake reproduce    # {whole}\nmake study        # {study}\n```"
+    test = "unit tests, then every notebook at smoke size"
+    return f"```\nmake reproduce    # {whole}\nmake test         # {test}\nmake study        # {study}\n```"
 
 
 def findings(tables: Tables, settings: Settings, reported: dict) -> list[str]:
