@@ -122,9 +122,9 @@ def steps(tables: Tables) -> str:
         before, row = one.loc[step], five.loc[step]
         cells = [_level(before["new value"]), _span(before), _level(row["new value"]), _span(row)]
         lines.append(f"| {_arm(new)}: *{step}* | {' | '.join(cells)} | {_over_seeds(row)} |")
-    before, row = one.loc["all"], five.loc["all"]
-    whole = f"**{decomposition.STAGE3} over {decomposition.EOL}**"
-    lines.append(f"| {whole} | | {_span(before)} | | {_span(row)} | {_over_seeds(row)} |")
+    for step, (new, old) in decomposition.SUMS.items():
+        before, row = one.loc[step], five.loc[step]
+        lines.append(f"| **{new} over {old}** | | {_span(before)} | | {_span(row)} | {_over_seeds(row)} |")
     return "\n".join(lines)
 
 
@@ -265,12 +265,14 @@ def _sure(tables: Tables) -> str:
     judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
     over = judged["claim"].str.removeprefix("stage 3 over stage 2").str.removeprefix(", ")
     what = over.where(~over.isin(["", "EOL only"]), judged["metric"])
-    names = judged["source"].str.replace(r",.*", "", regex=True) + ": " + what
-    words = [
-        f"*{word}* ({MEANING[word]}): {', '.join(names[judged['verdict'] == word])}"
-        for word in MEANING
-        if (judged["verdict"] == word).any()
-    ]
+    judged = judged.assign(what=what, source=judged["source"].str.replace(r",.*", "", regex=True))
+    words = []
+    for word, meaning in MEANING.items():
+        parts = [
+            f"{source} ({rows['what'].iloc[0] if len(rows) == 1 else f'{len(rows)} claims'})"
+            for source, rows in judged[judged["verdict"] == word].groupby("source", sort=False)
+        ]
+        words += [f"*{word}* ({meaning}): {', '.join(parts)}"] if parts else []
     claimed = f"{len(judged)} claims of the paper have a figure here; {'; '.join(words)}"
     return (
         "Brackets are 95 % intervals over queries, seeds averaged; the table's last column has each seed's "
