@@ -219,9 +219,10 @@ def what_grows(distance: pd.DataFrame, twins: pd.DataFrame) -> str:
     )
 
 
-def median_gain(old: UnitResult, new: UnitResult, fewest: int) -> int:
+def median_gain(old: UnitResult, new: UnitResult, fewest: int, within: int) -> int:
     """Place of the query to show: of those with at least `fewest` grains whose rank of the positive differs
     between two models, the one with the median ratio of ranks; the first with so many where none differs.
+    Queries whose positive is among the first `within` under both come before others: it is on the map then.
 
     Raises:
         ValueError: no query has so many grains.
@@ -229,6 +230,8 @@ def median_gain(old: UnitResult, new: UnitResult, fewest: int) -> int:
     chosen = [i for i, q in enumerate(old.queries) if len(mbeir.grains(q)) >= fewest]
     if not chosen:
         raise ValueError(f"{old.unit}: no query has {fewest} grains; ask for fewer")
+    near = [i for i in chosen if max(old.ranks[i][0], new.ranks[i][0]) <= within]
+    chosen = near or chosen
     moved = [i for i in chosen if old.ranks[i][0] != new.ranks[i][0]]
     ordered = sorted(moved, key=lambda i: old.ranks[i][0] / new.ranks[i][0])
     return ordered[(len(ordered) - 1) // 2] if ordered else chosen[0]

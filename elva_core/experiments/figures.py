@@ -171,7 +171,7 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
         style = {"color": MODEL_COLOURS.get(model), "error_kw": {"elinewidth": 0.9}}
         axis.bar(x, bars["value"], width, yerr=_spread(bars), label=model, **style)
     axis.set(ylabel=f"{metric}, % (higher is better)", ylim=(0, None))
-    axis.set_title(f"{title} (n = {table['n'].min()} queries a bar, 95 % interval)")
+    axis.set_title(f"{title} (n = {table['n'].min():,} queries a bar, 95 % interval)")
     axis.set_xticks(np.arange(len(units)), [u.replace("_", "\n", 1) for u in units])
     axis.legend(frameon=False, ncols=len(models), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
@@ -198,7 +198,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     labels = [f"{r.arm}  ({len(r.seeds)} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
     axis.set_yticks(place, labels)
     axis.set_xlabel(unit)
-    axis.invert_yaxis()
+    axis.set_ylim(len(table) - 0.5, -0.5)  # the first on top
     figure.suptitle(f"{title} ({_queries(table)})", fontsize=10)
     _legend_below(figure, axis, columns=3, fontsize=7)
     return figure

@@ -162,7 +162,8 @@ def test_the_query_to_show_is_the_one_of_median_change_of_rank():
         return retriever.UnitResult("u", "local", queries, [[r] for r in ranks], [], [], np.zeros((0, 0)), None, ())
 
     # ratios 2, (too few grains), 1 (did not move), 8, 0.5: the median of 0.5, 2, 8 is that of the first
-    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3) == 0
-    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([4, 1, 3, 8, 1]), 3) == 0  # none moved: the first
+    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3, 9) == 0
+    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3, 3) == 4  # of the third and fifth, the one that moved
+    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([4, 1, 3, 8, 1]), 3, 9) == 0  # none moved: the first
     with pytest.raises(ValueError, match="no query has 4 grains"):
-        grains.median_gain(result([1] * 5), result([1] * 5), 4)
+        grains.median_gain(result([1] * 5), result([1] * 5), 4, 9)
