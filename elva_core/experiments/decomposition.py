@@ -130,8 +130,8 @@ def overview(rows: pd.DataFrame) -> pd.DataFrame:
     for step, part in average(rows).groupby("step", sort=False):
         line = {"step": step, "what is compared": f"{part['new'].iloc[0]} over {part['old'].iloc[0]}"}
         for row in part.to_dict("records"):
-            line[f"{row['metric']}, points"] = _interval(row, "value", "ci_low", "ci_high")
-            line[f"{row['metric']}, %"] = _interval(row, "relative", "relative low", "relative high")
+            line[f"{row['metric']}, points"] = interval(row)
+            line[f"{row['metric']}, %"] = interval(row, "relative", "relative low", "relative high")
         judged = part.dropna(subset="paper")
         line["paper, %"] = f"{judged['paper'].iloc[0]:+.1f}" if len(judged) else ""
         line["verdict"] = " ".join(filter(None, part["verdict"]))
@@ -139,11 +139,14 @@ def overview(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _interval(row: Mapping, value: str, low: str, high: str) -> str:
+def interval(
+    row: Mapping, value: str = "value", low: str = "ci_low", high: str = "ci_high", digits: int = 1
+) -> str:
+    """A signed value of a row with its interval; "not run" where it is nan."""
     if row[value] != row[value]:
         return "not run"
-    middle, low, high = (round(row[name], 1) + 0.0 for name in (value, low, high))  # no -0.0
-    return f"{middle:+.1f} [{low:.1f}, {high:.1f}]"
+    middle, low, high = (round(row[name], digits) + 0.0 for name in (value, low, high))  # no -0.0
+    return f"{middle:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
@@ -156,14 +159,14 @@ def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
     steps = at_cutoff(rows, k)
     whole, words = steps.loc["all"], []
     if whole["value"] == whole["value"]:
-        gain = _interval(whole, "relative", "relative low", "relative high")
+        gain = interval(whole, "relative", "relative low", "relative high")
         paper = f" (paper {whole['paper']:+.1f} %: {whole['verdict']})" if whole["verdict"] else ""
         words.append(
-            f"{STAGE3} over {EOL}, hit@{k}: {_interval(whole, *results.NUMBERS)} points, {gain} %{paper}; "
+            f"{STAGE3} over {EOL}, hit@{k}: {interval(whole)} points, {gain} %{paper}; "
             + _losses(rows, f"hit@{k}")
         )
     listed = [
-        f"{step} {_interval(row, *results.NUMBERS)}{sentences.agreement(row['by seed'])}"
+        f"{step} {interval(row)}{sentences.agreement(row['by seed'])}"
         for step, row in steps.loc[list(STEPS)].iterrows()
     ]
     words.append(f"in points of hit@{k}: {', '.join(listed)}" + _counted(steps))
@@ -177,7 +180,7 @@ def _losses(rows: pd.DataFrame, metric: str) -> str:
     tasks = rows[(rows["step"] == "all") & (rows["metric"] == metric) & (rows["unit"] != "")]
     words = [
         f"{row['unit']} ({row['old value']:.1f} to {row['new value']:.1f} %, "
-        f"{_interval(row, *results.NUMBERS)} points{', inconclusive' if row['ci_high'] >= 0 else ''})"
+        f"{interval(row)} points{', inconclusive' if row['ci_high'] >= 0 else ''})"
         for row in tasks[tasks["value"] < 0].to_dict("records")
     ]
     return f"lower on {' and '.join(words)}" if words else "lower on no task"

@@ -17,6 +17,7 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import headroom, statistics
 from elva_core.experiments import claims, decomposition, sentences, sizes
+from elva_core.experiments.decomposition import interval
 from elva_core.files import ElvaDataError
 from elva_core.tables import read_table
 
@@ -120,11 +121,12 @@ def steps(tables: Tables) -> str:
     lines.append(f"| {_arm(decomposition.EOL)} | {first[0]} | | {first[1]} | | |")
     for step, (new, _) in decomposition.STEPS.items():
         before, row = one.loc[step], five.loc[step]
-        cells = [_level(before["new value"]), _span(before), _level(row["new value"]), _span(row)]
-        lines.append(f"| {_arm(new)}: *{step}* | {' | '.join(cells)} | {_over_seeds(row)} |")
+        levels = _level(before["new value"]), _level(row["new value"])
+        cells = f"{levels[0]} | {interval(before)} | {levels[1]} | {interval(row)}"
+        lines.append(f"| {_arm(new)}: *{step}* | {cells} | {_over_seeds(row)} |")
     for step, (new, old) in decomposition.SUMS.items():
-        before, row = one.loc[step], five.loc[step]
-        lines.append(f"| **{new} over {old}** | | {_span(before)} | | {_span(row)} | {_over_seeds(row)} |")
+        cells = f"| {interval(one.loc[step])} | | {interval(five.loc[step])}"
+        lines.append(f"| **{new} over {old}** | {cells} | {_over_seeds(five.loc[step])} |")
     return "\n".join(lines)
 
 
@@ -189,10 +191,8 @@ def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
             f"names of emoji and how {len(vendors['train'])} vendors draw them. The test has the drawings of "
             f"a vendor that no training saw; {apart:.0f} % of the names are new, too"
         )
-    bench, scores = (
-        tables.mrbench,
-        claims.main(tables.claims, reported).set_index(["claim", "metric"])["ours"],
-    )
+    bench = tables.mrbench
+    scores = claims.main(tables.claims, reported).set_index(["claim", "metric"])["ours"]
     before = scores.get(("zero-shot, average", "hit@5"))
     start = "" if before is None else f"; the backbone before any stage reaches {before:.1f} % hit@5"
     pools = " to ".join(
@@ -219,11 +219,11 @@ def _in_short(tables: Tables, reported: dict) -> str:
     ]
     low, _ = statistics.over_seeds(reward["by seed"])
     over = "" if low != low else f" over queries, {'above zero' if low > 0 else 'inconclusive'} over seeds"
-    relative = _span(whole, "relative", "relative low", "relative high")
+    relative = interval(whole, "relative", "relative low", "relative high")
     distance = _distance_rows(tables, reported)["verdict"].get("stage 3 over stage 2", "")
     return (
         f"**In short:** {IN_SHORT[whole['verdict']]}: {whole['old value']:.1f} to {whole['new value']:.1f} % "
-        f"hit@5, {_span(whole)} points, {relative} % of the baseline (paper: {whole['paper']:+.1f} %). "
+        f"hit@5, {interval(whole)} points, {relative} % of the baseline (paper: {whole['paper']:+.1f} %). "
         f"Writing a summary gives {five.loc['generation', 'value']:+.1f} points of it, the ranking reward "
         f"{reward['value']:+.1f} ({words[0]}{over}; at hit@1 {words[1]}). The paper's reason, less grain "
         f"blindness, is {distance or 'without a verdict'} here."
@@ -253,7 +253,7 @@ def _tasks(tables: Tables) -> str:
     rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
     if rows.empty:
         return "Not run."
-    parts = [f"{_words(row['unit'])} {_span(row)}" for row in rows.to_dict("records")]
+    parts = [f"{_words(row['unit'])} {interval(row)}" for row in rows.to_dict("records")]
     worse = [_words(row.unit) for row in rows.itertuples() if row.value < 0]
     said = f"No, not in {' and '.join(worse)}" if worse else "Yes"
     n = f"n = {int(rows['n'].min()):,} each"
@@ -302,7 +302,7 @@ def _distance(tables: Tables, reported: dict) -> str:
     word = change["verdict"] if change["verdict"] in MEANING else "no verdict"
     return (
         f"{word.capitalize()}. {text} Here stage 2 has {before:.3f}, stage 3 "
-        f"{after:.3f}: {_span(change, 'ours', digits=3)}, n = {int(change['n']):,} queries, one seed."
+        f"{after:.3f}: {interval(change, 'ours', digits=3)}, n = {int(change['n']):,} queries, one seed."
     )
 
 
@@ -389,11 +389,3 @@ def _words(unit: str) -> str:
     'image and text to image'
     """
     return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
-
-
-def _span(row, value: str = "value", low: str = "ci_low", high: str = "ci_high", digits: int = 1) -> str:
-    """A signed value with its interval, "not run" without one."""
-    if row[value] != row[value]:
-        return "not run"
-    middle, low, high = (round(row[name], digits) + 0.0 for name in (value, low, high))  # no -0.0
-    return f"{middle:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

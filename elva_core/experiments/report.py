@@ -22,7 +22,7 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
 from elva_core.evaluation import captions, headroom, statistics
-from elva_core.experiments import claims, decomposition, first_page
+from elva_core.experiments import claims, decomposition, first_page, study
 from elva_core.experiments.arms import planned
 from elva_core.experiments.first_page import Tables
 from elva_core.experiments.keys import STAGES, manifest, stage_folder
@@ -247,8 +247,7 @@ def not_run(run: Stage, reported: dict, table: pd.DataFrame) -> pd.DataFrame:
     trained = set(zip(runs["arm"], runs["seed"].astype(int), strict=True))
     plan = {(name, seed) for name, _, seed in planned(run.settings)}
     if lacking := len(plan - trained):
-        command = f"python -m elva_core study {profile}"
-        rows.append(("ablation study", f"{lacking} of {len(plan)} trainings", "time", command))
+        rows.append(("ablation study", f"{lacking} of {len(plan)} trainings", "time", study.command(profile)))
     return pd.DataFrame(rows, columns=["source", "missing", "needs", "command"])
 
 

@@ -116,10 +116,10 @@ def test_what_readme_report_and_notebooks_share_is_the_same(committed, folder, t
     for k in (1, 5):
         steps = decomposition.at_cutoff(tables.decomposition, k)
         for step in decomposition.STEPS:
-            points = first_page._span(steps.loc[step])
+            points = decomposition.interval(steps.loc[step])
             assert points in readme and points in text and points in printed(committed, "60_ablate")
     whole = decomposition.at_cutoff(tables.decomposition, 5).loc["all"]
-    gain = first_page._span(whole, "relative", "relative low", "relative high")
+    gain = decomposition.interval(whole, "relative", "relative low", "relative high")
     assert gain in readme and gain in said
     # hit@5 of stage 3 over the seeds, in words and in the table
     average = claims.main(tables.claims, REPORTED).query("claim == 'stage 3, average' and metric == 'hit@5'")["ours"].item()
