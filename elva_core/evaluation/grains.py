@@ -77,40 +77,45 @@ def distances(searcher: Searcher, queries: Sequence[mbeir.Query], unit: str) -> 
     return pd.DataFrame(names | {"distance": 1 - (full * less).sum(1)})
 
 
-def mean_distance(distances: pd.DataFrame, samples: int) -> pd.DataFrame:
+def mean_distance(
+    distances: pd.DataFrame, samples: int, pairs: Sequence[tuple[str, str]] = (("stage 3", "stage 2"),)
+) -> pd.DataFrame:
     """Grain blindness of each model (Figure 4): mean over queries of the mean distance over a query's grains.
 
     Args:
-        distances: `distances` of several models, with a column model. samples: of the bootstrap over queries.
+        distances: `distances` of several models, with a column model; those of several seeds are averaged.
+        samples: of the bootstrap over queries. pairs: (model, baseline) whose paired difference is taken.
 
     Returns:
         columns model, baseline, metric, value, ci_low, ci_high (95 % interval), n queries: a row for each
-        model, and one for stage 3 over stage 2 (its baseline), paired, where both are there.
+        model, and for each of the pairs that is there.
     """
     queries = distances.groupby(["qid", "model"], as_index=False)["distance"].mean()
     queries = queries.rename(columns={"distance": "value"})
     scope = 0, "grain distance"
     table = statistics.scores(queries, ["model"], samples, scope).assign(baseline="")
-    if {"stage 2", "stage 3"} <= set(table["model"]):
-        growth = statistics.paired(queries, ["qid"], "stage 3", "stage 2").assign(
-            model="stage 3 over stage 2"
-        )
-        row = statistics.scores(growth, ["model"], samples, scope).assign(model="stage 3", baseline="stage 2")
-        table = pd.concat([table, row], ignore_index=True)
-    return table.assign(metric="mean cosine distance")
+    parts = [table]
+    for new, old in pairs:
+        if {new, old} <= set(table["model"]):
+            growth = statistics.paired(queries, ["qid"], new, old).assign(model=f"{new} over {old}")
+            row = statistics.scores(growth, ["model"], samples, scope)
+            parts.append(row.assign(model=new, baseline=old))
+    return pd.concat(parts, ignore_index=True).assign(metric="mean cosine distance")
 
 
 def blindness(distance: pd.DataFrame) -> str:
-    """In words: how far embeddings move without a grain, and whether that grows from stage 2 to stage 3.
+    """In words: how far embeddings move without a grain, and whether that grows from one model to another.
 
     Args:
         distance: `mean_distance`.
     """
-    models, growth = distance[distance["baseline"] == ""], distance[distance["baseline"] == "stage 2"]
+    models, growth = distance[distance["baseline"] == ""], distance[distance["baseline"] != ""]
     said = [
         f"{row.model} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in models.itertuples()
     ]
-    grown = [f"; from stage 2 to stage 3 it {_changed(row, 1, 3)}" for _, row in growth.iterrows()]
+    grown = [
+        f"; from {row['baseline']} to {row['model']} it {_changed(row, 1, 3)}" for _, row in growth.iterrows()
+    ]
     return (
         f"The mean grain distance, 0 for a model that is blind, is {', '.join(said)}{''.join(grown)} "
         f"(n = {distance['n'].min():,} queries)."

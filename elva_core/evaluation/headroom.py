@@ -187,18 +187,18 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
     words, at = [], rows[rows["unit"] == "average"].set_index(["metric", "model", "summaries"])["value"]
     for share in shares.to_dict("records"):
         before, after = (100 * at[share["metric"], model, GREEDY] for model in ("stage 2", "stage 3"))
-        best = 100 * at[share["metric"], "stage 2", BEST]
-        part = "no measurable share"
+        best, part = 100 * at[share["metric"], "stage 2", BEST], "a share that cannot be measured"
         if share["value"] == share["value"]:
             percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
-            part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}]".format(**percent)
-            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else " (inconclusive)"
+            part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}] of that gain".format(**percent)
+            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else ", which may be none"
         words.append(
-            f"At {share['metric']} the best of {samples} sampled summaries, chosen with the answer known, "
-            f"would raise stage 2 from {before:.1f} to {best:.1f} %; stage 3 has {after:.1f} %, {part} "
-            "of that room"
+            f"from {before:.1f} to {best:.1f} % {share['metric']}, where stage 3 has {after:.1f} %, {part}"
         )
-    return ". ".join(words) + f" (n = {shares['n'].iloc[0]:,} queries, one seed)."
+    return (
+        f"The best of {samples} sampled summaries, chosen with the answer known, would raise stage 2 "
+        f"{'; '.join(words)} (n = {shares['n'].iloc[0]:,} queries, one seed)."
+    )
 
 
 def reading(searcher: Searcher, bench: mbeir.Root) -> float | None:

@@ -67,8 +67,8 @@ def _beside_paper(measured: pd.DataFrame, tables: dict) -> pd.DataFrame:
     printed = {(gain["model"], gain["baseline"], GAIN): (gain["value"], gain["source"])}
     for model, value in distance["values"].items():
         printed[model, "", DISTANCE] = value, distance["source"]
-    growth = round(distance["values"]["stage 3"] - distance["values"]["stage 2"], 6)
-    printed["stage 3", "stage 2", DISTANCE] = growth, distance["source"]
+    growth = round(distance["values"][gain["model"]] - distance["values"][gain["baseline"]], 6)
+    printed[gain["model"], gain["baseline"], DISTANCE] = growth, distance["source"]
     rows = []
     for row in measured.to_dict("records"):
         of_model = row["model"] + (f" over {row['baseline']}" if row["baseline"] else "")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from elva_core.config import Settings
-from elva_core.evaluation import benchmark, statistics
+from elva_core.evaluation import benchmark, grains, statistics
 from elva_core.experiments.results import NUMBERS, seed_label
 from elva_core.experiments.study import Arm, Study, arms
 
@@ -96,6 +96,31 @@ def by_seed(study: Study, new: str, old: str, k: int) -> tuple[float, ...]:
     """Points of hit@k between two arms under each of their shared seeds alone, in the order of the seeds."""
     alone = [averaged(_single(study, seed), [new, old], [k]) for seed in shared_seeds(study, [new, old])]
     return tuple(100 * statistics.comparison(hits, new, old, k, 1, 0)["value"] for hits in alone)
+
+
+def distances(study: Study, compared: Sequence[tuple[str, str]], samples: int) -> pd.DataFrame:
+    """Grain distance of each arm, and paired differences, over the seeds that all of these arms have.
+
+    Args:
+        compared: (new, old); an arm without a result is left out.
+
+    Returns:
+        `grains.mean_distance` with arm ("new over old"), by seed (tuple of means; of a pair, of differences),
+        seeds (tuple) and seed (in words).
+    """
+    trained = set(study.runs["arm"])
+    names = [name for name in dict.fromkeys(sum(compared, ())) if name in trained]
+    seeds = shared_seeds(study, names) if names else []
+    rows = study.distances.rename(columns={"arm": "model"})
+    rows = rows[rows["model"].isin(names) & rows["seed"].isin(seeds)]
+    queries = rows.groupby(["seed", "model", "qid"])["distance"].mean()
+    each = queries.groupby(["seed", "model"]).mean().unstack()
+    table = grains.mean_distance(rows, samples, compared)
+    alone = [
+        tuple(each[row.model] - (each[row.baseline] if row.baseline else 0.0)) for row in table.itertuples()
+    ]
+    table["arm"] = table["model"] + (" over " + table["baseline"]).where(table["baseline"] != "", "")
+    return table.assign(**{"by seed": alone, "seeds": [tuple(seeds)] * len(table), "seed": seed_label(seeds)})
 
 
 def pairs(chosen: dict[str, Arm], *groups: str) -> list[tuple[str, str]]:

@@ -270,7 +270,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("percentage points of hit rate")
     counted = _counted(average(rows)).strip(" ()") or "no result yet"
     drawn.suptitle(
-        f"What each change of the training adds on MRBench (average), against the one before it\n"
+        "What each change of the training adds on MRBench (average) to the one before it; grey: together\n"
         f"{counted}; lines: paired 95 % intervals over queries; dots: single seeds",
         fontsize=10,
     )

@@ -11,61 +11,16 @@ of all devices, memory that of the fullest one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from elva_core.config import SUMMARIES_AT_ONCE, ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.experiments import measured
+from elva_core.experiments.cost import Cost, Side
 from elva_core.experiments.sizes import TABLE, Dataset, Gpu, Known, Sizes, dataset, known, of_model, task_of
 from elva_core.models.vision import IMAGES_AT_ONCE
 from elva_core.mrbench import annotate
 from elva_core.training_settings import ContrastiveSettings
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """Mean text tokens and images of a prompt (of an item: the share that has an image), and its items."""
-
-    text: float
-    image: float
-    items: float = 1
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What work takes: amounts, which add up, and the memory of a device, that of its fullest moment.
-
-    prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device;
-    waiting: those for an image, or for the start of a layer. memory: GB by part; {} for the host's work.
-    """
-
-    prompts: float = 0
-    rollouts: float = 0
-    tokens: float = 0
-    flops: float = 0
-    seconds: float = 0
-    waiting: float = 0
-    memory: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def amounts(self) -> tuple[float, ...]:
-        return astuple(self)[:-1]
-
-    @property
-    def peak(self) -> float:  # GB of the fullest moment
-        return sum(self.memory.values())
-
-    def __add__(self, other: Cost) -> Cost:
-        amounts = (a + b for a, b in zip(self.amounts, other.amounts, strict=True))
-        return Cost(*amounts, memory=max(self, other, key=lambda cost: cost.peak).memory)
-
-    def __mul__(self, times: float) -> Cost:
-        return Cost(*(amount * times for amount in self.amounts), memory=self.memory)
-
-    def beside(self, part: str, gigabytes: float) -> Cost:
-        """The same work beside something else in memory."""
-        return replace(self, memory={**self.memory, part: gigabytes})
 
 
 @dataclass(frozen=True)
@@ -234,9 +189,15 @@ class Workload:
         return prefill + Cost(0, summaries, summaries * steps) + one_step * (steps * rows / per_call)
 
     def embed(self, rows: float, which: str, weight: str | None = None) -> Cost:
-        """Queries or candidates embedded one summary each, of like length in a call (retriever.py)."""
-        batch = self.settings.evaluation.batch
-        return self.write(rows, self.side(which, weight), 1, per_call=batch, mixed=False)
+        """Queries or candidates embedded, of like length in a call (retriever.py)."""
+        return self._encoded(rows, which, weight, per_call=self.settings.evaluation.batch, mixed=False)
+
+    def _encoded(self, rows: float, which: str, weight: str | None = None, **shape) -> Cost:
+        """After one summary each; candidates that write none are read at [RET] at once."""
+        side, encoder = self.side(which, weight), self.settings.encoder
+        if which == "query" or encoder.candidate_summaries:
+            return self.write(rows, side, 1, **shape)
+        return self.read(rows, side, encoder.summary_request, ending=1, logits=1, **shape)
 
     def contrastive(
         self, s: ContrastiveSettings, query: Side, candidate: Side, *, negatives=0, distinct=math.inf
@@ -248,22 +209,33 @@ class Workload:
             distinct: candidates that there are; each process writes a summary once, for its own chunks.
         """
         at_ret, encoder = int(s.steps * s.ret_share), self.settings.encoder
-        eol, ret = (s.steps - at_ret, encoder.eol_request, 0), (at_ret, encoder.summary_request, self.cap + 1)
         train, written, items = Cost(), Cost(), s.batch * (2 + negatives)
         # a batch is read once more where its chunks have one graph at a time
         again = s.gradient_cache or self.devices > 1
-        for side, n in ((query, s.batch), (candidate, s.batch * (1 + negatives))):
+        sides = (query, s.batch), (candidate, s.batch * (1 + negatives))
+        for side, n in sides:
+            writes = side is query or encoder.candidate_summaries
             rows = at_ret * n
             missing = min(rows, distinct * self.devices) if side is candidate else rows
-            for steps, request, ending in (eol, ret):
-                shape = {"per_call": min(s.chunk, n), "ending": ending, "logits": ending}
+            for steps, request, ending in (
+                (s.steps - at_ret, encoder.eol_request, 0),
+                (at_ret, encoder.summary_request, 1 + self.cap * writes),
+            ):
+                shape = {"per_call": min(s.chunk, n), "held": None, "ending": ending, "logits": ending}
+                if s.chunk_tokens:  # rows of like length, dealt evenly; memory is that of the longest ones
+                    ends = 1 + self.cap if ending else 0
+                    tokens = sum(k * (self.length(x, request) + ends) for x, k in sides)
+                    chunks = self.devices * math.ceil(tokens / s.chunk_tokens / self.devices)
+                    shape["per_call"] = tokens / chunks / (self.length(side, request) + ending)
+                    shape["held"] = min(s.chunk_tokens / (self.longest(side, request) + ends), items)
+                    shape["mixed"] = False
                 if steps:
-                    looks, how = 1 - missing / rows if ending else 1, {"held": None if again else items}
-                    how["looks"] = 0 if again else looks
-                    train += self.read(steps * n, side, request, learning=s, **how, **shape)
+                    looks = 1 - missing / rows if ending and writes else 1
+                    how = {"looks": 0 if again else looks} | ({} if again else {"held": items})
+                    train += self.read(steps * n, side, request, learning=s, **(shape | how))
                     shape |= {"rank": s.lora.rank, "looks": looks}
                     train += self.read(again * steps * n, side, request, **shape)
-            if rows:
+            if rows and writes:
                 per_call = min(SUMMARIES_AT_ONCE, n / self.devices) * missing / rows
                 held = min(SUMMARIES_AT_ONCE, items / self.devices)  # queries and candidates together
                 written += self.write(missing, side, 1, per_call=per_call, held=held)
@@ -327,7 +299,7 @@ class Workload:
             cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
         if not every and s.candidates == "step":
             per_call = min(s.chunk, own * ranked / 2)  # texts and images apart
-            cost += self.write(rows * ranked, self.side(answers), 1, per_call=per_call, rank=rank)
+            cost += self._encoded(rows * ranked, answers, per_call=per_call, rank=rank)
         return cost
 
     def mining(self) -> Cost:

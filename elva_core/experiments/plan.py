@@ -20,7 +20,8 @@ from rich.table import Table
 from elva_core import files
 from elva_core.config import PARAMS, Settings
 from elva_core.experiments import estimate
-from elva_core.experiments.estimate import Cost, Side, Workload
+from elva_core.experiments.cost import Cost, Side
+from elva_core.experiments.estimate import Workload
 from elva_core.training_settings import ContrastiveSettings
 
 SAVED_MODELS = 5  # stage 2, stage 3, control, single pass, reranker
@@ -92,12 +93,15 @@ def stages(load: Workload) -> list[Stage]:
 def _contrastive(
     load: Workload, name: str, s: ContrastiveSettings, query: Side, candidate: Side, **each
 ) -> list[Stage]:
-    """Training, and the summaries that it trains on; both are divided by chunks, which have one side each."""
+    """Training, and the summaries that it trains on; both are divided by chunks."""
     train, written = load.contrastive(s, query, candidate, **each)
     candidates = s.batch * (1 + each.get("negatives", 0))
-    devices = load.dealt(math.ceil(s.batch / s.chunk) + math.ceil(candidates / s.chunk))
+    # chunks of one side each, where they are not cut evenly by tokens
+    chunks = math.ceil(s.batch / s.chunk) + math.ceil(candidates / s.chunk)
+    devices = load.devices if s.chunk_tokens else load.dealt(chunks)
     key, cached = name.replace(" ", ""), s.gradient_cache or load.devices > 1
-    lower = f"{key}.chunk" if cached else f"{key}.chunk with gradient_cache: true"
+    lower = f"{key}.{'chunk_tokens' if s.chunk_tokens else 'chunk'}"
+    lower += "" if cached else " with gradient_cache: true"
     rows = [Stage(name, train, devices, lower)]
     if written.rollouts:
         rows.append(Stage(f"{name}, its summaries", written, devices, f"{key}.batch"))
@@ -244,24 +248,26 @@ def budgets(load: Workload) -> list[Budget]:
     out, tried = [], range(1, MOST_ROWS + 1)
     for key in dict.fromkeys(s.lower.split()[0] for s in _used(load, stages(load)) if s.lower):
         section, _, name = key.rpartition(".")
-        if name != "chunk" and key not in ("rerank.prompts", "evaluation.batch"):
+        if not name.startswith("chunk") and key not in ("rerank.prompts", "evaluation.batch"):
             continue  # a batch decides what is learnt
-        share = partial(_share, load, key)
+        longest = _longest(load, section)
+        unit = longest if name == "chunk_tokens" else 1
+        share = partial(_share, load, key, unit)  # of so many rows
         rows = bisect(tried, sum(FILLED) / 2, key=share)  # so many are not above it
         if rows and share(rows) < FILLED[0]:  # few inputs, of many rollouts each
             rows = bisect(tried, FILLED[1], key=share)
         whole_step = 1 + bisect_left(tried, share(MOST_ROWS), key=share)
         rows = max(1, min(rows, whole_step))
-        now, longest = getattr(getattr(load.settings, section), name), _longest(load, section)
-        tokens = round(rows * longest) if longest else None
-        out.append(Budget(key, now, share(now), rows, share(rows), tokens))
+        now = getattr(getattr(load.settings, section), name) / unit
+        tokens = int(rows * longest) if longest else None
+        out.append(Budget(key, int(now), share(now), rows, share(rows), tokens))
     return out
 
 
-def _share(load: Workload, key: str, rows: int) -> float:
-    """Share of the card's memory that the fullest stage of a key takes with so many rows per call."""
+def _share(load: Workload, key: str, unit: float, rows: int) -> float:
+    """Share of the card's memory that the fullest stage of a key takes, which counts `unit` for each row."""
     section, _, name = key.rpartition(".")
-    changed = replace(load, settings=load.settings.changed({section: {name: rows}}))
+    changed = replace(load, settings=load.settings.changed({section: {name: int(rows * unit)}}))
     peaks = (s.cost.peak for s in _used(changed, stages(changed)) if s.lower.split()[:1] == [key])
     return max(peaks) / load.gpu.memory
 

@@ -22,9 +22,9 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
 from elva_core.evaluation import captions, headroom, statistics
-from elva_core.experiments import claims, decomposition, first_page, study
+from elva_core.experiments import claims, decomposition, findings, first_page, study
 from elva_core.experiments.arms import planned
-from elva_core.experiments.first_page import Tables
+from elva_core.experiments.findings import Tables
 from elva_core.experiments.keys import STAGES, manifest, stage_folder
 from elva_core.experiments.stages import Stage, listed_files, no_evidence
 from elva_core.tables import markdown_table, read_table
@@ -124,8 +124,8 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
 
 
 def study_table(run: Stage, name: str) -> pd.DataFrame:
-    """A table that notebook 60 made from the study (`first_page.read_study_table`)."""
-    return first_page.read_study_table(run.require("60_ablate") / f"{name}.csv")
+    """A table that notebook 60 made from the study (`findings.read_study_table`)."""
+    return findings.read_study_table(run.require("60_ablate") / f"{name}.csv")
 
 
 def collect(run: Stage) -> None:
@@ -258,11 +258,11 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
         folder: with a CSV file for each of `Tables`, and figures/.
     """
     # the README's blocks
-    tables = first_page.read(folder)
+    tables = findings.read(folder)
     table = tables.claims
     note = (
         f"Profile {settings.profile}, seed {seed}, device {settings.device}; hit rates in percent, 95 % "
-        f"intervals over queries; several seeds: outputs/{settings.profile}/study."
+        f"intervals over queries; rows of several seeds are of outputs/{settings.profile}/study."
     )
     if not settings.evidence:
         note += f" {no_evidence(settings.profile)}"

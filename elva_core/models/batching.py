@@ -2,10 +2,13 @@
 
 tokens = lengths(encoder, items, request)
 batches = by_tokens(tokens, 8192)        # places of items
+batches = evenly(tokens, 8192, 8)        # the same, for eight processes
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,3 +56,15 @@ def by_tokens(tokens: Sequence[int], budget: int) -> list[list[int]]:
         else:
             batches.append([place])
     return batches
+
+
+def evenly(tokens: Sequence[int], budget: int, processes: int) -> list[list[int]]:
+    """`by_tokens` with the smallest budget that needs no more turns, so that no process waits for another.
+
+    >>> by_tokens([2, 2, 2, 2], 6), evenly([2, 2, 2, 2], 6, 2)
+    ([[0, 1, 2], [3]], [[0, 1], [2, 3]])
+    """
+    turns = math.ceil(len(by_tokens(tokens, budget)) / processes)
+    smaller = range(1, budget + 1)
+    place = bisect_left(smaller, -turns * processes, key=lambda size: -len(by_tokens(tokens, size)))
+    return by_tokens(tokens, smaller[min(place, budget - 1)])

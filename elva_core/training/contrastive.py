@@ -161,7 +161,8 @@ def _chunks(
     # every process must cut alike, and knows only the summaries of its own chunks: all count as the longest
     more = prompts.max_summary_tokens + 1 if use_ret else 0
     tokens = batching.lengths(encoder, items, prompts.summary_request if use_ret else prompts.eol_request)
-    return batching.by_tokens([count + more for count in tokens], settings.chunk_tokens)
+    places = [count + more for count in tokens]
+    return batching.evenly(places, settings.chunk_tokens, distributed.processes().num_processes)
 
 
 def train(

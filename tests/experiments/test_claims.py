@@ -61,18 +61,20 @@ def test_scores_are_percent_and_results_without_a_verdict():
 
 
 def test_a_grain_distance_is_a_score_in_another_setting_and_its_growth_is_judged():
-    """Figure 4: 0.07 and 0.15, so 0.08 more."""
+    """Figure 4: 0.07 of the EOL baseline and 0.15, so 0.08 more; over stage 2 at [RET] the paper has no figure."""
     common = {"metric": claims.DISTANCE, "n": 9}
     far = pd.DataFrame(
         [
             common | {"model": "stage 3", "baseline": "", "value": 0.4, "ci_low": 0.3, "ci_high": 0.5},
             common | {"model": "stage 3", "baseline": "stage 2", "value": 0.1, "ci_low": 0.05, "ci_high": 0.2},
+            common | {"model": "stage 3", "baseline": "stage 2, EOL only", "value": 0.1, "ci_low": 0.05, "ci_high": 0.2},
         ]
     )
     table = assembled(results.scores(far, scale=1.0, **CHAIN)).set_index("claim")
     assert table.loc["stage 3", ["paper", "verdict"]].tolist() == [0.15, ""]
-    assert table.loc["stage 3 over stage 2", "paper"] == pytest.approx(0.08)
-    assert table.loc["stage 3 over stage 2", "verdict"] == "reproduced"
+    assert table.loc["stage 3 over stage 2, EOL only", "paper"] == pytest.approx(0.08)
+    assert table.loc["stage 3 over stage 2, EOL only", "verdict"] == "reproduced"
+    assert pd.isna(table.loc["stage 3 over stage 2", "paper"]) and table.loc["stage 3 over stage 2", "verdict"] == ""
 
 
 def test_a_later_row_takes_the_place_of_an_earlier_one_of_the_same_backbone_only():

@@ -96,3 +96,27 @@ def test_the_grain_that_wrong_first_answers_lack_most_is_counted_over_all_seeds(
     said = compare.most_lacking(dataclasses.replace(made_up, errors=errors), "new")
     assert said == "Wrong first answers of new lack tone (50.0 % of 8) most often, and who (12.5 % of 8) least often, 2 seeds together."
     assert compare.most_lacking(made_up, "new") == "No error of new was counted."
+
+
+def test_the_grain_distance_of_arms_is_paired_over_queries_and_has_each_seed(made_up):
+    """Two grains of query a, one of b; the third seed of `new` has no counterpart; an arm without a result is left out."""
+    rows = [
+        ("old", 1, "a", 0.1),
+        ("old", 1, "a", 0.3),
+        ("old", 1, "b", 0.4),
+        ("old", 2, "a", 0.2),
+        ("old", 2, "a", 0.2),
+        ("old", 2, "b", 0.6),
+    ]
+    rows += [("new", seed, qid, distance + 0.1 * seed) for _, seed, qid, distance in rows] + [("new", 3, "a", 9.0)]
+    study = dataclasses.replace(made_up, distances=pd.DataFrame(rows, columns=["arm", "seed", "qid", "distance"]))
+    table = compare.distances(study, [("new", "old"), ("new", "none")], samples=50).set_index(["model", "baseline"])
+    assert list(table.index) == [("new", ""), ("old", ""), ("new", "old")] and set(table["seed"]) == {"2 (1, 2)"}
+    assert table.loc[("old", ""), "value"] == pytest.approx((0.2 + 0.5) / 2) and table.loc[("old", ""), "by seed"] == pytest.approx(
+        (0.3, 0.4)
+    )
+    growth = table.loc[("new", "old")]
+    assert growth["arm"] == "new over old" and growth["seeds"] == (1, 2) and table.loc[("old", ""), "arm"] == "old"
+    assert growth["by seed"] == pytest.approx((0.1, 0.2)) and [growth[c] for c in ("ci_low", "value", "ci_high")] == pytest.approx(
+        [0.15] * 3
+    )

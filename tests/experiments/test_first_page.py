@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from elva_core.evaluation import headroom, statistics
-from elva_core.experiments import claims, decomposition, first_page
+from elva_core.experiments import claims, decomposition, findings, first_page
 from elva_core.files import ElvaDataError
 
 REPORTED = statistics.reported()
@@ -41,15 +41,18 @@ def step(name, unit, metric, low, high):
 
 
 @pytest.fixture
-def tables() -> first_page.Tables:
+def tables() -> findings.Tables:
     rows = [step(name, "", f"hit@{k}", *ends) for name, both in INTERVALS.items() for k, ends in zip((1, 5), both, strict=True)]
     rows[-1] |= {"verdict": "same direction", "paper": 13.1}
     rows += [step("all", "x_task0", "hit@5", 3.0, 9.0), step("all", "x_task4", "hit@5", -6.0, 2.0)]
-    distances = [("stage 2", 0.5, ""), ("stage 3", 0.4, ""), ("stage 3 over stage 2", -0.1, "contradicted")]
+    distances = [("stage 2, EOL only", 0.5, ""), ("stage 3", 0.4, ""), ("stage 3 over stage 2, EOL only", -0.1, "contradicted")]
+    distances += [("stage 2 over stage 2, EOL only", 0.05, ""), ("stage 3 over InfoNCE control", -0.15, "")]
     distances = [{"claim": c, "ours": v, "ci_low": v - 0.01, "ci_high": v + 0.01, "verdict": w, "paper": 0.1} for c, v, w in distances]
     hits = [("stage 2", headroom.GREEDY, 0.4), ("stage 2", headroom.BEST, 0.6), ("stage 3", headroom.GREEDY, 0.5)]
-    return first_page.Tables(
-        claims=pd.DataFrame(distances).assign(source="Figure 4", metric=claims.DISTANCE, n=8).reindex(columns=claims.COLUMNS),
+    return findings.Tables(
+        claims=pd.DataFrame(distances)
+        .assign(source="Figure 4", metric=claims.DISTANCE, n=8, seeds="2 (17, 18)")
+        .reindex(columns=claims.COLUMNS),
         audit=pd.DataFrame({"what": ["a", "b"], "agrees": [True, False]}),
         cost=pd.DataFrame({"stage": ["30_x", "40_y"], "wall_s": [90.0, 30.0], "peak_memory_gb": [1.5, 2.0]}),
         answers=pd.DataFrame(),
@@ -65,25 +68,25 @@ def tables() -> first_page.Tables:
 
 def test_in_short_says_the_verdict_and_what_holds_over_queries_only_or_at_one_cutoff_only(tables, smoke):
     said = first_page.result(tables, smoke, REPORTED).splitlines()[0]
-    assert "gains over the EOL baseline, less than in the paper: 50.0 to 54.0 % hit@5, +4.0 [2.0, 6.0] points, +8.0 [4.0, 12.0] %" in said
-    assert (
-        "(paper: +13.1 %). Writing a summary gives +3.0 points of it, the ranking reward +1.0 (above zero; at hit@1 inconclusive)." in said
-    )
-    assert "less grain blindness, is contradicted here" in said
+    assert "gains over the EOL baseline, but less than in the paper. Here hit@5 rises from 50.0 to 54.0 %: +4.0 [2.0, 6.0] points" in said
+    assert "or +8.0 [4.0, 12.0] % of the baseline (paper: +13.1 %). A summary, trained for and read after, gives +3.0 points" in said
+    assert "the ranking reward +1.0 (above zero). At hit@1 the whole gain is +3.0 [1.0, 5.0] points: +2.0 from the summary" in said
+    assert "+0.0 from the reward (inconclusive). Grain blindness, the paper's reason, does not fall as in the paper." in said
     rows = tables.decomposition.copy()
     rows["by seed"] = [(-1.0, 2.0, 1.5)] * len(rows)
     said = first_page.result(replace(tables, decomposition=rows.assign(verdict="contradicted")), smoke, REPORTED).splitlines()[0]
-    assert "does not gain" in said and "+1.0 (above zero over queries, inconclusive over seeds; at hit@1 inconclusive)" in said
+    assert "does not gain" in said and "+1.0 (above zero over queries, inconclusive over seeds)" in said
     rows = rows.assign(verdict="", missing="stage 3, seeds 18")
     said = first_page.result(replace(tables, decomposition=rows), smoke, REPORTED)
     assert said.startswith("**In short:** no verdict; not run: stage 3, seeds 18.")
 
 
 def test_every_arm_of_the_table_has_its_level_and_its_step_over_the_arm_above(tables):
-    lines = first_page.steps(tables).splitlines()[2:]
-    assert [line.split("**")[1] for line in lines] == [*decomposition.CHAIN, "stage 3 over stage 2", "stage 3 over stage 2, EOL only"]
+    lines = findings.steps(tables).splitlines()[4:]
+    assert [line.split("**")[1] for line in lines] == ["EOL baseline", *decomposition.CHAIN[1:], "stage 3", "stage 3"]
+    assert [line.split("**")[3] for line in lines[4:]] == ["stage 2", "EOL baseline"] and "*the whole method*" in lines[5]
     assert lines[0].endswith("LamRA-Ret | 50.0 | | 50.0 | | |")
-    assert lines[3].endswith("*ranking reward* | 50.0 | +0.0 [-1.0, 1.0] | 51.0 | +1.0 [0.5, 1.5] | +0.5, +1.5 |")
+    assert lines[3].endswith("*ranking reward*, over the control | 50.0 | +0.0 [-1.0, 1.0] | 51.0 | +1.0 [0.5, 1.5] | +0.5, +1.5 |")
     assert lines[5].endswith("| | +3.0 [1.0, 5.0] | | +4.0 [2.0, 6.0] | +2.0, +6.0 |")
 
 
@@ -94,13 +97,18 @@ def test_what_is_trained_on_what_is_told_from_the_profile_and_the_tables(tables,
 
 
 def test_what_speaks_against_the_gain_is_said(tables, smoke):
-    tasks, distance, _, sure = first_page.findings(tables, smoke, REPORTED)
+    tasks, distance, _, sure = findings.questions(tables, smoke, REPORTED)
     assert (
         "No, not in image to image. " in tasks and "text to image +6.0 [3.0, 9.0]; image to image -2.0 [-6.0, 2.0] (n = 40 each)" in tasks
     )
-    assert "** Contradicted." in distance and "stage 2 has 0.500, stage 3 0.400: -0.100 [-0.110, -0.090], n = 8 queries, one" in distance
-    assert "1 claims of the paper have a figure here; *contradicted* (not above zero, and below half of the" in sure
-    assert sure.endswith("Figure 4 (mean cosine distance).") and "Of the study 1 arm has 2, 1 arm has 1 seeds; what" in sure
+    assert (
+        "** No. Without one of" in distance and "0.07 for its EOL baseline, 0.15 for ELVA. Here 0.500 and 0.400: -0.100 [-0.110" in distance
+    )
+    assert "generation +0.050 [0.040, 0.060], ranking reward -0.150 [-0.160, -0.140] (n = 8 queries, seeds: 2)." in distance
+    assert "1 of the paper's claims were measured. *contradicted* (not above zero, and below half of the" in sure
+    assert (
+        sure.endswith("mean cosine distance (Figure 4).") and "Seeds: 0 for each model of the table, 1 for the study's 1 other arms" in sure
+    )
 
 
 def test_easy_hard_and_cost_follow_from_what_was_measured(tables, smoke):
@@ -132,4 +140,4 @@ def test_the_commands_have_their_measured_time(tables, smoke):
 
 def test_a_report_without_its_tables_is_refused_with_the_command(tmp_path):
     with pytest.raises(ElvaDataError, match=r"lacks claims, audit, .* \(.csv\); run: python -m elva_core run"):
-        first_page.read(tmp_path)
+        findings.read(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from elva_core import config, files
-from elva_core.experiments import estimate, measured, plan, sizes
+from elva_core.experiments import cost, estimate, measured, plan, sizes
 
 RESULT = {
     "card": "NVIDIA H100 80GB HBM3",
@@ -106,7 +106,7 @@ def test_the_rows_that_fill_a_card_fill_it_and_one_more_is_too_many(profile, gpu
         assert more > (low + high) / 2 or more == b.filled, key
         if more != b.filled and key != "stage3.chunk":  # which grows by the rollouts of a whole query
             assert b.filled >= low, key
-    longest = load.longest(estimate.Side(0, 1), load.settings.encoder.summary_request) + load.cap + 1
+    longest = load.longest(cost.Side(0, 1), load.settings.encoder.summary_request) + load.cap + 1
     assert budgets["stage2.chunk"].tokens == round(budgets["stage2.chunk"].filling * longest)
 
 

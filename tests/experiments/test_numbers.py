@@ -17,7 +17,7 @@ import pytest
 
 from elva_core import config, files
 from elva_core.evaluation import headroom, statistics
-from elva_core.experiments import arms, claims, compare, decomposition, first_page, keys, report, study
+from elva_core.experiments import arms, claims, compare, decomposition, findings, keys, report, study
 from elva_core.experiments.keys import STAGES
 
 REPORTED = statistics.reported()
@@ -57,8 +57,8 @@ def folder(committed) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tables(folder) -> first_page.Tables:
-    return first_page.read(folder)
+def tables(folder) -> findings.Tables:
+    return findings.read(folder)
 
 
 def printed(committed: Path, stage: str) -> str:
@@ -100,7 +100,7 @@ def test_the_tables_of_the_study_are_what_its_trainings_make(committed, tables):
     assert saved[numbers].to_numpy() == pytest.approx(steps[numbers].to_numpy(float), nan_ok=True)
     main = compare.pairs(arms.arms(settings), "main")
     differences = compare.differences(done, main, k=5, samples=settings.evaluation.bootstrap)
-    drawn = first_page.read_study_table(committed / "outputs/cpu/seed-17/90_report/figures/differences.csv")
+    drawn = findings.read_study_table(committed / "outputs/cpu/seed-17/90_report/figures/differences.csv")
     assert differences["arm"].tolist() == drawn["arm"].tolist()
     assert drawn["value"].to_numpy() == pytest.approx(differences["value"].to_numpy())
     for pairs in ((saved, steps), (drawn, differences)):

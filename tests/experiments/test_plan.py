@@ -19,7 +19,8 @@ from elva_core.config import ProfileError
 from elva_core.data import items as data_items
 from elva_core.data import mbeir
 from elva_core.experiments import estimate, plan, sizes
-from elva_core.experiments.estimate import Side, Workload
+from elva_core.experiments.cost import Side
+from elva_core.experiments.estimate import Workload
 from elva_core.models import encoder, generation
 from elva_core.training import contrastive, grpo, hard_negatives, reranker
 
@@ -217,9 +218,23 @@ def lengths(monkeypatch, tiny, picture):
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
 
 
-@pytest.mark.parametrize(("ret_share", "cache", "negatives"), [(0.0, False, 0), (0.0, True, 0), (1.0, False, 0), (1.0, True, 1)])
-def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives):
-    changes = {"steps": 1, "batch": 4, "chunk": 3, "ret_share": ret_share, "gradient_cache": cache}
+@pytest.fixture
+def bare(tiny, load) -> Workload:
+    """The same where candidates write no summaries."""
+    tiny.settings = tiny.settings.model_copy(update={"candidate_summaries": False})
+    return dataclasses.replace(load, settings=load.settings.model_copy(update={"encoder": tiny.settings}))
+
+
+@pytest.mark.parametrize("tokens", [None, 70])
+@pytest.mark.parametrize(
+    ("ret_share", "cache", "negatives", "written"),
+    [(0.0, False, 0, "load"), (0.0, True, 0, "load"), (1.0, False, 0, "load"), (1.0, True, 1, "load"), (1.0, True, 1, "bare")],
+)
+def test_a_contrastive_step_is_what_the_plan_counts(
+    request, tiny, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives, written, tokens
+):
+    load = request.getfixturevalue(written)
+    changes = {"steps": 1, "batch": 4, "chunk": 3, "chunk_tokens": tokens, "ret_share": ret_share, "gradient_cache": cache}
     s = load.settings.stage2.model_copy(update=changes)
     lengths(monkeypatch, tiny, pictures[0])
     rows.update(prompts=0)
@@ -231,9 +246,12 @@ def test_a_contrastive_step_is_what_the_plan_counts(tiny, load, pictures, rows, 
     assert flops == pytest.approx(train.flops + made.flops, rel=0.02)  # merging the adapter and the loss are not planned
 
 
-@pytest.mark.parametrize("sides", ["query", "all"])
-@pytest.mark.parametrize("candidates", ["step", "mined"])
-def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked, rows, monkeypatch, sides, candidates):
+@pytest.mark.parametrize(
+    ("sides", "candidates", "written"),
+    [("query", "step", "load"), ("query", "mined", "load"), ("all", "step", "load"), ("all", "mined", "load"), ("query", "step", "bare")],
+)
+def test_a_step_of_stage_3_is_what_the_plan_counts(request, tiny, pictures, ranked, rows, monkeypatch, sides, candidates, written):
+    load = request.getfixturevalue(written)
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
     load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))

@@ -49,6 +49,17 @@ def test_batches_hold_every_row_once_within_the_budget_and_none_could_take_the_n
         assert tokens[batch[-1]] >= tokens[after[0]] and tokens[batch[0]] * (len(batch) + 1) > budget
 
 
+@hypothesis.given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120), st.integers(1, 5))
+def test_even_batches_take_no_more_turns_and_no_smaller_budget_would_do(tokens, budget, processes):
+    turns = -(-len(batching.by_tokens(tokens, budget)) // processes)
+    batches = batching.evenly(tokens, budget, processes)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(tokens))) and len(batches) <= turns * processes
+    costs = [max(tokens[i] for i in batch) * len(batch) for batch in batches]
+    assert all(cost <= budget or len(batch) == 1 for cost, batch in zip(costs, batches, strict=True))
+    if (most := max((cost for cost, batch in zip(costs, batches, strict=True) if len(batch) > 1), default=1)) > 1:
+        assert len(batching.by_tokens(tokens, most - 1)) > turns * processes
+
+
 @pytest.mark.parametrize("ret_share", [0.0, 1.0])
 def test_a_step_by_tokens_has_the_gradient_of_one_by_rows_and_less_padding(
     tiny, model_folder, root, smoke, tmp_path, monkeypatch, ret_share

@@ -1,0 +1,269 @@
+"""What was found, in words and a table: the steps from the EOL baseline to stage 3, tasks, grains, certainty.
+
+Every number is from a table of the report.
+
+tables = read(Path("outputs/cpu/seed-17/90_report"))
+in_short(tables, statistics.reported())
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from elva_core.config import Settings
+from elva_core.data import mbeir
+from elva_core.evaluation import headroom, statistics
+from elva_core.experiments import claims, decomposition, sentences
+from elva_core.experiments.decomposition import interval
+from elva_core.files import ElvaDataError
+from elva_core.tables import read_table
+
+MEANING = {
+    "reproduced": "above zero, and reaching the paper's value",
+    "same direction": "above zero, and smaller than the paper's value",
+    "inconclusive": "zero and at least half of the paper's value are both within the interval",
+    "contradicted": "not above zero, and below half of the paper's value",
+}
+IN_SHORT = {
+    "reproduced": "the whole method gains over the EOL baseline as much as in the paper",
+    "same direction": "the whole method gains over the EOL baseline, but less than in the paper",
+    "inconclusive": "whether the whole method gains over the EOL baseline cannot be said",
+    "contradicted": "the whole method does not gain over the EOL baseline as in the paper",
+}
+BLIND = {  # does grain blindness fall from the EOL baseline to stage 3?
+    "reproduced": ("Yes", "falls as in the paper"),
+    "same direction": ("Yes, but by less than in the paper", "falls, but by less than in the paper"),
+    "inconclusive": ("Not shown", "may or may not fall"),
+    "contradicted": ("No", "does not fall as in the paper"),
+}
+BASELINE = "EOL baseline"
+MODELS = {  # arm -> its name here, how it is trained and read, what it is compared with
+    decomposition.EOL: (
+        BASELINE,
+        "stage 2 trained and read at the prompt's last token, as the paper's baseline LamRA-Ret",
+        "",
+    ),
+    decomposition.RET: (
+        "stage 2",
+        "trained as long, a share of its steps at [RET], and read there after a summary",
+        f"over the {BASELINE}",
+    ),
+    decomposition.CONTROL: (
+        "InfoNCE control",
+        "stage 2 continued with InfoNCE on the queries of stage 3",
+        "over stage 2",
+    ),
+    decomposition.STAGE3: (
+        "stage 3",
+        "stage 2 continued with the ranking reward on these queries",
+        "over the control",
+    ),
+}
+WHOLE = {"all": ": *the whole method*"}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables in a report's folder, and nothing else, are what it and README's blocks are made from."""
+
+    claims: pd.DataFrame  # claims.COLUMNS
+    audit: pd.DataFrame  # statistics.audit
+    cost: pd.DataFrame  # stage, wall_s (seconds), peak_memory_gb
+    answers: pd.DataFrame  # stage, answer
+    not_run: pd.DataFrame  # source, missing, needs, command
+    decomposition: pd.DataFrame  # decomposition.table
+    runs: pd.DataFrame  # a row for each training of the study: arm, seed, steps, train_s, wall_s (seconds)
+    headroom: pd.DataFrame  # headroom.table
+    shares: pd.DataFrame  # headroom.shares_taken
+    environment: pd.DataFrame  # package, installed
+    mrbench: pd.DataFrame  # unit, queries, candidates of its pool
+
+
+def read(folder: Path) -> Tables:
+    """The tables of a report, as they were saved.
+
+    Raises:
+        ElvaDataError: one is missing; the message has the command that makes it.
+    """
+    if lacking := [name for name in Tables.__annotations__ if not (folder / f"{name}.csv").is_file()]:
+        again = "python -m elva_core run PROFILE --only 90 --force"
+        raise ElvaDataError(f"{folder} lacks {', '.join(lacking)} (.csv); run: {again}")
+    readers = {"decomposition": read_study_table}
+    return Tables(
+        **{name: readers.get(name, read_table)(folder / f"{name}.csv") for name in Tables.__annotations__}
+    )
+
+
+def read_study_table(path: Path) -> pd.DataFrame:
+    """A table that a notebook made from the study, its tuples of seeds read back, and "" for empty texts."""
+    table = pd.read_csv(path, converters=dict.fromkeys(("seeds", "by seed"), ast.literal_eval))
+    texts = {"unit", "group", "missing", "verdict"} & set(table)
+    return table.astype(dict.fromkeys(texts, object)).fillna(dict.fromkeys(texts, ""))
+
+
+def in_short(tables: Tables, reported: dict) -> str:
+    """What holds, for who reads no further: the verdict, the parts of the gain, the grain distance."""
+    one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
+    whole, reward = five.loc["all"], five.loc["ranking reward"]
+    if not whole["verdict"]:
+        lacking = f"; not run: {whole['missing']}" if whole["missing"] else ""
+        return f"**In short:** no verdict{lacking}."
+    words = [
+        sentences.direction(row["ci_low"], row["ci_high"], ("above zero", "below zero"))
+        for row in (reward, one.loc["ranking reward"])
+    ]
+    low, _ = statistics.over_seeds(reward["by seed"])
+    over = "" if low != low else f" over queries, {'above zero' if low > 0 else 'inconclusive'} over seeds"
+    relative = interval(whole, "relative", "relative low", "relative high")
+    blind = _growth(tables, reported, decomposition.STAGE3, decomposition.EOL)
+    falls = "is not measured" if blind is None else BLIND[blind["verdict"]][1]
+    return (
+        f"**In short:** {IN_SHORT[whole['verdict']]}. Here hit@5 rises from {whole['old value']:.1f} to "
+        f"{whole['new value']:.1f} %: {interval(whole)} points, or {relative} % of the baseline (paper: "
+        f"{whole['paper']:+.1f} %). A summary, trained for and read after, gives "
+        f"{five.loc['generation', 'value']:+.1f} points of it, the ranking reward {reward['value']:+.1f} "
+        f"({words[0]}{over}). At hit@1 the whole gain is {interval(one.loc['all'])} points: "
+        f"{one.loc['generation', 'value']:+.1f} from the summary, {one.loc['ranking reward', 'value']:+.1f} "
+        f"from the reward ({words[1]}). Grain blindness, the paper's reason, {falls}."
+    )
+
+
+def steps(tables: Tables) -> str:
+    """The arms from the EOL baseline to stage 3, each beside the one before it, as a Markdown table."""
+    one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
+    lines = [
+        "Gains are paired differences in percentage points with 95 % intervals over queries, seeds averaged; "
+        "the last column has the gain at hit@5 of each seed alone, and the interval over seeds.",
+        "",
+        "| | hit@1, % | gain | hit@5, % | gain | each seed; over seeds |",
+        "|--|--|--|--|--|--|",
+    ]
+    begin = next(iter(decomposition.STEPS))
+    first = [_level(rows.loc[begin, "old value"]) for rows in (one, five)]
+    lines.append(f"| {_arm(decomposition.EOL)} | {first[0]} | | {first[1]} | | |")
+    for step, (new, _) in decomposition.STEPS.items():
+        before, row = one.loc[step], five.loc[step]
+        levels = _level(before["new value"]), _level(row["new value"])
+        cells = f"{levels[0]} | {interval(before)} | {levels[1]} | {interval(row)}"
+        lines.append(f"| {_arm(new)}; *{step}*, {MODELS[new][2]} | {cells} | {_over_seeds(row)} |")
+    for step, (new, old) in decomposition.SUMS.items():
+        what = f"**{MODELS[new][0]}** over {'the ' * (old == decomposition.EOL)}**{MODELS[old][0]}**"
+        cells = f"| {interval(one.loc[step])} | | {interval(five.loc[step])}"
+        lines.append(f"| {what}{WHOLE.get(step, '')} | {cells} | {_over_seeds(five.loc[step])} |")
+    return "\n".join(lines)
+
+
+def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
+    """What was found besides the steps, a line for each question, whatever it says."""
+    left = headroom.sentence(tables.headroom, tables.shares, settings.evaluation.headroom_samples)
+    return [
+        f"**In every task?** {_tasks(tables)}",
+        f"**Less grain-blind?** {_distance(tables, reported)}",
+        f"**How much is left?** {left}",
+        f"**How sure?** {_sure(tables)}",
+    ]
+
+
+def _arm(name: str) -> str:
+    label, how, _ = MODELS[name]
+    return f"**{label}**, {how}"
+
+
+def _level(value: float) -> str:
+    return "not run" if value != value else f"{value:.1f}"
+
+
+def _over_seeds(row) -> str:
+    """Points under each seed alone, and the interval over seeds."""
+    if len(row["by seed"]) < 2:
+        return ""
+    points = ", ".join(f"{round(round(value, 9), 1) + 0.0:+.1f}" for value in row["by seed"])
+    low, high = (round(end, 1) + 0.0 for end in statistics.over_seeds(row["by seed"]))
+    return points if low != low else f"{points}; [{low:.1f}, {high:.1f}]"
+
+
+def _tasks(tables: Tables) -> str:
+    """Stage 3 over the EOL baseline on each task."""
+    rows = tables.decomposition
+    rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
+    if rows.empty:
+        return "Not run."
+    parts = [f"{_words(row['unit'])} {interval(row)}" for row in rows.to_dict("records")]
+    worse = [_words(row.unit) for row in rows.itertuples() if row.value < 0]
+    said = f"No, not in {' and '.join(worse)}" if worse else "Yes"
+    n = f"n = {int(rows['n'].min()):,} each"
+    return f"{said}. Stage 3 over the EOL baseline, points of hit@5: {'; '.join(parts)} ({n})."
+
+
+def _words(unit: str) -> str:
+    """The modalities of a unit's queries and candidates.
+
+    >>> _words("emoji_task7")
+    'image and text to image'
+    """
+    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
+
+
+def _sure(tables: Tables) -> str:
+    """How many seeds there are, and the claims by verdict, each by its name."""
+    judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
+    over = judged["claim"].str.removeprefix("stage 3 over stage 2").str.removeprefix(", ")
+    what = over.where(~over.isin(["", "EOL only"]), judged["metric"]).str.removesuffix(" over stage 3")
+    judged = judged.assign(what=what, source=judged["source"].str.replace(r",.*", "", regex=True))
+    words = []
+    for word, meaning in MEANING.items():
+        parts = [
+            f"{', '.join(rows['what'])} ({source})"
+            for source, rows in judged[judged["verdict"] == word].groupby("source", sort=False)
+        ]
+        words += [f"*{word}* ({meaning}): {'; '.join(parts)}"] if parts else []
+    claimed = f"{len(judged)} of the paper's claims were measured. {'. '.join(words)}"
+    return f"{_seeds(tables)}. {claimed if words else 'No claim of the paper is judged here'}."
+
+
+def _seeds(tables: Tables) -> str:
+    """How many seeds the models of the table have, and what else was trained."""
+    counts = tables.runs.groupby("arm")["seed"].nunique()
+    models = counts.reindex(decomposition.CHAIN, fill_value=0).min()
+    others = counts.drop(decomposition.CHAIN, errors="ignore")
+    each = " to ".join(map(str, sorted({others.min(), others.max()})) if len(others) else ["none"])
+    return f"Seeds: {models} for each model of the table, {each} for the study's {len(others)} other arms"
+
+
+def _distance(tables: Tables, reported: dict) -> str:
+    """The grain distance of the EOL baseline and of stage 3, beside the paper's, and what each step adds."""
+    eol, stage3 = decomposition.EOL, decomposition.STAGE3
+    values, change = reported["grain_distance"]["values"], _growth(tables, reported, stage3, eol)
+    text = (
+        "Without one of its grains a query should be embedded elsewhere (cosine distance; larger is less "
+        f"blind). The paper: {values[eol]} for its {BASELINE}, {values[stage3]} for ELVA."
+    )
+    if change is None:
+        return f"Not run. {text}"
+    before, after = (_distance_rows(tables, reported).loc[name, "ours"] for name in (eol, stage3))
+    steps = ((step, _growth(tables, reported, *pair)) for step, pair in decomposition.STEPS.items())
+    each = [f"{step} {interval(row, 'ours', digits=3)}" for step, row in steps if row is not None]
+    seeds = change["seeds"].partition(" ")[0]
+    return (
+        f"{BLIND[change['verdict']][0]}. {text} Here {before:.3f} and {after:.3f}: "
+        f"{interval(change, 'ours', digits=3)}. Step by step: {', '.join(each)} "
+        f"(n = {int(change['n']):,} queries, seeds: {seeds})."
+    )
+
+
+def _growth(tables: Tables, reported: dict, new: str, old: str) -> pd.Series | None:
+    """The claim on how far the grain distance grows between two models; None where it was not measured."""
+    rows = _distance_rows(tables, reported)
+    name = f"{new} over {old}"
+    judged = name in rows.index and (old != decomposition.EOL or rows.loc[name, "verdict"] in BLIND)
+    return rows.loc[name] if judged else None
+
+
+def _distance_rows(tables: Tables, reported: dict) -> pd.DataFrame:
+    """The claims on the grain distance, by name."""
+    rows = claims.main(tables.claims, reported)
+    return rows[rows["metric"] == claims.DISTANCE].drop_duplicates("claim").set_index("claim")
