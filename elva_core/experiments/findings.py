@@ -120,7 +120,7 @@ def in_short(tables: Tables, reported: dict) -> str:
     over = "" if low != low else f" over queries, {'above zero' if low > 0 else 'inconclusive'} over seeds"
     relative = interval(whole, "relative", "relative low", "relative high")
     blind = _growth(tables, reported, decomposition.STAGE3, decomposition.EOL)
-    falls = "is not measured" if blind is None else BLIND[blind["verdict"]][1]
+    falls = "is not judged" if blind is None or blind["verdict"] not in BLIND else BLIND[blind["verdict"]][1]
     return (
         f"**In short:** {IN_SHORT[whole['verdict']]}. Here hit@5 rises from {whole['old value']:.1f} to "
         f"{whole['new value']:.1f} %: {interval(whole)} points, or {relative} % of the baseline (paper: "
@@ -228,8 +228,8 @@ def _sure(tables: Tables) -> str:
 def _seeds(tables: Tables) -> str:
     """How many seeds the models of the table have, and what else was trained."""
     counts = tables.runs.groupby("arm")["seed"].nunique()
-    models = counts.reindex(decomposition.CHAIN, fill_value=0).min()
-    others = counts.drop(decomposition.CHAIN, errors="ignore")
+    models = counts.reindex(list(decomposition.CHAIN), fill_value=0).min()
+    others = counts.drop(list(decomposition.CHAIN), errors="ignore")
     each = " to ".join(map(str, sorted({others.min(), others.max()})) if len(others) else ["none"])
     return f"Seeds: {models} for each model of the table, {each} for the study's {len(others)} other arms"
 
@@ -242,7 +242,7 @@ def _distance(tables: Tables, reported: dict) -> str:
         "Without one of its grains a query should be embedded elsewhere (cosine distance; larger is less "
         f"blind). The paper: {values[eol]} for its {BASELINE}, {values[stage3]} for ELVA."
     )
-    if change is None:
+    if change is None or change["verdict"] not in BLIND:
         return f"Not run. {text}"
     before, after = (_distance_rows(tables, reported).loc[name, "ours"] for name in (eol, stage3))
     steps = ((step, _growth(tables, reported, *pair)) for step, pair in decomposition.STEPS.items())
@@ -257,10 +257,8 @@ def _distance(tables: Tables, reported: dict) -> str:
 
 def _growth(tables: Tables, reported: dict, new: str, old: str) -> pd.Series | None:
     """The claim on how far the grain distance grows between two models; None where it was not measured."""
-    rows = _distance_rows(tables, reported)
-    name = f"{new} over {old}"
-    judged = name in rows.index and (old != decomposition.EOL or rows.loc[name, "verdict"] in BLIND)
-    return rows.loc[name] if judged else None
+    rows, name = _distance_rows(tables, reported), f"{new} over {old}"
+    return rows.loc[name] if name in rows.index else None
 
 
 def _distance_rows(tables: Tables, reported: dict) -> pd.DataFrame:

@@ -250,24 +250,24 @@ def budgets(load: Workload) -> list[Budget]:
         section, _, name = key.rpartition(".")
         if not name.startswith("chunk") and key not in ("rerank.prompts", "evaluation.batch"):
             continue  # a batch decides what is learnt
-        longest = _longest(load, section)
-        unit = longest if name == "chunk_tokens" else 1
-        share = partial(_share, load, key, unit)  # of so many rows
+        share = partial(_share, load, key)
         rows = bisect(tried, sum(FILLED) / 2, key=share)  # so many are not above it
         if rows and share(rows) < FILLED[0]:  # few inputs, of many rollouts each
             rows = bisect(tried, FILLED[1], key=share)
         whole_step = 1 + bisect_left(tried, share(MOST_ROWS), key=share)
         rows = max(1, min(rows, whole_step))
-        now = getattr(getattr(load.settings, section), name) / unit
+        now, longest = getattr(getattr(load.settings, section), name), _longest(load, section)
+        now = int(now / longest) if name == "chunk_tokens" else now
         tokens = int(rows * longest) if longest else None
-        out.append(Budget(key, int(now), share(now), rows, share(rows), tokens))
+        out.append(Budget(key, now, share(now), rows, share(rows), tokens))
     return out
 
 
-def _share(load: Workload, key: str, unit: float, rows: int) -> float:
-    """Share of the card's memory that the fullest stage of a key takes, which counts `unit` for each row."""
+def _share(load: Workload, key: str, rows: int) -> float:
+    """Share of the card's memory that the fullest stage of a key takes with so many rows per call."""
     section, _, name = key.rpartition(".")
-    changed = replace(load, settings=load.settings.changed({section: {name: int(rows * unit)}}))
+    amount = math.ceil(rows * _longest(load, section)) if name == "chunk_tokens" else rows
+    changed = replace(load, settings=load.settings.changed({section: {name: amount}}))
     peaks = (s.cost.peak for s in _used(changed, stages(changed)) if s.lower.split()[:1] == [key])
     return max(peaks) / load.gpu.memory
 

@@ -98,7 +98,8 @@ def test_the_rows_that_fill_a_card_fill_it_and_one_more_is_too_many(profile, gpu
     """The budget is the largest number of rows whose fullest stage stays below the middle of FILLED, or a whole step."""
     load = estimate.make(config.load(profile), gpu=gpu)
     budgets = {b.key: b for b in plan.budgets(load)}
-    assert {"stage1.chunk", "stage2.chunk", "stage3.chunk", "control.chunk", "evaluation.batch"} <= set(budgets)
+    by_tokens = {"stage1.chunk_tokens", "stage2.chunk_tokens", "control.chunk_tokens"}
+    assert by_tokens | {"stage3.chunk", "evaluation.batch"} <= set(budgets)
     low, high = plan.FILLED
     for key, b in budgets.items():
         more = plan._share(load, key, b.filling + 1)
@@ -107,13 +108,15 @@ def test_the_rows_that_fill_a_card_fill_it_and_one_more_is_too_many(profile, gpu
         if more != b.filled and key != "stage3.chunk":  # which grows by the rollouts of a whole query
             assert b.filled >= low, key
     longest = load.longest(cost.Side(0, 1), load.settings.encoder.summary_request) + load.cap + 1
-    assert budgets["stage2.chunk"].tokens == round(budgets["stage2.chunk"].filling * longest)
+    assert budgets["stage2.chunk_tokens"].tokens == int(budgets["stage2.chunk_tokens"].filling * longest)
 
 
 @pytest.mark.parametrize("profile", ["qwen2vl-2b", "qwen2vl-7b"])
-def test_the_papers_profiles_stay_below_what_fills_an_h100(profile):
-    """Their rows are even shares of eight GPUs as well, so some are fewer than fill one card."""
-    assert all(b.share <= plan.FILLED[1] for b in plan.budgets(estimate.make(config.load(profile), gpu="H100")))
+def test_the_papers_profiles_fill_an_h100_where_they_count_tokens_and_never_more_than_it_has(profile):
+    """Rows are even shares of eight GPUs as well, so some are fewer than fill one card; chunks by tokens are cut evenly as they come."""
+    low, high = plan.FILLED
+    budgets = plan.budgets(estimate.make(config.load(profile), gpu="H100"))
+    assert all(b.share <= high for b in budgets) and all(b.share >= low for b in budgets if b.key.endswith("chunk_tokens"))
 
 
 @pytest.mark.slow
