@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from elva_core.data import mbeir
 from elva_core.evaluation import statistics
 from elva_core.experiments.results import MRBENCH
 
@@ -200,7 +201,7 @@ def _of_models(models: pd.DataFrame) -> str:
     """hit@5 of each model on each unit and on average."""
     units = [unit for unit in dict.fromkeys(models["unit"]) if unit != "average"]
     lines = [
-        f"| hit@5, % | {' | '.join(units)} | average [95 %] | n | seeds |",
+        f"| hit@5, % | {' | '.join(f'{modalities(u)} ({u})' for u in units)} | average [95 %] | n | seeds |",
         "|" + "--|" * (len(units) + 4),
     ]
     for name, rows in models.groupby("model", sort=False):
@@ -211,6 +212,15 @@ def _of_models(models: pd.DataFrame) -> str:
             f"| {name} | {' | '.join(cells)} | {_number(mean)} | {int(mean['n']):,} | {mean['seeds']} |"
         )
     return "\n".join(lines)
+
+
+def modalities(unit: str) -> str:
+    """The modalities of a unit's queries and candidates.
+
+    >>> modalities("emoji_task7")
+    'image and text to image'
+    """
+    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
 
 
 def listed(table: pd.DataFrame) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 
 from elva_core.config import Settings
-from elva_core.data import mbeir
 from elva_core.evaluation import headroom, statistics
 from elva_core.experiments import claims, decomposition, sentences
 from elva_core.experiments.decomposition import interval
@@ -192,20 +191,11 @@ def _tasks(tables: Tables) -> str:
     rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
     if rows.empty:
         return "Not run."
-    parts = [f"{_words(row['unit'])} {interval(row)}" for row in rows.to_dict("records")]
-    worse = [_words(row.unit) for row in rows.itertuples() if row.value < 0]
+    parts = [f"{claims.modalities(row['unit'])} {interval(row)}" for row in rows.to_dict("records")]
+    worse = [claims.modalities(row.unit) for row in rows.itertuples() if row.value < 0]
     said = f"No, not in {' and '.join(worse)}" if worse else "Yes"
     n = f"n = {int(rows['n'].min()):,} each"
     return f"{said}. Stage 3 over the EOL baseline, points of hit@5: {'; '.join(parts)} ({n})."
-
-
-def _words(unit: str) -> str:
-    """The modalities of a unit's queries and candidates.
-
-    >>> _words("emoji_task7")
-    'image and text to image'
-    """
-    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
 
 
 def _sure(tables: Tables) -> str:
