@@ -349,6 +349,24 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
     return out.reset_index(drop=True), "Not run: " + "; ".join(words) + "." if words else ""
 
 
+def reading_told(rows: pd.DataFrame, k: int = 5) -> str:
+    """Each step at one cut-off under the backbones, from the one that reads least, in words.
+
+    Args:
+        rows: of `against_reading`; nothing is said of one backbone alone.
+    """
+    chosen = rows[rows["metric"] == f"hit@{k}"].sort_values("reading", kind="stable")
+    if chosen["profile"].nunique() < 2:
+        return ""
+    each = [
+        f"{step} "
+        + ", ".join(f"{interval(row)} at {row['reading']:.0f} %" for row in part.to_dict("records"))
+        for step, part in chosen.groupby("step", sort=False)
+    ]
+    n = sentences.counted(chosen["n"])
+    return f"Points of hit@{k} by the share of pictures that stage 2 reads exactly: {'; '.join(each)} ({n})."
+
+
 def reading_figure(rows: pd.DataFrame) -> Figure:
     """Points of each step against how well the backbone reads, a panel for each cut-off."""
     drawn, axes = _panels((9.6, 3.4))

@@ -219,6 +219,13 @@ def test_steps_against_reading_have_a_point_for_each_backbone_and_name_what_was_
     points = rows.query("step == 'generation' and metric == 'hit@5'").set_index("profile")
     assert points["reading"].to_dict() == {"smoke": 50.0, "worse": 25.0} and points["value"].tolist() == pytest.approx([12.5, 12.5])
     assert said == "Not run: absent: absent holds no result; run: python -m elva_core study absent."
+    told = decomposition.reading_told(rows)
+    assert told.startswith("Points of hit@5 by the share of pictures that stage 2 reads exactly: generation +12.5 [")
+    assert (
+        "] at 25 %, +12.5 [" in told
+        and "] at 50 %; more InfoNCE " in told
+        and not decomposition.reading_told(rows[rows["profile"] == "worse"])
+    )
     drawn = [line.get_xdata() for line in decomposition.reading_figure(rows).axes[1].lines]
     assert any(len(x) == 2 and x[0] == pytest.approx(25, abs=1) and x[1] == pytest.approx(50, abs=1) for x in drawn)
     rows, said = decomposition.against_reading(made(), settings)
