@@ -349,22 +349,27 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
     return out.reset_index(drop=True), "Not run: " + "; ".join(words) + "." if words else ""
 
 
-def reading_told(rows: pd.DataFrame, k: int = 5) -> str:
-    """Each step at one cut-off under the backbones, from the one that reads least, in words.
+def reading_told(rows: pd.DataFrame) -> str:
+    """Points of each step under the backbones, from the one that reads least, in words.
 
     Args:
         rows: of `against_reading`; nothing is said of one backbone alone.
     """
-    chosen = rows[rows["metric"] == f"hit@{k}"].sort_values("reading", kind="stable")
-    if chosen["profile"].nunique() < 2:
+    read = rows.groupby("profile")["reading"].first().sort_values()
+    if len(read) < 2:
         return ""
-    each = [
+    at = rows.set_index(["profile", "step", "metric"])
+    cuts = [f"hit@{k}" for k in CUTOFFS]
+    points = [
         f"{step} "
-        + ", ".join(f"{interval(row)} at {row['reading']:.0f} %" for row in part.to_dict("records"))
-        for step, part in chosen.groupby("step", sort=False)
+        + " and ".join(" / ".join(interval(at.loc[name, step, cut]) for cut in cuts) for name in read.index)
+        for step in [*STEPS, "all"]
     ]
-    n = sentences.counted(chosen["n"])
-    return f"Points of hit@{k} by the share of pictures that stage 2 reads exactly: {'; '.join(each)} ({n})."
+    shares = " and ".join(f"{share:.0f} %" for share in read)
+    return (
+        f"Points of {' / '.join(cuts)} where stage 2 reads {shares} of the pictures exactly: "
+        f"{'; '.join(points)} ({sentences.counted(rows['n'])})."
+    )
 
 
 def reading_figure(rows: pd.DataFrame) -> Figure:

@@ -75,6 +75,7 @@ class Tables:
     answers: pd.DataFrame  # stage, answer
     not_run: pd.DataFrame  # source, missing, needs, command
     decomposition: pd.DataFrame  # decomposition.table
+    reading: pd.DataFrame  # decomposition.against_reading
     runs: pd.DataFrame  # a row for each training of the study: arm, seed, steps, train_s, wall_s (seconds)
     headroom: pd.DataFrame  # headroom.table
     shares: pd.DataFrame  # headroom.shares_taken
@@ -163,6 +164,8 @@ def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
         f"**In every task?** {_tasks(tables)}",
         f"**Less grain-blind?** {_distance(tables, reported)}",
         f"**How much is left?** {left}",
+        "**On a backbone that reads less well?** "
+        f"{decomposition.reading_told(tables.reading) or 'Not measured.'}",
         f"**How sure?** {_sure(tables)}",
     ]
 

@@ -39,7 +39,7 @@ PLAIN = (
 # tables of other stages that the report is made from, and that are saved beside it
 TAKEN = {
     "00_check_environment": ("environment",),
-    "60_ablate": ("decomposition", "runs"),
+    "60_ablate": ("decomposition", "runs", "reading"),
     "70_analyse_grains": ("headroom", "shares"),
 }
 BLOCKS = ("result", "commands", "claims", "stages")  # of README, each a Markdown file of the report's folder

@@ -58,6 +58,7 @@ def tables() -> findings.Tables:
         answers=pd.DataFrame(),
         not_run=pd.DataFrame(),
         decomposition=pd.DataFrame(rows),
+        reading=pd.DataFrame({"profile": ["x"], "reading": [50.0]}),
         runs=pd.DataFrame({"arm": ["stage 3", "stage 3", "z"], "seed": [17, 18, 17], "wall_s": [3600.0] * 3}),
         headroom=pd.DataFrame(hits, columns=["model", "summaries", "value"]).assign(unit="average", metric="hit@5"),
         shares=pd.DataFrame([{"metric": "hit@5", "value": 0.5, "ci_low": 0.1, "ci_high": 0.9, "n": 40}]),
@@ -97,7 +98,8 @@ def test_what_is_trained_on_what_is_told_from_the_profile_and_the_tables(tables,
 
 
 def test_what_speaks_against_the_gain_is_said(tables, smoke):
-    tasks, distance, _, sure = findings.questions(tables, smoke, REPORTED)
+    tasks, distance, _, read, sure = findings.questions(tables, smoke, REPORTED)
+    assert read.endswith("?** Not measured.")
     assert (
         "No, not in image to image. " in tasks and "text to image +6.0 [3.0, 9.0]; image to image -2.0 [-6.0, 2.0] (n = 40 each)" in tasks
     )
