@@ -60,11 +60,11 @@ def write_clips(
     signs = [rng.choice((-1, 1)) for _ in chosen]
     for word, motion in MOTIONS.items():
         rows = [(f"ret{i}", f"msr{i}", f"video{i}", e.name) for i, e in enumerate(chosen)]
-        for (_, _, video, _), e, sign in zip(rows, chosen, signs, strict=True):
+        for (_, _, name, _), e, sign in zip(rows, chosen, signs, strict=True):
             picture = open_image(emoji.image_folder() / vendor / f"{e.codes}.png")
             drawing = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             film = [_moved(drawing, sign, *motion((i + 0.5) / video.length)) for i in range(video.length)]
-            frames.write(folder / word / "videos" / f"{video}.mp4", film, rate=video.rate)
+            frames.write(folder / word / "videos" / f"{name}.mp4", film, rate=video.rate)
         table = pd.DataFrame(rows, columns=["key", "vid_key", "video_id", "sentence"])
         table.to_csv(folder / word / "MSRVTT_JSFUSION_test.csv", index=False)
 
