@@ -31,11 +31,7 @@ INTERVAL = ["value", "ci_low", "ci_high"]
 
 
 def axes_of(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4), **shared: bool):
-    """A figure of `size` inches and its (rows, columns) axes in the style of this package.
-
-    Args:
-        shared: sharex and sharey, as matplotlib's `subplots` has them.
-    """
+    """A figure of `size` inches and its (rows, columns) axes in the style of this package."""
     with mpl.rc_context(STYLE):
         figure = PlainFigure(figsize=size, layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **shared)
