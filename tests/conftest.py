@@ -38,8 +38,9 @@ def emojis() -> list[emoji.Emoji]:
 
 def write_tiny_root(emojis, folder: Path) -> mbeir.Root:
     vendors = {"train": ["Appl", "Joy"], "val": ["Goog"], "test": ["Twtr"]}
-    limits = {"train": 40, "val": 10, "test": 12, "up_sample": 50}
-    return emoji.write_root(emoji.sample(emojis, 60), folder, vendors=vendors, held_out_share=0.15, limits=limits, seed=3)
+    limits = {"train": 40, "val": 10, "test": 12}
+    settings = config.EmojiSettings(language="de", vendors=vendors, held_out_share=0.15, queries_per_unit=limits, up_sample=50)
+    return emoji.write_root(emoji.sample(emojis, 60), folder, settings, seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ Dataset id 10, name `emoji`, units emoji_task0 ... emoji_task8 without 5. Evalua
 emoji_variants.
 
     emojis = load("de")
-    write_root(emojis, folder, vendors=..., ...)
+    write_root(emojis, folder, settings.data.emoji, seed=17)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 import emoji as unicode_names
 import pandas as pd
 
+from elva_core.config import EmojiSettings
 from elva_core.data import mbeir
 from elva_core.files import ElvaDataError
 
@@ -292,45 +293,37 @@ def _queries(
     }
 
 
-def write_root(
-    emojis: Sequence[Emoji],
-    folder: Path,
-    *,
-    vendors: Mapping[str, Sequence[str]],
-    held_out_share: float,
-    limits: Mapping[str, int],
-    seed: int,
-) -> mbeir.Root:
+def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *, seed: int) -> mbeir.Root:
     """Writes the collection as an M-BEIR root: images, pools, queries, qrels, instructions, union train file.
 
     Args:
-        vendors: split -> vendors whose drawings it may use.
-        held_out_share: share of the multi-grain compositions that are in no training row or training pool.
-        limits: split -> most queries per unit; "up_sample" -> rows every training unit reaches in the
-            union file.
+        settings: vendors, split -> those whose drawings it may use; held_out_share, share of the multi-grain
+            compositions that are in no training row or training pool; queries_per_unit, split -> most of
+            them; up_sample, rows every training unit reaches in the union file.
         seed: of the draws.
 
     Test and val queries are multi-grain. In task 4 a held-out split asks with a drawing of another vendor
     (test: val's, val: the first training vendor's) for the drawing of its own vendor.
     """
+    vendors = settings.vendors
     every_vendor = tuple(v for split in ("train", "val", "test") for v in vendors[split])
     dids = _dids(emojis, every_vendor)
     for vendor in every_vendor:
         copy_drawings(vendor, emojis, folder / "mbeir_images/emoji_images" / vendor)
-    root, unseen = mbeir.Root(folder), held_out(emojis, held_out_share)
+    root, unseen = mbeir.Root(folder), held_out(emojis, settings.held_out_share)
     asks_with = {"train": vendors["train"], "val": vendors["train"][:1], "test": vendors["val"]}
     for split in ("train", "val", "test"):
         training = split == "train"
         visible = [e for e in emojis if not training or e.codes not in unseen]
         rng = random.Random(mbeir.stable_hash(seed, "emoji", split))
         pools = _candidates(dids, vendors[split], visible)
-        drawn_by, asked_by, limit = vendors[split], asks_with[split], limits[split]
+        drawn_by, asked_by, limit = vendors[split], asks_with[split], settings.queries_per_unit[split]
         queries = _queries(dids, drawn_by, asked_by, visible, limit, rng, multi_grain_only=not training)
         if training:
             union = [q for rows in queries.values() for q in rows]
             _write_queries(root, "emoji", split, union)
             for rows in queries.values():
-                union += rng.choices(rows, k=max(0, limits["up_sample"] - len(rows)))
+                union += rng.choices(rows, k=max(0, settings.up_sample - len(rows)))
             rng.shuffle(union)
             mbeir.write_jsonl(root.union_train_path(), map(mbeir.query_record, union))
         else:
@@ -355,13 +348,11 @@ def _write_queries(root: mbeir.Root, unit: str, split: str, queries: Sequence[mb
     mbeir.write_qrels(root.qrels_path(unit, split), queries)
 
 
-def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float) -> int:
+def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float) -> None:
     """NLI-style triplets by grain algebra, in SimCSE's CSV form.
 
     A name without one of its grains is entailed, one with another grain in its place contradicts.
-
-    Returns:
-        rows written; compositions held out of training appear neither as sent0 nor as hard_neg.
+    Compositions held out of training appear neither as sent0 nor as hard_neg.
     """
     unseen = held_out(emojis, held_out_share)
     visible = [e for e in emojis if e.codes not in unseen]
@@ -375,4 +366,3 @@ def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float
     table = pd.DataFrame(rows, columns=["sent0", "sent1", "hard_neg"]).map(mbeir.normalise)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
-    return len(table)

@@ -2,8 +2,8 @@
 
 They are written in the layouts of ShareGPT4V, CC-Neg and SugarCrepe, and of MSR-VTT.
 
-write_unseen(emojis, folder, trained="Appl", new="Twtr", ...)
-write_clips(emojis, folder, vendor="Twtr", ...)
+write_unseen(emojis, folder, settings.data.emoji, settings.unseen)
+write_clips(emojis, folder, settings.video, vendor="Twtr", seed=17)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from elva_core.config import EmojiSettings, UnseenSettings, VideoSettings
 from elva_core.data import emoji, frames, mbeir
 from elva_core.data.emoji import Emoji
 from elva_core.data.images import open_image
@@ -43,27 +44,27 @@ MOTIONS: dict[str, Callable[[float], tuple[float, float, float]]] = {
 
 
 def write_clips(
-    emojis: Sequence[Emoji], folder: Path, *, vendor: str, drawings: int, length: int, rate: int, seed: int
+    emojis: Sequence[Emoji], folder: Path, video: VideoSettings, *, vendor: str, seed: int
 ) -> None:
     """Short clips of multi-grain emoji, one folder in MSR-VTT's layout for each motion.
 
     All folders show the same emoji.
 
     Args:
-        drawings: emoji drawn by `seed`, which also says which way each turns or slides.
-        length: frames. rate: frames per second.
+        video: drawings, as many emoji are drawn by `seed`, which also says which way each turns or slides;
+            length, frames; rate, frames per second.
     """
     rng = random.Random(mbeir.stable_hash(seed, "clips"))
     known = [e for e in emojis if e.multi_grain]
-    chosen = rng.sample(known, min(drawings, len(known)))
+    chosen = rng.sample(known, min(video.drawings, len(known)))
     signs = [rng.choice((-1, 1)) for _ in chosen]
     for word, motion in MOTIONS.items():
         rows = [(f"ret{i}", f"msr{i}", f"video{i}", e.name) for i, e in enumerate(chosen)]
-        for (_, _, video, _), e, sign in zip(rows, chosen, signs, strict=True):
+        for (_, _, name, _), e, sign in zip(rows, chosen, signs, strict=True):
             picture = open_image(emoji.image_folder() / vendor / f"{e.codes}.png")
             drawing = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-            film = [_moved(drawing, sign, *motion((i + 0.5) / length)) for i in range(length)]
-            frames.write(folder / word / "videos" / f"{video}.mp4", film, rate=rate)
+            film = [_moved(drawing, sign, *motion((i + 0.5) / video.length)) for i in range(video.length)]
+            frames.write(folder / word / "videos" / f"{name}.mp4", film, rate=video.rate)
         table = pd.DataFrame(rows, columns=["key", "vid_key", "video_id", "sentence"])
         table.to_csv(folder / word / "MSRVTT_JSFUSION_test.csv", index=False)
 
@@ -79,26 +80,21 @@ def _moved(drawing: Image.Image, sign: int, turn: float, size: float, shift: flo
 
 
 def write_unseen(
-    emojis: Sequence[Emoji],
-    folder: Path,
-    *,
-    trained: str,
-    new: str,
-    held_out_share: float,
-    languages: Sequence[str],
-    queries: int,
+    emojis: Sequence[Emoji], folder: Path, data: EmojiSettings, asked: UnseenSettings
 ) -> dict[str, tuple[str, str]]:
     """What no stage saw, as files in the layouts of ShareGPT4V, CC-Neg and SugarCrepe.
 
     Args:
         emojis: of the root; compositions held out of training are told from the others in the key `group`.
-        trained, new: a vendor whose drawings were trained on, and one whose were not.
-        languages: the second one of training, and one that no stage trains on.
-        queries: of each row, or as many as there are.
+        data: of the root; its vendors have drawings that were trained on, and that were not, its language is
+            the second one of training.
+        asked: language, one that no stage trains on; queries of each row, or as many as there are.
 
     Returns:
         set -> (question that it answers, format of its files); the set's folder has its name.
     """
+    trained, new = data.vendors["train"][0], data.vendors["test"][0]
+    languages, queries = (data.language, asked.language), asked.queries
     names = {"en": {e.codes: e.name for e in emojis}}
     names |= {language: {e.codes: e.translation for e in emoji.load(language)} for language in languages}
     # a caption must name one emoji only, in every language
@@ -108,7 +104,7 @@ def write_unseen(
         for e in emojis
         if e.multi_grain and all(counts[language][texts[e.codes]] == 1 for language, texts in names.items())
     ]
-    held_out = emoji.held_out(emojis, held_out_share)
+    held_out = emoji.held_out(emojis, data.held_out_share)
     by_group = {
         group: _drawn([e for e in unique if (e.codes in held_out) == (group == COMPOSITIONS[1])], queries)
         for group in COMPOSITIONS

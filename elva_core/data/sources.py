@@ -37,20 +37,11 @@ def write(data: DataSettings, folder: Path, *, seed: int) -> tuple[mbeir.Root, P
                 )
             link.unlink(missing_ok=True)
             link.symlink_to(target.resolve())
-        return mbeir.Root(root), triplets
-    settings = data.emoji
-    emojis = emoji.sample(emoji.load(settings.language), settings.size)
-    limits = {**settings.queries_per_unit, "up_sample": settings.up_sample}
-    emoji.write_root(
-        emojis,
-        root,
-        vendors=settings.vendors,
-        held_out_share=settings.held_out_share,
-        limits=limits,
-        seed=seed,
-    )
-    emoji.write_triplets(emojis, triplets, held_out_share=settings.held_out_share)
-    return mbeir.Root(root), triplets
+        return locate(folder)
+    emojis = emoji.sample(emoji.load(data.emoji.language), data.emoji.size)
+    emoji.write_root(emojis, root, data.emoji, seed=seed)
+    emoji.write_triplets(emojis, triplets, held_out_share=data.emoji.held_out_share)
+    return locate(folder)
 
 
 def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, dict[str, str]]]:
@@ -67,15 +58,7 @@ def write_unseen(settings: Settings, folder: Path) -> dict[str, tuple[str, str, 
     emojis = emoji.sample(emoji.load(data.language), data.size)
     if asked.language in ("en", data.language):
         raise files.ElvaDataError(f"unseen.language {asked.language} is trained on; choose another")
-    written = emoji_variants.write_unseen(
-        emojis,
-        folder,
-        trained=data.vendors["train"][0],
-        new=data.vendors["test"][0],
-        held_out_share=data.held_out_share,
-        languages=(data.language, asked.language),
-        queries=asked.queries,
-    )
+    written = emoji_variants.write_unseen(emojis, folder, data, asked)
     words = emoji.INSTRUCTIONS
     prompts = {"t2i": words["text", "image"][0], "i2t": words["image", "text"][0]}
     return {name: (question, kind, prompts) for name, (question, kind) in written.items()}
@@ -123,15 +106,7 @@ def write_clips(settings: Settings, folder: Path, seed: int) -> None:
         )
     emojis = emoji.sample(emoji.load(data.language), data.size)
     (vendor,) = data.vendors["test"]
-    emoji_variants.write_clips(
-        emojis,
-        folder,
-        vendor=vendor,
-        drawings=video.drawings,
-        length=video.length,
-        rate=video.rate,
-        seed=seed,
-    )
+    emoji_variants.write_clips(emojis, folder, video, vendor=vendor, seed=seed)
 
 
 def counts(root: mbeir.Root) -> pd.DataFrame:

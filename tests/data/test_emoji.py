@@ -80,10 +80,10 @@ def test_a_dropped_grain_is_entailed_and_a_swapped_one_contradicts(emojis, tmp_p
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(emojis, tmp_path):
     texts = []
+    vendors, limits = {"train": ["Appl"], "val": ["Goog"], "test": ["Twtr"]}, {"train": 20, "val": 5, "test": 5}
+    settings = config.EmojiSettings(language="de", vendors=vendors, held_out_share=0.1, queries_per_unit=limits, up_sample=30)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        vendors = {"train": ["Appl"], "val": ["Goog"], "test": ["Twtr"]}
-        limits = {"train": 20, "val": 5, "test": 5, "up_sample": 30}
-        root = ec.write_root(emojis[1500:1560], tmp_path / name, vendors=vendors, held_out_share=0.1, limits=limits, seed=seed)
+        root = ec.write_root(emojis[1500:1560], tmp_path / name, settings, seed=seed)
         texts.append(root.union_train_path().read_bytes())
     assert texts[0] == texts[1] != texts[2]
 

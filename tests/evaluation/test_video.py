@@ -34,6 +34,7 @@ from elva_core.models import encoder, generation, small_models
 from elva_core.retrieval import cache, retriever
 
 TEXT = families.TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
+CLIPS = settings.VideoSettings(drawings=5, length=8, rate=8, frames=(1,), instruction="")
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32, "num_heads": 2, "fullatt_block_indexes": [1]}
 
 
@@ -486,7 +487,7 @@ def test_ties_count_against_the_target_in_the_pool_and_in_a_gallery():
 def drawn(emojis, tmp_path_factory) -> Path:
     """Clips of five emoji in every motion."""
     folder = tmp_path_factory.mktemp("drawn")
-    emoji_variants.write_clips(emojis, folder, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    emoji_variants.write_clips(emojis, folder, CLIPS, vendor="Twtr", seed=3)
     return folder
 
 
@@ -504,7 +505,7 @@ def test_clips_show_the_same_drawings_in_the_layout_of_msrvtt(drawn, emojis, tmp
     columns = [(f < 200).any((0, 1)).nonzero()[0].mean() for f in film["sliding"]]
     assert len(set(np.sign(np.diff(columns)))) == 1 and abs(columns[-1] - columns[0]) > 24
     assert all(np.abs(a - b).mean() > 4 for a, b in itertools.pairwise(film["rotating"]))
-    emoji_variants.write_clips(emojis, tmp_path, vendor="Twtr", drawings=5, length=8, rate=8, seed=3)
+    emoji_variants.write_clips(emojis, tmp_path, CLIPS, vendor="Twtr", seed=3)
     for path in drawn.rglob("*.*"):
         assert path.read_bytes() == (tmp_path / path.relative_to(drawn)).read_bytes()
 
