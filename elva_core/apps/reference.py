@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from elva_core import config, distributed, files
 from elva_core.data import mbeir, sources
 from elva_core.experiments.keys import seed_folder, stage_folder
-from elva_core.experiments.stages import MissingStageError
+from elva_core.experiments.stages import refuse_missing
 from elva_core.export import hub
 from elva_core.models import encoder
 from elva_core.models.encoder import Encoder
@@ -64,11 +64,7 @@ def ship() -> Path:
     """
     settings = config.load(PROFILE)
     trained, report = (stage_folder(PROFILE, SEED, name) for name in ("40_finetune_rlvr", "90_report"))
-    for path in (trained / "model/elva.json", report / "claims.csv"):
-        if not path.is_file():
-            raise MissingStageError(
-                f"{path} is missing; run: python -m elva_core run {PROFILE} --seed {SEED}"
-            )
+    refuse_missing((trained / "model/elva.json", report / "claims.csv"), PROFILE, SEED)
     with hub.staged_copy(trained / "model") as staged, hub.whole_folder(folder(), "elva.json") as partial:
         for path in staged.glob("*.safetensors"):
             halves = {

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from elva_core.data.images import guard_size
-from elva_core.files import ElvaDataError
+from elva_core.files import ElvaDataError, whole
 
 if TYPE_CHECKING:
     import av  # loaded where a clip is opened: a machine that reads images alone need not have it
@@ -143,13 +143,10 @@ def write(path: Path, frames: Sequence[Image.Image], *, rate: int) -> None:
     """
     import av
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
+    with whole(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=rate, options=QUALITY)
         stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    partial.rename(path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elva_core import files
 from elva_core.experiments.keys import STAGES, stage_folder
-from elva_core.experiments.stages import MissingStageError, numbered
+from elva_core.experiments.stages import numbered, refuse_missing
 
 OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./[^)\s]*\)")  # a link to a file of the repository: its text stays
 # for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
@@ -44,11 +44,7 @@ def build(profile: str, seed: int, target: Path) -> Path:
 
     report = stage_folder(profile, seed, numbered("90"))
     notebooks = [report.parent / "executed" / f"{stage}.ipynb" for stage in STAGES]
-    for path in (report / "report.md", *notebooks):
-        if not path.is_file():
-            raise MissingStageError(
-                f"{path} is missing; run: python -m elva_core run {profile} --seed {seed}"
-            )
+    refuse_missing((report / "report.md", *notebooks), profile, seed)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, site = Path(folder) / "source", Path(folder) / "site"

@@ -7,17 +7,17 @@ if key(made) != manifest("cpu", 17, "30_pretrain_contrastive")["key"]:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from elva_core import files
 from elva_core.config import Settings
 from elva_core.experiments.arms import arms
 from elva_core.values import model_source
 
+Training = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]  # what is trained alone
 ALL = " ".join(name for name in Settings.model_fields if name != "profile")
 RUNS_ON = "device dtype threads "
 LARGE = 100_000_000  # bytes of weights that take longer to read than `status` may
@@ -98,7 +98,7 @@ def made_from(settings: Settings, seed: int, stage: str) -> dict:
     values = settings.model_dump(mode="json", include=sections, exclude_defaults=True)
     inputs = {name: _content(settings.profile, seed, name) for name in STAGES[stage]}
     if stage == "10_prepare_data" and settings.data.root:
-        inputs["data.root"] = _hash(*map(_listed, (settings.data.root, settings.data.nli)))
+        inputs["data.root"] = files.digest(*map(_listed, (settings.data.root, settings.data.nli)))
     if stage == "30_pretrain_contrastive":
         inputs["backbone.path"] = _weights(Path(model_source(settings.backbone.path)))
     if "study" in sections and stage != "00_check_environment":
@@ -108,13 +108,13 @@ def made_from(settings: Settings, seed: int, stage: str) -> dict:
         }
         if not settings.study.in_chain:  # else the stage itself makes what is missing
             results = sorted((files.OUTPUTS / settings.profile / "study").glob("*/*/manifest.json"))
-            inputs["study"] = _hash([files.file_hash(path) for path in results])
+            inputs["study"] = files.digest([files.file_hash(path) for path in results])
     return {"seed": seed, "values": values, "inputs": inputs, "method": notebook.method}
 
 
 def key(made: dict) -> str:
     """A hash of what `made_from` says."""
-    return _hash(made)
+    return files.digest(made)
 
 
 def differences(before: dict | None, now: dict) -> list[str]:
@@ -153,14 +153,14 @@ def _content(profile: str, seed: int, stage: str) -> str:
         if (name.split("/")[0] in wanted if wanted else not name.startswith("figures/"))
     }
     # data that the stage only links to are not among its files
-    return _hash(taken, done.get("made_from", {}).get("inputs", {}).get("data.root"))
+    return files.digest(taken, done.get("made_from", {}).get("inputs", {}).get("data.root"))
 
 
 def _weights(folder: Path) -> str:
     """Hash of the weights in a model folder; of large ones the size and time. A hub's model has none here."""
     paths = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     read = (files.file_hash(p) if s.st_size < LARGE else [s.st_size, s.st_mtime_ns] for p, s in paths)
-    return _hash(list(read))
+    return files.digest(list(read))
 
 
 def _listed(name: str) -> list:
@@ -172,7 +172,3 @@ def _listed(name: str) -> list:
             paths += [Path(folder) / name for name in names]
     status = {path.relative_to(place.parent).as_posix(): path.stat() for path in paths}
     return sorted((name, s.st_size, s.st_mtime_ns) for name, s in status.items())
-
-
-def _hash(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,12 +12,11 @@ run.close(metrics={"queries": 1200}, answer="1,200 queries have two grains or mo
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -51,6 +50,15 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
 
 class MissingStageError(RuntimeError):
     """A stage was asked for that has not been done; the message has the command that makes it."""
+
+
+def refuse_missing(paths: Iterable[Path], profile: str, seed: int) -> None:
+    """Raises MissingStageError for the first file that the run of a profile and seed has not left."""
+    for path in paths:
+        if not path.is_file():
+            raise MissingStageError(
+                f"{path} is missing; run: python -m elva_core run {profile} --seed {seed}"
+            )
 
 
 def numbered(number: str) -> str:
@@ -137,7 +145,7 @@ class Stage:
         The one in work/ stays until the stage is closed, so that a stage that is killed before finds it.
         """
         shutil.rmtree(self.folder / name, ignore_errors=True)
-        shutil.copytree(model, self.folder / name, copy_function=_link)
+        shutil.copytree(model, self.folder / name, copy_function=files.link)
 
     def save_table(self, name: str, table) -> None:
         """A data frame as CSV, whole or not at all."""
@@ -325,13 +333,6 @@ def _damaged(folder: Path, done: dict) -> Iterator[Path]:
             yield path
 
 
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
 def _peak_memory_gb() -> float:
     import resource
 
@@ -340,13 +341,9 @@ def _peak_memory_gb() -> float:
 
 def _commit() -> str:
     """Commit of the working tree, with "+dirty" when tracked code differs from it."""
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+dirty"]
     try:
-        head = _git("rev-parse", "--short", "HEAD").strip()
-        return head + ("+dirty" if _git("status", "--porcelain", "-uno").strip() else "")
+        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    return said.stdout.strip()

@@ -4,12 +4,11 @@ Data and backbone are those of the chain and the same for every seed, as a downl
 to 3 are trained anew per seed. An arm that is measured under the same values is never run again.
 
     study.run(settings, root, triplets, bench, backbone, folder, work)
-    table = study.read(folder)
+    table = study.read(folder, settings)
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -26,6 +25,7 @@ from elva_core.evaluation import benchmark, grains, headroom, throughput
 from elva_core.experiments import jobs, lock
 from elva_core.experiments.arms import Arm, arms, planned
 from elva_core.experiments.jobs import backbone_hash
+from elva_core.experiments.keys import read_manifest
 from elva_core.models import encoder
 from elva_core.values import model_source
 
@@ -61,16 +61,13 @@ def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
     unused |= {"annotator"} if settings.mrbench.annotator.kind == "exact" else set()
     values = _dumped(settings, used, exclude={"mrbench": unused})
     units = [*settings.study.units, *arm.units]
-    return _hash(values, arm.start, arm.template, seed, Path(backbone).name, *([units] if units else []))
+    asked = [units] if units else []
+    return files.digest(values, arm.start, arm.template, seed, Path(backbone).name, *asked)
 
 
 def _dumped(settings: Settings, sections: set[str], exclude: dict | None = None) -> dict:
     """Values of some sections; those that are the default are left out, so that a new one changes no hash."""
     return settings.model_dump(mode="json", include=sections, exclude=exclude, exclude_defaults=True)
-
-
-def _hash(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def result_folder(folder: Path, name: str, seed: int) -> Path:
@@ -111,9 +108,7 @@ def chain_backbone(trained: Path) -> str:
     Returns:
         NOT_RECORDED for a stage of before it was written down, and where there is none.
     """
-    path = trained / "manifest.json"
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    return record.get("backbone_sha256", NOT_RECORDED)
+    return (read_manifest(trained) or {}).get("backbone_sha256", NOT_RECORDED)
 
 
 def run(
@@ -141,7 +136,7 @@ def run(
         log.info("study %d of %d: %s, seed %d", place, len(todo), name, seed)
         began, changed = time.perf_counter(), arm.applied(settings)
         mark = fingerprint(changed, arm, seed, backbone)
-        scratch = work / _hash(mark, weights)  # checkpoints of other weights are not gone on with
+        scratch = work / files.digest(mark, weights)  # checkpoints of other weights are not gone on with
 
         # where the arm starts
         parts = ("data", "stage1", "stage2", *(["encoder"] if arm.start == "own stage 2" else []))
@@ -156,7 +151,7 @@ def run(
             # arms of one start differ in their training only; what they share is mined once
             stage3 = changed.stage3
             drawn = (stage3.queries, stage3.negatives.model_dump())
-            shared = _hash(backbone_hash(start), changed.encoder.model_dump(), *drawn, seed)
+            shared = files.digest(backbone_hash(start), changed.encoder.model_dump(), *drawn, seed)
             mined = work / f"negatives-{shared}.safetensors"
             job = jobs.Job(arm.trains, changed, seed, root, triplets, str(start), scratch, mined)
             jobs.launch(jobs.run, job)
@@ -203,7 +198,7 @@ def retriever(
 ) -> Path:
     """Folder of the stage-2 model of a seed, trained once per backbone and values that matter."""
     values = _dumped(settings, {"data", "encoder", "stage1", "stage2", "dtype", "device"})
-    folder = work / f"stage2-{_hash(values, seed, backbone_hash(backbone))}"
+    folder = work / f"stage2-{files.digest(values, seed, backbone_hash(backbone))}"
     if (folder / "elva.json").is_file():
         return folder
     partial, start = folder.with_name(folder.name + ".partial"), backbone

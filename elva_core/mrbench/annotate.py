@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import hashlib
 import http.client
 import io
 import json
@@ -96,7 +95,7 @@ def exact(queries: Sequence[mbeir.Query]) -> list[Grains | None]:
 
 def prompt_hash() -> str:
     """Changes with every word that a model is sent besides the query."""
-    return _hash(PROMPT, CONTENT, QUOTE, REPAIR, Answer.model_json_schema())
+    return files.digest(PROMPT, CONTENT, QUOTE, REPAIR, Answer.model_json_schema(), length=32)
 
 
 def answered(
@@ -283,13 +282,9 @@ def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> s
         path = root.image_path(query.image)
         if not path.is_file():
             raise files.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
-        image = hashlib.sha256(path.read_bytes()).hexdigest()
+        image = files.file_hash(path)
     model = (settings.kind, settings.model, settings.max_tokens)
-    return _hash(prompt_hash(), *model, query.modality, query.text, image)
-
-
-def _hash(*values: object) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    return files.digest(prompt_hash(), *model, query.modality, query.text, image, length=32)
 
 
 def _read(text: str, query: mbeir.Query) -> tuple[Grains | None, str]:

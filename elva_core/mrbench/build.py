@@ -5,7 +5,6 @@ bench, counts, sheet = build(root, settings.mrbench, annotate=annotate.exact, fo
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,10 +119,7 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
             raise files.ElvaDataError(f"image {source} is missing; restore the file or drop the record")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        try:
-            os.link(source.resolve(), target)  # of what a symbolic link leads to
-        except OSError:  # another file system
-            shutil.copyfile(source, target)
+        files.link(source, target)
 
 
 def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
