@@ -1,9 +1,9 @@
-"""Commands of the workbook (run, status, study, readme, clean) and of training (train, plan)."""
+"""Commands of the workbook (run, status, study, readme, book, clean) and of training (train, teach, plan)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -12,8 +12,6 @@ from typer import Argument, Option
 from elva_core import config, files
 from elva_core.cli.options import TRAINING, WORKBOOK, Profile, Seed, app
 from elva_core.experiments import chain, keys
-
-Stage = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
 
 
 @app.command(rich_help_panel=WORKBOOK)
@@ -94,7 +92,7 @@ def clean(
 
 @app.command(rich_help_panel=TRAINING)
 def train(
-    stage: Annotated[Stage, Argument(metavar="STAGE", help=" ".join(get_args(Stage)))],
+    stage: Annotated[keys.Training, Argument(metavar="STAGE", help=" ".join(get_args(keys.Training)))],
     profile: Profile,
     seed: Seed = 17,
 ) -> None:

@@ -83,11 +83,11 @@ def run_notebook(source: Path, executed: Path, parameters: dict[str, object]) ->
         )
     except papermill.PapermillExecutionError as error:
         last = (error.evalue.strip().splitlines() or [""])[-1]
-        cell = f"cell {error.cell_index} ({_heading(executed, error.cell_index)})"
+        cell = _cell(executed, error.cell_index)
         raise ChainError(f"{source.name}, {cell}: {error.ename}: {last}\nexecuted copy: {executed}") from None
     except RuntimeError as error:  # nbclient's, of a kernel that died
         reason = "ended by the system, often for want of memory, or by a crash; see the lines above"
-        place = f"{source.name}, {_last_started(executed)}"
+        place = f"{source.name}, {_cell(executed)}"
         raise ChainError(f"{place}: {error}: {reason}\nexecuted copy: {executed}") from None
     finally:
         _relative_paths(source, executed)
@@ -121,22 +121,19 @@ def put_answer(executed: Path, answer: str) -> None:
     files.write_whole(executed, nbformat.writes(book) + "\n")
 
 
-def _last_started(executed: Path) -> str:
-    """The cell that an executed notebook got to."""
+def _cell(executed: Path, index: int | None = None) -> str:
+    """A cell of an executed notebook with its heading; if none is named, the one that the notebook got to."""
     import nbformat
 
     cells = nbformat.read(executed, as_version=4).cells
-    begun = [i for i, cell in enumerate(cells) if cell.metadata.papermill.get("start_time")]
-    return f"cell {begun[-1]} ({_heading(executed, begun[-1])})" if begun else "before its first cell"
-
-
-def _heading(executed: Path, index: int) -> str:
-    import nbformat
-
-    cells = nbformat.read(executed, as_version=4).cells[: index + 1]
-    lines = [line for cell in cells if cell.cell_type == "markdown" for line in cell.source.splitlines()]
+    if index is None:
+        index = max((i for i, c in enumerate(cells) if c.metadata.papermill.get("start_time")), default=None)
+    if index is None:
+        return "before its first cell"
+    before = [cell.source for cell in cells[: index + 1] if cell.cell_type == "markdown"]
+    lines = [line for source in before for line in source.splitlines()]
     headings = [line.lstrip("# ") for line in lines if line.startswith("#")]
-    return headings[-1] if headings else "no heading"
+    return f"cell {index} ({headings[-1] if headings else 'no heading'})"
 
 
 def expected_seconds(profile: str, seed: int) -> dict[str, float]:
@@ -160,7 +157,6 @@ def run(
     only: str | None = None,
     start: str | None = None,
     force: bool = False,
-    console: Console | None = None,
 ) -> None:
     """Runs the chain, or a part of it; what was made of the same values, inputs and method is skipped.
 
@@ -169,7 +165,7 @@ def run(
         LockedError: another process runs this profile and seed. ProfileError: it, or an arm of its study, is
             wrong.
     """
-    console, began = console or Console(soft_wrap=True), time.monotonic()
+    console, began = Console(soft_wrap=True), time.monotonic()
     profile = config.load(profile_name)
     chosen = [s for s in STAGES if (only is None or s.startswith(only)) and (start is None or s >= start)]
     if not chosen:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import PartialState, notebook_launcher
@@ -22,19 +21,22 @@ from elva_core import distributed, sharding
 from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir, sources
 from elva_core.experiments import stages
+from elva_core.experiments.keys import Training
 from elva_core.models import encoder
 from elva_core.models.lineage import lineage
 from elva_core.training import contrastive, distillation, grpo, hard_negatives, reranker
 from elva_core.values import model_source
 
-Name = Literal["stage1", "stage2", "stage3", "control", "distil", "rerank"]
+PREPARED, CONTRASTIVE, RLVR, COST = (stages.numbered(number) for number in ("10", "30", "40", "85"))
 # stage of training -> the notebook that holds it
-NOTEBOOKS = {
-    name: stages.numbered(number)
-    for number, names in (("30", "stage1 stage2"), ("40", "stage3 control"), ("85", "distil rerank"))
-    for name in names.split()
+NOTEBOOKS: dict[Training, str] = {
+    "stage1": CONTRASTIVE,
+    "stage2": CONTRASTIVE,
+    "stage3": RLVR,
+    "control": RLVR,
+    "distil": COST,
+    "rerank": COST,
 }
-PREPARED, CONTRASTIVE, RLVR = (stages.numbered(number) for number in ("10", "30", "40"))
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Job:
         writes it.
     """
 
-    name: Name
+    name: Training
     settings: Settings
     seed: int
     root: mbeir.Root
@@ -62,7 +64,7 @@ class Job:
         return self.folder / "model"
 
 
-def job(name: Name, stage: stages.Stage, start: str | Path) -> Job:
+def job(name: Training, stage: stages.Stage, start: str | Path) -> Job:
     """The job of one of the chain's notebooks."""
     root, triplets = sources.locate(stage.require(PREPARED))
     work = stage.folder / "work"
@@ -70,7 +72,7 @@ def job(name: Name, stage: stages.Stage, start: str | Path) -> Job:
     return Job(name, stage.settings, stage.seed, root, triplets, str(start), work / name, mined)
 
 
-def following(name: Name, stage: stages.Stage) -> Job:
+def following(name: Training, stage: stages.Stage) -> Job:
     """The job of a stage that begins where the chain's earlier ones ended.
 
     Raises:
