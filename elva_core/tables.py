@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -21,16 +22,44 @@ def read_table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=empty)
 
 
+def markdown_rows(columns: Iterable, rows: Iterable[Iterable]) -> str:
+    """A Markdown table of cells as they are, without a newline at its end."""
+    header = list(columns)
+    lines = (header, ["--"] * len(header), *rows)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def markdown_table(table: pd.DataFrame) -> str:
     """A Markdown table: fractions with one decimal, as papers print; nothing where nothing was measured."""
     cells = [
         ["" if v != v else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row]
         for row in table.itertuples(index=False)
     ]
-    lines = [list(map(str, table.columns)), ["--"] * len(table.columns), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_rows(table.columns, cells) + "\n"
 
 
 def percent_cells(rows: pd.DataFrame) -> list[str]:
     """Value and interval of each row of shares, as people read them: "52.3 [48.1, 56.0]"."""
-    return [f"{100 * r.value:.1f} [{100 * r.ci_low:.1f}, {100 * r.ci_high:.1f}]" for r in rows.itertuples()]
+    return [number(100 * r.value, 100 * r.ci_low, 100 * r.ci_high, "") for r in rows.itertuples()]
+
+
+def direction(
+    low: float, high: float, words: tuple[str, str] = ("higher", "lower"), neither: str = "inconclusive"
+) -> str:
+    """What an interval of a difference says: one of two words, or `neither` where it holds zero.
+
+    >>> direction(0.4, 3.0), direction(-0.1, 3.0), direction(-2.0, -0.5)
+    ('higher', 'inconclusive', 'lower')
+    """
+    return words[0] if low > 0 else words[1] if high < 0 else neither
+
+
+def number(value: float, low: float, high: float, unit: str, *, sign: bool = False, digits: int = 1) -> str:
+    """A value with its interval.
+
+    >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
+    ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
+    """
+    value, low, high = (round(bound, digits) + 0.0 for bound in (value, low, high))  # no -0.0
+    said = f"{value:{'+' if sign else ''}.{digits}f}{f' {unit}' if unit else ''}"
+    return f"{said} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -17,6 +17,7 @@ from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item
 from elva_core.evaluation import statistics
 from elva_core.retrieval.retriever import Searcher, UnitResult
+from elva_core.tables import direction, number
 
 
 def without(query: mbeir.Query, *dropped: int) -> mbeir.Query:
@@ -124,9 +125,9 @@ def blindness(distance: pd.DataFrame) -> str:
 
 def _changed(row: pd.Series, scale: float, digits: int) -> str:
     """What the interval of a difference says, with the difference."""
-    value, low, high = (round(scale * row[name], digits) + 0.0 for name in ("value", "ci_low", "ci_high"))
-    clear = "grows" if low > 0 else "shrinks" if high < 0 else "has no clear change"
-    return f"{clear}, {value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    value, low, high = (round(scale * row[name], digits) for name in ("value", "ci_low", "ci_high"))
+    clear = direction(low, high, ("grows", "shrinks"), "has no clear change")
+    return f"{clear}, {number(value, low, high, '', sign=True, digits=digits)}"
 
 
 def _embedded(searcher: Searcher, items: Sequence[Item]) -> np.ndarray:

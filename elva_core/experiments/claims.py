@@ -11,6 +11,7 @@ import pandas as pd
 
 from elva_core.evaluation import statistics
 from elva_core.experiments.results import MRBENCH
+from elva_core.tables import number
 
 COLUMNS = [
     "claim",
@@ -226,7 +227,5 @@ def listed(table: pd.DataFrame) -> str:
 
 def _number(row: pd.Series) -> str:
     digits = 3 if "distance" in row["metric"] else 1
-    ours, low, high = (
-        f"{round(row[c], digits) + 0.0:.{digits}f}" for c in ("ours", "ci_low", "ci_high")
-    )  # no -0.0
-    return ours if pd.isna(row["ci_low"]) else f"{ours} [{low}, {high}]"
+    said = number(row["ours"], row["ci_low"], row["ci_high"], "", digits=digits)
+    return said.partition(" ")[0] if pd.isna(row["ci_low"]) else said

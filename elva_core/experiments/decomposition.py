@@ -1,6 +1,6 @@
 """Where the gain over the EOL baseline comes from: generation, more InfoNCE, ranking reward.
 
-rows = decomposition.table(study, decomposition.grain_kinds(bench), samples=1000)
+rows = decomposition.table(done, decomposition.grain_kinds(bench), settings)
 decomposition.overview(rows)
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -19,7 +18,6 @@ from elva_core.config import ProfileError, Settings
 from elva_core.data import mbeir
 from elva_core.evaluation import statistics
 from elva_core.experiments import compare, figures, results, sentences, study
-from elva_core.experiments.pictures import PlainFigure
 from elva_core.experiments.study import Study
 
 EOL, RET, CONTROL, STAGE3 = CHAIN = ("stage 2, EOL only", "stage 2", "InfoNCE control", "stage 3")
@@ -145,8 +143,7 @@ def interval(
     """A signed value of a row with its interval; "not run" where it is nan."""
     if row[value] != row[value]:
         return "not run"
-    middle, low, high = (round(row[name], digits) + 0.0 for name in (value, low, high))  # no -0.0
-    return f"{middle:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return sentences.number(row[value], row[low], row[high], "", sign=True, digits=digits)
 
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
@@ -231,9 +228,7 @@ def measured(rows: pd.DataFrame, parts: pd.DataFrame, **columns: str) -> pd.Data
 
 def _panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """A figure of `size` inches with one of its axes for each cut-off, on one scale."""
-    with mpl.rc_context(figures.STYLE):
-        drawn = PlainFigure(figsize=size, layout="constrained")
-        axes = drawn.subplots(1, len(CUTOFFS), sharey=True)
+    drawn, (axes,) = figures.axes_of(1, len(CUTOFFS), size, sharey=True)
     for axis, k in zip(axes, CUTOFFS, strict=True):
         axis.set_title(f"hit@{k}")
         axis.axhline(0, color="black", linewidth=0.8)
@@ -256,9 +251,9 @@ def figure(rows: pd.DataFrame) -> Figure:
             if row["value"] != row["value"]:
                 axis.text(place, 0, "not run", ha="center", va="bottom", color="#666666")
                 continue
-            value, ends = row["value"], [[row["value"] - row["ci_low"]], [row["ci_high"] - row["value"]]]
+            value, ends = row["value"], figures.spread(row)
             axis.bar(place, value, width=0.6, color=COLOURS.get(step, figures.GREY))
-            axis.errorbar(place, value, np.clip(ends, 0, None), color="black", capsize=3, elinewidth=0.9)
+            axis.errorbar(place, value, ends, color="black", capsize=3, elinewidth=0.9)
             alone = row["by seed"] if len(row["by seed"]) > 1 else ()
             axis.plot([place - 0.17] * len(alone), alone, ".", color="black", markersize=4)
             text = f"{value:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
@@ -356,10 +351,9 @@ def reading_figure(rows: pd.DataFrame) -> Figure:
         for place, step in enumerate(STEPS):
             chosen = rows["step"].eq(step) & rows["metric"].eq(f"hit@{k}")
             part = rows[chosen].sort_values("reading")
-            ends = np.abs(part[["ci_low", "ci_high"]].sub(part["value"], axis=0)).to_numpy().T
             beside = part["reading"] + 0.4 * (place - 1)  # else intervals hide one another
             style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
-            axis.errorbar(beside, part["value"], yerr=ends, **style)
+            axis.errorbar(beside, part["value"], yerr=figures.spread(part), **style)
         axis.set_xlabel("pictures whose summary is exact under stage 2, %")
         if len(rows):
             axis.set_xlim(rows["reading"].min() - 3, rows["reading"].max() + 3)

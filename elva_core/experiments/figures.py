@@ -30,14 +30,14 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 INTERVAL = ["value", "ci_low", "ci_high"]
 
 
-def _axes(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4)):
+def axes_of(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.4), **shared: bool):
     """A figure of `size` inches and its (rows, columns) axes in the style of this package."""
     with mpl.rc_context(STYLE):
         figure = PlainFigure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False)
+        return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def _spread(rows: pd.DataFrame | Mapping, value="value", low="ci_low", high="ci_high") -> np.ndarray:
+def spread(rows: pd.DataFrame | Mapping, value="value", low="ci_low", high="ci_high") -> np.ndarray:
     """(2, rows): how far an interval reaches below and above the value, for errorbar; never negative."""
     return np.vstack([rows[value] - rows[low], rows[high] - rows[value]]).clip(min=0)
 
@@ -55,7 +55,7 @@ def _queries(table: pd.DataFrame) -> str:
 
 def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure:
     """Bar chart of counts, each with its value printed."""
-    figure, ((axis,),) = _axes(size=(6.4, 0.32 * len(table) + 1.2))
+    figure, ((axis,),) = axes_of(size=(6.4, 0.32 * len(table) + 1.2))
     bars = axis.barh(table[y].astype(str), table[x], color=BLUE)
     axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axis.set(title=title, xlabel=unit)
@@ -66,7 +66,7 @@ def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure
 
 def histogram(values: pd.Series, title: str, unit: str) -> Figure:
     """Distribution of a count over queries, with n and the median."""
-    figure, ((axis,),) = _axes()
+    figure, ((axis,),) = axes_of()
     sns.histplot(values, discrete=True, ax=axis, color=BLUE)
     label = f"median {values.median():.0f}, n = {len(values):,}"
     axis.axvline(values.median(), color=RED, linestyle="--", label=label)
@@ -85,7 +85,7 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
     """
     width = 3 if len(columns) > 4 else min(2, len(columns))
     height = -(-len(columns) // width)
-    figure, axes = _axes(height, width, (3.3 * width, 2.2 * height + 0.4))
+    figure, axes = axes_of(height, width, (3.3 * width, 2.2 * height + 0.4))
     runs = history.groupby("run", sort=False) if "run" in history else [(None, history)]
     for axis, (column, label) in zip(axes.flat, columns, strict=False):
         for name, part in runs:
@@ -106,7 +106,7 @@ def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFra
     k = torch.tensor(ranks)
     weights = {form: rewards.negative_weights(k, form) for form in ("printed", "corrected")}
     table = pd.DataFrame({"rank": ranks, **weights, "positive": 1 / (1 + k.float().log())})
-    figure, ((left, right),) = _axes(columns=2, size=(8, 3))
+    figure, ((left, right),) = axes_of(columns=2, size=(8, 3))
     left.axhline(0, color="black", linewidth=0.8)
     left.plot(k, table["printed"], "o-", markersize=3, label="printed: ln k - 1", color=RED)
     left.plot(k, table["corrected"], ".--", label="corrected: max(0, ln k - 1)", color=BLUE)
@@ -141,7 +141,7 @@ def hardest_negative(
         rank = rewards.rank_reward(s_p, s_n, form=form, **how)
         total = rewards.total_reward(margin, rank, alpha=settings.alpha, epsilon=settings.epsilon)
         table[f"R_rank {form}"], table[f"R_total {form}"] = rank, total
-    figure, axes = _axes(1, 3, (10, 3))
+    figure, axes = axes_of(1, 3, (10, 3))
     for axis, name in zip(axes.flat, ("R_margin", "R_rank", "R_total"), strict=True):
         columns = [c for c in table.columns if c.startswith(name)]
         for column, colour, dash in zip(columns, (RED, BLUE), ("-", "--"), strict=False):
@@ -163,13 +163,13 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
         table: columns unit, model, value, ci_low, ci_high (shares), n.
     """
     units, models = list(dict.fromkeys(table["unit"])), list(dict.fromkeys(table["model"]))
-    figure, ((axis,),) = _axes(size=(max(6.4, 1.15 * len(units) + 2), 3.6))
+    figure, ((axis,),) = axes_of(size=(max(6.4, 1.15 * len(units) + 2), 3.6))
     width = 0.8 / len(models)
     for place, model in enumerate(models):
         bars = 100 * table[table["model"] == model].set_index("unit")[INTERVAL].reindex(units)
         x = np.arange(len(units)) + (place - (len(models) - 1) / 2) * width
         style = {"color": MODEL_COLOURS.get(model), "error_kw": {"elinewidth": 0.9}}
-        axis.bar(x, bars["value"], width, yerr=_spread(bars), label=model, **style)
+        axis.bar(x, bars["value"], width, yerr=spread(bars), label=model, **style)
     axis.set(ylabel=f"{metric}, % (higher is better)", ylim=(0, None))
     axis.set_title(f"{title} (n = {table['n'].min():,} queries a bar, 95 % interval)")
     axis.set_xticks(np.arange(len(units)), [u.replace("_", "\n", 1) for u in units])
@@ -184,10 +184,10 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
         table: columns arm, value, ci_low, ci_high, seeds, by seed (tuple of values), n, and paper where it
             printed one; in `unit`. Values may be differences.
     """
-    figure, ((axis,),) = _axes(size=(7.6, 0.34 * len(table) + 1.3))
+    figure, ((axis,),) = axes_of(size=(7.6, 0.34 * len(table) + 1.3))
     place = np.arange(len(table))
     style = {"color": BLUE, "markersize": 5, "elinewidth": 1.4, "label": "mean, 95 % over queries"}
-    axis.errorbar(table["value"], place, xerr=_spread(table), fmt="o", **style)
+    axis.errorbar(table["value"], place, xerr=spread(table), fmt="o", **style)
     several = table.assign(place=place)[table["seeds"].map(len) > 1].explode("by seed")
     if len(several):
         axis.plot(several["by seed"], several["place"], "|", color=RED, markersize=9, label="one seed")
@@ -206,13 +206,13 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
 
 def efficiency(table: pd.DataFrame, title: str) -> Figure:
     """`compare.efficiency`: gain against queries seen and seconds of training, a line per way of training."""
-    figure, ((left, right),) = _axes(columns=2, size=(9, 3.2))
+    figure, ((left, right),) = axes_of(columns=2, size=(9, 3.2))
     panels = ((left, "queries", "training queries seen"), (right, "seconds", "seconds of training"))
     for axis, column, label in panels:
         for name, part in table.groupby("run", sort=False):
             points = part.sort_values(column)
             style = {"marker": "o", "capsize": 2, "color": MODEL_COLOURS.get(name), "label": name}
-            axis.errorbar(points[column], points["value"], yerr=_spread(points), **style)
+            axis.errorbar(points[column], points["value"], yerr=spread(points), **style)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, ylabel="points of hit@5 over stage 2")
     _legend_below(figure, left, columns=2)
@@ -227,13 +227,13 @@ def generalisation(table: pd.DataFrame, title: str) -> Figure:
         table: columns row, model, value, ci_low, ci_high, chance (shares), n.
     """
     rows, models = table.groupby("row", sort=False)[["chance", "n"]].first(), table["model"].unique()
-    figure, ((axis,),) = _axes(size=(8.4, 0.42 * len(rows) + 1.4))
+    figure, ((axis,),) = axes_of(size=(8.4, 0.42 * len(rows) + 1.4))
     y = np.arange(len(rows))
     for place, model in enumerate(models):
         points = 100 * table[table["model"] == model].set_index("row")[INTERVAL].reindex(rows.index)
         style = {"fmt": "o", "markersize": 3.5, "elinewidth": 1.1, "color": MODEL_COLOURS.get(model)}
         beside = y + 0.7 * ((place + 0.5) / len(models) - 0.5)
-        axis.errorbar(points["value"], beside, xerr=_spread(points), label=model, **style)
+        axis.errorbar(points["value"], beside, xerr=spread(points), label=model, **style)
     axis.plot(100 * rows["chance"], y, "k|", markersize=18, label="chance")
     axis.set(xlabel="% of queries, macro mean where a row has groups (higher is better)", xlim=(-1, 101))
     axis.set_yticks(y, [f"{row}, n = {n:,}" for row, n in rows["n"].items()])
@@ -250,13 +250,13 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
         table: columns model, motion, frames, value, ci_low, ci_high (shares), n.
     """
     models = table.groupby("model", sort=False)
-    figure, axes = _axes(1, max(1, len(models)), (4.2 * max(1, len(models)), 3.2))
+    figure, axes = axes_of(1, max(1, len(models)), (4.2 * max(1, len(models)), 3.2))
     for axis, (model, part) in zip(axes.flat, models, strict=False):
         motions = part.groupby("motion", sort=False)
         for place, (motion, points) in enumerate(motions):
             beside = points["frames"] * 1.06 ** (place - (len(motions) - 1) / 2)  # else they hide one another
             style = {"marker": "o", "capsize": 2, "label": motion}
-            axis.errorbar(beside, 100 * points["value"], yerr=100 * _spread(points), **style)
+            axis.errorbar(beside, 100 * points["value"], yerr=100 * spread(points), **style)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted(set(table["frames"])))
         axis.set(xlabel="frames looked at", ylabel="hit@5, % (higher is better)", title=model)
@@ -269,7 +269,7 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
 
 def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) -> Figure:
     """Box plot of cosine distances by grain kind and model; dashed: the means of the paper's Figure 4."""
-    figure, ((axis,),) = _axes(size=(7, 3.6))
+    figure, ((axis,),) = axes_of(size=(7, 3.6))
     style = {"palette": MODEL_COLOURS, "fliersize": 1.5, "linewidth": 0.8}
     sns.boxplot(table, x="kind", y="distance", hue="model", ax=axis, **style)
     for name, value in paper.items():
@@ -283,7 +283,7 @@ def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) ->
 
 def error_bars(table: pd.DataFrame, title: str) -> Figure:
     """Share of queries whose top-1 answer lacks a grain, by kind and model; 95 % intervals over queries."""
-    figure, ((axis,),) = _axes(size=(7, 3.3))
+    figure, ((axis,),) = axes_of(size=(7, 3.3))
     shares = table.assign(share=100 * table["wrong"])
     style = {"palette": MODEL_COLOURS, "err_kws": {"linewidth": 0.9}}
     sns.barplot(shares, x="kind", y="share", hue="model", ax=axis, errorbar=("ci", 95), seed=0, **style)
@@ -295,7 +295,7 @@ def error_bars(table: pd.DataFrame, title: str) -> Figure:
 
 def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
     """t-SNE maps of one query's candidates, one panel per model."""
-    figure, axes = _axes(1, len(tables), (4.2 * len(tables), 3.8))
+    figure, axes = axes_of(1, len(tables), (4.2 * len(tables), 3.8))
     for axis, (name, table) in zip(axes.flat, tables.items(), strict=True):
         for role, colour in ROLE_COLOURS.items():
             points = table[table["role"] == role]
@@ -309,9 +309,9 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
 
 def speed_ratios(table: pd.DataFrame) -> Figure:
     """Speed as a multiple of the alternative's, with range over rounds and target of each comparison."""
-    figure, ((axis,),) = _axes(size=(6.4, 0.6 + 0.6 * len(table)))
-    spread = _spread(table, "ratio", "lowest ratio", "highest ratio")
-    axis.barh(table["comparison"], table["ratio"], xerr=spread, height=0.5, color=BLUE)
+    figure, ((axis,),) = axes_of(size=(6.4, 0.6 + 0.6 * len(table)))
+    ends = spread(table, "ratio", "lowest ratio", "highest ratio")
+    axis.barh(table["comparison"], table["ratio"], xerr=ends, height=0.5, color=BLUE)
     axis.plot(table["target"], table["comparison"], "k|", markersize=22, label="target")
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_xlabel("times as fast (median, range of rounds)")
@@ -328,7 +328,7 @@ def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame
         speed: columns comparison, ours per s, theirs per s. growth: columns pool, seconds.
         memory: columns pool and peak, in MB; index: number of vectors.
     """
-    figure, ((left, middle, right),) = _axes(columns=3, size=(10.5, 3.2))
+    figure, ((left, middle, right),) = axes_of(columns=3, size=(10.5, 3.2))
     speed.plot.barh("comparison", ["ours per s", "theirs per s"], ax=left, width=0.8, color=[BLUE, GREY])
     left.set(xlabel="queries per second", ylabel="", title="Throughput")
     left.invert_yaxis()
@@ -354,15 +354,15 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     Args:
         table: way, value, ci_low, ci_high (percent), per second (nan: not timed), lowest, highest, n, rounds.
     """
-    figure, ((axis,),) = _axes(size=(7.2, 3.8))
+    figure, ((axis,),) = axes_of(size=(7.2, 3.8))
     for place, r in enumerate(table.to_dict("records")):
         colour = MODEL_COLOURS.get(r["way"], WAY_COLOURS[place % len(WAY_COLOURS)])
         if np.isnan(r["per second"]):
             axis.axhline(r["value"], color=colour, ls="--", label=f"{r['way']} (speed not measured)")
             continue
         style = {"fmt": "osD^vP"[place % 6], "color": colour, "capsize": 2, "label": r["way"]}
-        rates = _spread(r, "per second", "lowest", "highest")
-        axis.errorbar(r["per second"], r["value"], _spread(r), rates, **style)
+        rates = spread(r, "per second", "lowest", "highest")
+        axis.errorbar(r["per second"], r["value"], spread(r), rates, **style)
     axis.set_xscale("log")
     axis.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
     rounds = f"median and range of {table['rounds'].min():.0f} rounds"
@@ -378,7 +378,7 @@ def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
     Args:
         table: `reranking.table`; the oracle, the best order of what was reranked, has no seconds.
     """
-    figure, (panels,) = _axes(columns=2, size=(9.0, 3.8))
+    figure, (panels,) = axes_of(columns=2, size=(9.0, 3.8))
     columns = ["seconds", "lower quartile", "upper quartile"]
     table = table.assign(**(1000 * table[columns]))
     timed, oracle = table[table["seconds"].notna()], table[table["seconds"].isna()]
@@ -388,7 +388,7 @@ def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
             colour = MODEL_COLOURS.get(r["model"], WAY_COLOURS[place % len(WAY_COLOURS)])
             ends = [before["seconds"], r["seconds"]], [before[metric], r[metric]]
             axis.plot(*ends, color=colour, linewidth=0.8, alpha=0.5)
-            along, across = _spread(r, metric, f"{metric} low", f"{metric} high"), _spread(r, *columns)
+            along, across = spread(r, metric, f"{metric} low", f"{metric} high"), spread(r, *columns)
             style = {"fmt": "o", "color": colour, "capsize": 2, "label": r["model"]}
             axis.errorbar(r["seconds"], r[metric], along, across, **style)
         for r in oracle.to_dict("records"):

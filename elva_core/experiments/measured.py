@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from elva_core import files
 from elva_core.experiments.sizes import Known, Run1, Sizes, of_model
+from elva_core.tables import markdown_rows
 
 FOLDER = files.REPOSITORY / "outputs/gpu"
 MFU, LAYER = "stage 2, EOL step", "48 summaries of 64 tokens"  # sections that the plan's values come from
@@ -85,7 +86,7 @@ def readme_block(table: Known) -> str:
         "`make gpu` on a machine with a card measures anew and replaces this table. "
         "No result in this repository comes from a GPU."
     )
-    return f"{head}\n\n{_table([(a, b, c, *_load(d)) for a, b, c, d in rows])}"
+    return f"{head}\n\n{markdown_rows(COLUMNS, [(a, b, c, *_load(d)) for a, b, c, d in rows])}"
 
 
 # row of the table -> line of run 1, unit, its number
@@ -124,9 +125,4 @@ def _of_card(result: dict, goals: dict[str, str]) -> str:
             rows.append(
                 (name, "as on the CPU" if entry["ok"] else "**differs from the CPU**", "", *_load(entry))
             )
-    return "\n\n".join(part for part in (head, _table(rows), "\n".join(notes)) if part)
-
-
-def _table(rows: list[tuple]) -> str:
-    lines = [COLUMNS, ["--"] * len(COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n\n".join(part for part in (head, markdown_rows(COLUMNS, rows), "\n".join(notes)) if part)

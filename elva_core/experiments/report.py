@@ -27,7 +27,7 @@ from elva_core.experiments.arms import planned
 from elva_core.experiments.findings import Tables
 from elva_core.experiments.keys import STAGES, manifest, stage_folder
 from elva_core.experiments.stages import Stage, listed_files, no_evidence
-from elva_core.tables import markdown_table, read_table
+from elva_core.tables import markdown_rows, markdown_table, read_table
 from elva_core.values import as_written
 
 REPORT = "90_report"
@@ -392,5 +392,4 @@ def _folded(title: str, rows: pd.DataFrame) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    lines = [frame.columns, ["--"] * len(frame.columns), *frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return markdown_rows(frame.columns, frame.itertuples(index=False))

@@ -15,6 +15,7 @@ from IPython.display import Markdown
 from elva_core import distributed
 from elva_core.evaluation import statistics
 from elva_core.retrieval import metrics
+from elva_core.tables import direction, number
 
 SAMPLES = 1000  # of the bootstrap over training steps
 START = "**Answer.** "
@@ -23,25 +24,6 @@ MOST = 8  # differences that are named in one sentence although they are inconcl
 
 def _said(text: str) -> Markdown:
     return Markdown(START + (text if text.startswith("hit@") else text[:1].upper() + text[1:]))
-
-
-def direction(low: float, high: float, words: tuple[str, str] = ("higher", "lower")) -> str:
-    """What an interval of a difference says: one of two words, or "inconclusive" where it holds zero.
-
-    >>> direction(0.4, 3.0), direction(-0.1, 3.0), direction(-2.0, -0.5)
-    ('higher', 'inconclusive', 'lower')
-    """
-    return words[0] if low > 0 else words[1] if high < 0 else "inconclusive"
-
-
-def number(value: float, low: float, high: float, unit: str, *, sign: bool = False) -> str:
-    """A value with its interval.
-
-    >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
-    ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
-    """
-    value, low, high = (round(bound, 1) + 0.0 for bound in (value, low, high))  # no -0.0
-    return f"{value:{'+' if sign else ''}.1f}{f' {unit}' if unit else ''} [{low:.1f}, {high:.1f}]"
 
 
 def answer(*parts: Markdown | str) -> Markdown:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from elva_core.files import write_whole
+from elva_core.tables import markdown_rows
 
 FAMILY = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL"}
 VENDORS = {
@@ -52,7 +53,7 @@ def write(folder: Path) -> None:
     ]
     kinds = [key for key in next(iter(made["reading"].values())) if key not in COLUMNS]
     names = COLUMNS | {kind: f"{kind} named" for kind in kinds}
-    table = [["vendor", *names.values()], ["--"] * (len(names) + 1)]
+    table = []
     for vendor, values in made["reading"].items():
         shares = [f"{100 * values[key]:.1f} %" if key in values else "" for key in names if key != "drawings"]
         table.append([VENDORS.get(vendor, vendor), f"{values['drawings']:,}", *shares])
@@ -64,7 +65,7 @@ def write(folder: Path) -> None:
         made=made,
         start=start,
         drawings="\n".join(f"  * {line}" for line in shown),
-        reading="\n".join(f"| {' | '.join(row)} |" for row in table),
+        reading=markdown_rows(["vendor", *names.values()], table),
         **settings,
     )
     write_whole(folder / "README.md", card)

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from elva_core.config import EncoderSettings, Settings
-from elva_core.tables import read_table
+from elva_core.tables import markdown_rows, read_table
 
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "README.md")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -46,7 +46,6 @@ def push(
     *,
     profile: Settings | None = None,
     results: Path | None = None,
-    license_name: str = "apache-2.0",
     api: HfApi | None = None,
 ) -> str:
     """Writes or uploads a trained model with its card. Nothing is written before all checks have passed.
@@ -69,7 +68,7 @@ def push(
     with staged_copy(model) as staged:
         readme = staged / "README.md"
         if not readme.is_file():
-            text = card(staged, name, profile=profile, results=results, license_name=license_name)
+            text = card(staged, name, profile=profile, results=results)
             readme.write_text(text, encoding="utf-8")
         refuse_local_paths(staged)
         return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to, api or HfApi())
@@ -126,7 +125,6 @@ def card(
     *,
     profile: Settings | None = None,
     results: Path | None = None,
-    license_name: str = "apache-2.0",
     prompts: dict[str, str] | None = None,
 ) -> str:
     """The model card, README.md with its YAML header; arguments as `push` has them.
@@ -148,7 +146,7 @@ def card(
     data = ModelCardData(
         base_model=hub,
         library_name="transformers" if prompts is None else "sentence-transformers",
-        license=license_name,
+        license="apache-2.0",
         pipeline_tag="feature-extraction" if prompts is None else "sentence-similarity",
         tags=["elva", "multimodal-retrieval", "universal-retrieval", kind],
     )
@@ -160,7 +158,7 @@ def card(
         pooling=content["pooling"],
         parents=parents,
         encoder=settings,
-        ret_row=_row(model, settings.ret_token),
+        ret_row=processor.tokenizer.convert_tokens_to_ids(settings.ret_token),
         template=template,
         dims=content.get("dims", []),
         end=processor.tokenizer.convert_ids_to_tokens(chat.end_of_turn(processor)),
@@ -216,13 +214,7 @@ def results_table(path: Path) -> str:
     cells = rows[names].astype(object).where(rows[names].notna(), "").astype(str)
     cells["value [95 %]"] = value + (" [" + low + ", " + high + "]").where(rows["ci_low"].notna(), "")
     cells["n"] = rows["n"].map("{:.0f}".format).where(rows["n"].notna(), "")
-    lines = [cells.columns, ["--"] * len(cells.columns), *cells.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _row(model: Path, token: str) -> int | None:
-    added: Sequence[dict] = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    return next((t["id"] for t in added if t["content"] == token), None)
+    return markdown_rows(cells.columns, cells.itertuples(index=False))
 
 
 def to_folder(staged: Path, target: Path) -> str:
