@@ -166,7 +166,7 @@ def score(
             rows = [row | {"model": model} for row in rows]
             retriever.write_run(result, out / "runs", model, searcher.split)
             retriever.write_qrels(searcher.root, unit, searcher.split, out / "runs")
-            files.write_whole(path, retriever.tabulate(rows).to_csv(index=False))
+            files.write_whole(path, pd.DataFrame(rows)[list(retriever.COLUMNS)].to_csv(index=False))
         parts.append(read_table(path))
     _remove(out, searcher.split, lambda pair: pair not in pairs)
     results = pd.concat(parts, ignore_index=True)

@@ -47,18 +47,14 @@ def measure(
         left out of a unit where a candidate has no grains.
     """
     rows, told = [], {}
+    size = samples, searcher.encoder.settings.max_summary_tokens  # random numbers that a query's samples take
     for unit in bench.units(searcher.split):
         read = searcher.embedded(unit, root=bench, sample=limit)
         items = [searcher.query(query, unit) for query in read.queries]
         qids = [query.qid for query in read.queries]
 
         # samples: each competes alone against the pool as it is
-        noise = np.stack(
-            [
-                distributed.rng_for(seed, "headroom", unit, qid).random(shape(searcher, samples))
-                for qid in qids
-            ]
-        )
+        noise = np.stack([distributed.rng_for(seed, "headroom", unit, qid).random(size) for qid in qids])
         vectors = sampled(searcher.encoder, items, noise, searcher.settings.batch)
         each = read._replace(
             queries=[query for query in read.queries for _ in range(samples)],
@@ -84,11 +80,6 @@ def measure(
         ]
         rows.append(pd.concat(tables).assign(unit=unit))
     return pd.concat(rows, ignore_index=True)[["unit", "qid", "summaries", *(f"hit@{k}" for k in cutoffs)]]
-
-
-def shape(searcher: Searcher, samples: int) -> tuple[int, int]:
-    """Random numbers that the samples of a query take: (samples, tokens)."""
-    return samples, searcher.encoder.settings.max_summary_tokens
 
 
 def sampled(encoder: Encoder, items: Sequence[Item], noise: np.ndarray, batch: int) -> np.ndarray:

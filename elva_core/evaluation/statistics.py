@@ -24,21 +24,15 @@ def audit(tables: dict) -> pd.DataFrame:
         for method, row in table["rows"].items():
             columns, printed = row[:-1], row[-1]
             what = f"{table['source']}, {method}: mean of {len(columns)} columns"
-            rows.append({"what": what, "printed": printed, "recomputed": round(float(np.mean(columns)), 2)})
+            rows.append((what, printed, round(float(np.mean(columns)), 2)))
     for gain in tables["relative_gains"]:
         new, old = (tables[gain["table"]]["rows"][gain[side]] for side in ("new", "old"))
         for basis, ratio in (
             ("printed averages", new[-1] / old[-1]),
             ("columns", np.mean(new[:-1]) / np.mean(old[:-1])),
         ):
-            rows.append(
-                {
-                    "what": f"{gain['what']} ({basis})",
-                    "printed": gain["printed"],
-                    "recomputed": round(100 * (ratio - 1), 2),
-                }
-            )
-    out = pd.DataFrame(rows)
+            rows.append((f"{gain['what']} ({basis})", gain["printed"], round(100 * (ratio - 1), 2)))
+    out = pd.DataFrame(rows, columns=["what", "printed", "recomputed"])
     return out.assign(agrees=(out["printed"] - out["recomputed"]).abs() < 0.1)
 
 

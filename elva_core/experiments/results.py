@@ -60,17 +60,8 @@ def gains(pairs: pd.DataFrame, **columns: object) -> pd.DataFrame:
     Args:
         pairs: `statistics.comparison` of some pairs, or `compare.differences`.
     """
-    relative = {
-        "value": pairs["relative"],
-        "ci_low": pairs["relative low"],
-        "ci_high": pairs["relative high"],
-    }
-    names = {
-        "model": pairs["new"],
-        "baseline": pairs["old"],
-        "metric": "relative gain of " + pairs["metric"] + ", %",
-    }
-    return scores(pairs, scale=1.0, **relative, **names, **columns)
+    relative = pairs[["relative", "relative low", "relative high"]].set_axis(NUMBERS, axis=1)
+    return _differences(pairs.assign(**relative), "relative gain of ", ", %", 1.0, **columns)
 
 
 def points(pairs: pd.DataFrame, *, scale: float = 100.0, **columns: object) -> pd.DataFrame:
@@ -79,11 +70,12 @@ def points(pairs: pd.DataFrame, *, scale: float = 100.0, **columns: object) -> p
     Args:
         pairs: new, old, metric and the difference as value. scale: as in `scores`.
     """
-    names = {
-        "model": pairs["new"],
-        "baseline": pairs["old"],
-        "metric": "difference of " + pairs["metric"] + ", points",
-    }
+    return _differences(pairs, "difference of ", ", points", scale, **columns)
+
+
+def _differences(pairs: pd.DataFrame, start: str, end: str, scale: float, **columns: object) -> pd.DataFrame:
+    """Rows of paired differences, whose metric is that of the pairs with some words around it."""
+    names = {"model": pairs["new"], "baseline": pairs["old"], "metric": start + pairs["metric"] + end}
     return scores(pairs, scale=scale, **names, **columns)
 
 

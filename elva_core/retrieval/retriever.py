@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 
 from elva_core import distributed, files
@@ -184,12 +183,11 @@ class Searcher:
         settings: EvaluationSettings,
         *,
         template: str = "summary",
-        seed: int = 0,
         store: Callable[[Iterable[Item]], Sequence] | None = None,
         embed_pool: Callable[[Iterable[Item]], Sequence] | None = None,
     ) -> None:
         self.encoder, self.root, self.split, self.settings = encoder, root, split, settings
-        self.template, self.seed = template, seed
+        self.template = template
         self._known: dict[Item, tuple[tuple, np.ndarray, str]] = {}  # `identity`, embedding, summary
         self.vectors = store or self._in_memory
         self.embed_pool = embed_pool or self.vectors
@@ -211,9 +209,7 @@ class Searcher:
 
     def query(self, query: mbeir.Query, unit: str, prompt_index: int | None = None) -> Item:
         """The query with its instruction, chosen by a stable hash of split, unit and qid, or by index."""
-        return query_item(
-            self.root, query, seed=self.seed, scope=f"{self.split}/{unit}", prompt_index=prompt_index
-        )
+        return query_item(self.root, query, scope=f"{self.split}/{unit}", prompt_index=prompt_index)
 
     def evaluate(self, unit: str, **how) -> UnitResult:
         """Ranks every judged query of a unit against a pool; arguments and errors as `embedded` has them."""
@@ -326,8 +322,3 @@ def write_qrels(root: mbeir.Root, unit: str, split: str, folder: Path) -> Path:
     path = folder / f"{unit}_qrels_trec.txt"
     files.write_whole(path, "\n".join(lines) + "\n")
     return path
-
-
-def tabulate(rows: Sequence[dict]) -> pd.DataFrame:
-    """Long table of results in a stable column order."""
-    return pd.DataFrame(rows)[list(COLUMNS)]

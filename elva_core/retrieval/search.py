@@ -10,7 +10,7 @@ does not depend on blocks, threads, BLAS or device, and a copy of a vector ties 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,8 +112,8 @@ def _see_all(blocks: list[_Block], pool: np.ndarray | Sequence) -> None:
     device = blocks[0].queries.device
     # one room for the scores of all blocks: fresh memory would cost more than what is written to it
     room = torch.empty(ROWS * len(blocks[0].queries), dtype=blocks[0].precision, device=device)
-    for start, part in _read(pool):
-        part = torch.from_numpy(part).to(device)
+    for start in range(0, len(pool), ROWS):
+        part = torch.from_numpy(unit_rows(pool[start : start + ROWS], "pool row", start)).to(device)
         for block in blocks:
             block.see(part, start, room)
 
@@ -240,12 +240,6 @@ class _Block:
             # a row that was not kept scores at most the floor and an error
             clear &= _decoded(keys[:, -1])[1] > self.floor + self.slack
         return keys, clear
-
-
-def _read(pool: np.ndarray | Sequence) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, (ROWS, D) float32 vectors) of each block of the pool."""
-    for start in range(0, len(pool), ROWS):
-        yield start, unit_rows(pool[start : start + ROWS], "pool row", start)
 
 
 def unit_rows(vectors: np.ndarray, name: str = "row", start: int = 0) -> np.ndarray:
