@@ -9,11 +9,10 @@ are meant from the repository.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from elva_core import files
 from elva_core.training_settings import (
@@ -24,7 +23,7 @@ from elva_core.training_settings import (
     RlvrSettings,
     TeachSettings,
 )
-from elva_core.values import NonNegative, Place, Positive, Section, Share, merged, problems
+from elva_core.values import Place, Section, Share, merged, problems
 
 PARAMS = files.REPOSITORY / "params"
 NO_PROFILES = ("reported", "arms", "plan")  # the paper's numbers, what the study changes, what `plan` knows
@@ -39,11 +38,11 @@ class EmojiSettings(Section):
     """What the embedded collection is written from."""
 
     language: str
-    size: Positive | None = None  # slice of the collection; None is all of it
+    size: PositiveInt | None = None  # slice of the collection; None is all of it
     vendors: dict[Literal["train", "val", "test"], tuple[str, ...]]
     held_out_share: Share
-    queries_per_unit: dict[Literal["train", "val", "test"], Positive]
-    up_sample: NonNegative
+    queries_per_unit: dict[Literal["train", "val", "test"], PositiveInt]
+    up_sample: NonNegativeInt
 
 
 class DataSettings(Section):
@@ -63,22 +62,25 @@ class BackboneSettings(Section):
 
 
 class EncoderSettings(Section):
-    """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both."""
+    """Prompts and limits of the embedder. `{content}` in a request becomes image, sentence or both.
+
+    A key with `exclude_if` stands in elva.json, an index's manifest and a card only if it was set.
+    """
 
     ret_token: str = "[RET]"
     # the system's turn of an item without an instruction; None: no such turn, instructions precede the text
     system_prompt: str | None = Field(default=None, exclude_if=lambda prompt: prompt is None)
     eol_request: str
     summary_request: str
-    max_text_tokens: Positive
-    min_pixels: Positive | None = None  # of Qwen2-VL and Qwen2.5-VL; other processors have their own
-    max_pixels: Positive | None = None
-    max_summary_tokens: Positive
+    max_text_tokens: PositiveInt
+    min_pixels: PositiveInt | None = None  # of Qwen2-VL and Qwen2.5-VL; other processors have their own
+    max_pixels: PositiveInt | None = None
+    max_summary_tokens: PositiveInt
     cache_vision: bool
     # processes that open and resize images ahead; results are the same for any number
-    workers: Annotated[NonNegative, Field(exclude_if=lambda value: value == 0)] = 0
+    workers: Annotated[NonNegativeInt, Field(exclude_if=lambda value: value == 0)] = 0
     # of passes without gradient, with padding, rows of like length together; None is evaluation.batch rows
-    batch_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    batch_tokens: Annotated[PositiveInt | None, Field(exclude_if=lambda value: value is None)] = None
     read_out: Literal["ret", "before"] = (
         "ret"  # the state that is the embedding: at [RET], or one token before
     )
@@ -104,10 +106,10 @@ class AnnotatorSettings(Section):
     model: str | None = None  # as values.model_source reads it; for a server the name it serves
     base_url: str | None = None  # of the server, up to and with its /v1
     key_variable: str | None = None  # environment variable that holds the server's key; None sends none
-    batch: Positive = 1  # queries per forward, or requests at once
-    retries: NonNegative = 0  # of a request that failed, and of an answer that cannot be read
-    max_tokens: Positive = 512  # of an answer
-    timeout: Positive = 120  # seconds that a request may take
+    batch: PositiveInt = 1  # queries per forward, or requests at once
+    retries: NonNegativeInt = 0  # of a request that failed, and of an answer that cannot be read
+    max_tokens: PositiveInt = 512  # of an answer
+    timeout: PositiveInt = 120  # seconds that a request may take
 
     @model_validator(mode="after")
     def _complete(self) -> AnnotatorSettings:
@@ -123,29 +125,29 @@ class AnnotatorSettings(Section):
 class MrbenchSettings(Section):
     tasks: tuple[int, ...] = ()  # every unit of these
     units: tuple[str, ...] = ()  # and these
-    queries: Positive
-    min_grains: Positive
-    verify: Positive  # rows of the human-verification sheet
+    queries: PositiveInt
+    min_grains: PositiveInt
+    verify: PositiveInt  # rows of the human-verification sheet
     precision: Annotated[float, Field(gt=0, lt=1)]  # share of right annotations that verification is to show
     annotator: AnnotatorSettings
     licence: str  # of the images, for the data card
 
 
 class EvaluationSettings(Section):
-    batch: Positive
+    batch: PositiveInt
     on_disk: bool = False  # embeddings go to disk instead of memory
-    cutoffs: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    bootstrap: Positive
-    grain_queries: Positive
-    tsne_candidates: Positive
-    headroom_queries: Positive | None = None  # of each MRBench unit; None takes all
-    headroom_samples: Positive = 8  # summaries of each query
+    cutoffs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    bootstrap: PositiveInt
+    grain_queries: PositiveInt
+    tsne_candidates: PositiveInt
+    headroom_queries: PositiveInt | None = None  # of each MRBench unit; None takes all
+    headroom_samples: PositiveInt = 8  # summaries of each query
 
 
 class StudySettings(Section):
     """Which arms of params/arms.yaml are compared, over which training seeds."""
 
-    seeds: Annotated[tuple[NonNegative, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
     units: tuple[str, ...] = ()  # test units, or patterns of them, of every arm besides MRBench
     reading: tuple[str, ...] = ()  # profiles that differ in the backbone alone, which reads more or less well
@@ -156,10 +158,10 @@ class VideoSettings(Section):
     """Text to video: the sets of the paper's Table 7, or short clips of the collection's drawings."""
 
     sets: Place | None = None  # folder with msrvtt/ and msvd/, or one of them
-    drawings: Positive | None = None  # of the embedded collection, each in every motion
-    length: Positive = 16  # frames of a clip
-    rate: Positive = 8  # of them in a second
-    frames: Annotated[tuple[Positive, ...], Field(min_length=1)]  # looked at; ascending, the last is reported
+    drawings: PositiveInt | None = None  # of the embedded collection, each in every motion
+    length: PositiveInt = 16  # frames of a clip
+    rate: PositiveInt = 8  # of them in a second
+    frames: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]  # looked at; ascending, last is reported
     instruction: str  # of the queries
 
     @model_validator(mode="after")
@@ -176,7 +178,7 @@ class UnseenSettings(Section):
 
     sets: Place | None = None  # folder of the sets, as their authors publish them
     language: str | None = None  # of the embedded collection: one that no stage trains on
-    queries: Positive | None = None  # of each row
+    queries: PositiveInt | None = None  # of each row
 
     @model_validator(mode="after")
     def _one_source(self) -> UnseenSettings:
@@ -192,7 +194,7 @@ class Settings(Section):
     evidence: bool  # False: the run tests plumbing and gets no verdicts
     device: str
     dtype: Literal["float32", "bfloat16"]
-    threads: Positive | None
+    threads: PositiveInt | None
     data: DataSettings
     backbone: BackboneSettings
     encoder: EncoderSettings
@@ -223,10 +225,6 @@ class Settings(Section):
         """A copy with some values replaced, as deep as `changes` goes; unknown keys are refused."""
         return Settings.model_validate(merged(self.model_dump(), changes))
 
-    def digest(self) -> str:
-        """SHA-256 of the values that differ from their defaults: a new key leaves the digests of before."""
-        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
-
 
 def load(profile: str) -> Settings:
     """The resolved profile.
@@ -234,11 +232,7 @@ def load(profile: str) -> Settings:
     Raises:
         ProfileError: missing file, broken YAML, unknown key, wrong type; says where.
     """
-    path = PARAMS / f"{profile}.yaml"
-    try:
-        return Settings(profile=profile, **_extended(path))
-    except ValidationError as error:
-        raise ProfileError(f"{path}: {problems(error)}") from None
+    return read(PARAMS / f"{profile}.yaml", Settings, profile=profile)
 
 
 def teaching(name: str) -> TeachSettings:
@@ -247,16 +241,20 @@ def teaching(name: str) -> TeachSettings:
     Raises:
         ProfileError: as `load`.
     """
-    path = PARAMS / "backbone" / f"{name}.yaml"
+    return read(PARAMS / "backbone" / f"{name}.yaml", TeachSettings)
+
+
+def read(path: Path, kind: type[Section], **more: str) -> Section:
+    """The values of a file of params/ and those it extends, and `more`, as a section; raises as `load`."""
     try:
-        return TeachSettings(**_extended(path))
+        return kind(**more, **_extended(path))
     except ValidationError as error:
         raise ProfileError(f"{path}: {problems(error)}") from None
 
 
 def _extended(path: Path, *below: Path) -> dict:
     """The values of a file over those of the file beside it that it extends; `below` extend this one."""
-    values = _read(path)
+    values = mapping(path)
     parent = values.pop("extends", None)
     if parent in {known.stem for known in (path, *below)}:
         raise ProfileError(f"{path}: extends {parent}, which is this profile or extends it; name another one")
@@ -265,7 +263,8 @@ def _extended(path: Path, *below: Path) -> dict:
     return merged(_extended(path.with_name(f"{parent}.yaml"), path, *below), values)
 
 
-def _read(path: Path) -> dict:
+def mapping(path: Path) -> dict:
+    """What a file of params/ holds, by key; raises ProfileError where it is missing or holds no keys."""
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")

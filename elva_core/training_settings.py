@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from elva_core.values import Dims, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section, Share
+from elva_core.values import Section, Share
+
+Dims = tuple[PositiveInt, ...]  # sizes of nested embeddings (Matryoshka); none means the whole alone
 
 
 class OptimiserSettings(Section):
@@ -16,12 +18,12 @@ class OptimiserSettings(Section):
     final_lr: Share = 0.0  # of the peak, at the end of the cosine
     weight_decay: NonNegativeFloat = 0.0
     clip: PositiveFloat = 1.0
-    checkpoint_every: Positive
+    checkpoint_every: PositiveInt
 
 
 class LoopSettings(Section):
-    steps: Positive
-    batch: Positive  # pairs, items or queries of a step
+    steps: PositiveInt
+    batch: PositiveInt  # pairs, items or queries of a step
     optimiser: OptimiserSettings
 
 
@@ -29,17 +31,17 @@ class SmallModelSettings(Section):
     """Sizes of a small model of the real classes."""
 
     architecture: Literal["qwen2_vl", "qwen2_5_vl"] = "qwen2_vl"
-    hidden: Positive
-    layers: Positive
-    heads: Positive
-    intermediate: Positive
-    vision_hidden: Positive
-    vision_layers: Positive
-    vision_heads: Positive
-    patch: Positive
-    image_side: Positive
-    vocabulary: Positive
-    spare_rows: Positive
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    intermediate: PositiveInt
+    vision_hidden: PositiveInt
+    vision_layers: PositiveInt
+    vision_heads: PositiveInt
+    patch: PositiveInt
+    image_side: PositiveInt
+    vocabulary: PositiveInt
+    spare_rows: PositiveInt
 
 
 class RedrawSettings(Section):
@@ -55,7 +57,7 @@ class TeachSettings(Section):
     """How a small backbone is made that can read drawings: params/backbone/<name>.yaml."""
 
     profile: str  # whose data, vocabulary and prompts
-    seed: NonNegative
+    seed: NonNegativeInt
     sizes: SmallModelSettings
     first: str | None = None  # a backbone whose words and weights are taken over as far as they fit
     vendors: tuple[str, ...]  # of the embedded collection, whose drawings it sees
@@ -68,12 +70,19 @@ class TeachSettings(Section):
     joint: LoopSettings  # captions of drawings, of texts, and of both; tower and language model
     tower_rate: PositiveFloat  # in the joint lesson, of the language model's rate
     keep: tuple[
-        Positive, ...
+        PositiveInt, ...
     ] = ()  # steps of the joint lesson after which a copy is kept, which reads less well
+
+    @model_validator(mode="after")
+    def _as_built(self) -> TeachSettings:
+        made = "qwen2_5_vl" if self.first else "qwen2_vl"
+        if self.sizes.architecture != made:
+            raise ValueError(f"with first: {self.first} a {made} is made; give it as sizes.architecture")
+        return self
 
 
 class LoraSettings(Section):
-    rank: Positive
+    rank: PositiveInt
     alpha: PositiveFloat
     dropout: Share
 
@@ -81,7 +90,7 @@ class LoraSettings(Section):
 class AdapterSettings(LoopSettings):
     """What the training of one adapter has: steps and rates, its size, what bounds the memory."""
 
-    chunk: Positive  # rows, items or prompts per forward
+    chunk: PositiveInt  # rows, items or prompts per forward
     gradient_checkpointing: bool = False  # one layer's activations in memory; same gradient, one more forward
     lora: LoraSettings
 
@@ -89,8 +98,9 @@ class AdapterSettings(LoopSettings):
 class ContrastiveSettings(AdapterSettings):
     """InfoNCE over pairs (stages 1 and 2, and the control of stage 3)."""
 
-    # tokens of a forward, with padding, rows of like length together; None is `chunk` rows in their order
-    chunk_tokens: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    # tokens of a forward, with padding, rows of like length together; None is `chunk` rows in their order,
+    # which no card says
+    chunk_tokens: Annotated[PositiveInt | None, Field(exclude_if=lambda value: value is None)] = None
     gradient_cache: bool  # one chunk's graph in memory at a time; same gradient, one more forward
     temperature: PositiveFloat
     ret_share: Share  # of the steps that train the state at [RET] instead of the EOL state
@@ -104,8 +114,8 @@ class ContrastiveSettings(AdapterSettings):
 class ControlSettings(ContrastiveSettings):
     """Stage 3's queries and negatives without reinforcement learning; its best rival sets all of these."""
 
-    hard: NonNegative | None = None  # of a query's mined hard negatives, the hardest; None is all
-    random: NonNegative | None = None  # of its random ones
+    hard: NonNegativeInt | None = None  # of a query's mined hard negatives, the hardest; None is all
+    random: NonNegativeInt | None = None  # of its random ones
     loss: Literal["infonce", "grains"] = "infonce"  # grains: divergence from the overlap of grains
     grain_temperature: PositiveFloat = 0.1  # of the overlap; ours: with half of it a candidate weighs e^-5
 
@@ -119,12 +129,12 @@ class ControlSettings(ContrastiveSettings):
 class NegativeSettings(Section):
     """Balanced negatives of stage 3: hard ones below a similarity threshold, and random ones."""
 
-    hard: NonNegative
-    random: NonNegative
+    hard: NonNegativeInt
+    random: NonNegativeInt
     threshold: float  # absolute cosine; candidates above are dropped as likely positives
     margin: float | None = None  # if set, also drop above cosine(positive) + margin
-    pool: Positive | None = None  # hard ones are mined from that many candidates per modality; None is all
-    again_every: Positive | None = None  # steps after which the current model mines them anew
+    pool: PositiveInt | None = None  # hard ones are mined from that many candidates per modality; None is all
+    again_every: PositiveInt | None = None  # steps after which the current model mines them anew
     # of the mined queries of each task, by rank of the positive: [0.5, 1] is the harder half, and mines twice
     # as many queries
     difficulty: tuple[Share, Share] | None = None
@@ -158,11 +168,11 @@ class VllmSettings(Section):
 class RlvrSettings(Section):
     """Stage 3."""
 
-    queries: Positive  # seen in all; one epoch
-    queries_per_step: Positive
+    queries: PositiveInt  # seen in all; one epoch
+    queries_per_step: PositiveInt
     num_generations: Annotated[int, Field(ge=2)]  # rollouts of one query
     rollout_sides: Literal["query", "all", "both"]  # whose summaries are actions; both: in turns
-    resample: NonNegative = 0  # times that a group without spread of rewards gives way to another query's
+    resample: NonNegativeInt = 0  # times that a group without spread of rewards gives way to another query's
     sampler: Literal["transformers", "vllm"] = "transformers"
     vllm: VllmSettings = VllmSettings()
     candidates: Literal["step", "mined"]  # encoded once per step, or as mining encoded them
@@ -175,8 +185,8 @@ class RlvrSettings(Section):
     gradient: Literal["score", "pathwise", "full", "gated"]
     infonce_weight: NonNegativeFloat = 0.1  # of gradient: gated, as LREM's
     infonce_temperature: PositiveFloat = 0.05  # that of stages 1 and 2
-    chunk: Positive  # rollouts per forward; bounds the memory of a step
-    decode_rows: Positive | None = None  # rollouts sampled together, without a graph; None is all of a step's
+    chunk: PositiveInt  # rollouts per forward; bounds the memory of a step
+    decode_rows: PositiveInt | None = None  # rollouts sampled together, with no graph; None: all of a step's
     dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings
@@ -202,7 +212,7 @@ class RlvrSettings(Section):
 class DistilSettings(AdapterSettings):
     """Distillation of the generative embedding into the EOL pass of the same model; batches of items."""
 
-    pairs: Positive  # of stage 2's first batches, whose queries and candidates the teacher embeds once
+    pairs: PositiveInt  # of stage 2's first batches, whose queries and candidates the teacher embeds once
     temperature: PositiveFloat  # of the similarities that are matched
     kl_weight: NonNegativeFloat  # of their divergence, beside 1 - cosine
     dims: Dims = ()  # as in ContrastiveSettings; of student, teacher and bank
@@ -211,15 +221,15 @@ class DistilSettings(AdapterSettings):
 class RerankSettings(AdapterSettings):
     """Reranker: reads a query together with its first candidates; steps half pointwise, half listwise."""
 
-    queries: Positive  # of the train split, the same number per task
-    pool: Positive | None = None  # candidates per modality that their negatives are mined from; None is all
-    hard: Positive  # of each query's mined negatives the first are trained on
-    negatives: Positive  # of a query in a pointwise step, beside its positive
+    queries: PositiveInt  # of the train split, the same number per task
+    pool: PositiveInt | None = None  # candidates per modality that their negatives are mined from; None: all
+    hard: PositiveInt  # of each query's mined negatives the first are trained on
+    negatives: PositiveInt  # of a query in a pointwise step, beside its positive
     window: Annotated[int, Field(ge=2)]  # most candidates in a listwise prompt
     depth: Annotated[int, Field(ge=2)]  # of the retriever's answers that are looked at again
-    prompts: Positive  # per forward, where answers are looked at
-    validation: Positive  # queries of a val unit that choose the weight of the fusion
-    timed: Positive  # queries whose seconds are measured
+    prompts: PositiveInt  # per forward, where answers are looked at
+    validation: PositiveInt  # queries of a val unit that choose the weight of the fusion
+    timed: PositiveInt  # queries whose seconds are measured
     pointwise_request: str
     listwise_request: str
 

@@ -13,11 +13,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 from elva_core import files
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Dims = tuple[Positive, ...]  # sizes of nested embeddings (Matryoshka); none means the whole alone
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 # former keys of a profile and today's, which are those of TRL's GRPOConfig
 RENAMED = {

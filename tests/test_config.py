@@ -17,6 +17,11 @@ def params(tmp_path, monkeypatch):
     return tmp_path
 
 
+def dumped(settings: config.Settings) -> str:
+    """The values of which keys and fingerprints are the hashes."""
+    return settings.model_dump_json(exclude_defaults=True)
+
+
 @pytest.mark.parametrize("profile", sorted(p.stem for p in config.PARAMS.glob("*.yaml") if p.stem not in config.NO_PROFILES))
 def test_every_committed_profile_loads(profile):
     assert config.load(profile).profile == profile
@@ -25,7 +30,7 @@ def test_every_committed_profile_loads(profile):
 def test_extending_changes_only_what_it_names():
     smoke, cpu = config.load("smoke"), config.load("cpu")
     assert smoke.stage3.reward == cpu.stage3.reward and smoke.stage3.num_generations != cpu.stage3.num_generations
-    assert smoke.digest() != cpu.digest() == config.load("cpu").digest()
+    assert dumped(smoke) != dumped(cpu) == dumped(config.load("cpu"))
 
 
 def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params):
@@ -33,9 +38,9 @@ def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params
     cpu = config.load("cpu")
     every_value = yaml.safe_dump(cpu.model_dump(mode="json", exclude={"profile"}), sort_keys=False)
     (params / "cpu.yaml").write_text(every_value)
-    assert "sampler: transformers" in every_value and config.load("cpu").digest() == cpu.digest()
+    assert "sampler: transformers" in every_value and dumped(config.load("cpu")) == dumped(cpu)
     changed = cpu.changed({"stage3": {"sampler": "vllm", "vllm": {"drift_bound": 0.1}}})
-    assert changed.stage3.sampler == "vllm" and changed.changed({}) == changed and changed.digest() != cpu.digest()
+    assert changed.stage3.sampler == "vllm" and changed.changed({}) == changed and dumped(changed) != dumped(cpu)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +86,10 @@ def test_values_of_a_small_backbone_extend_others_and_bad_ones_are_named(params)
         config.teaching("x")
     with pytest.raises(ProfileError, match=r"backbone/y\.yaml is missing; profiles are \['qwen2vl', 'tiny', 'x'\]"):
         config.teaching("y")
+    for wrong in ("sizes: {architecture: qwen2_5_vl}", "first: outputs/backbone/qwen2vl"):  # one without the other
+        (params / "backbone/x.yaml").write_text(f"extends: qwen2vl\n{wrong}\n")
+        with pytest.raises(ProfileError, match=r"backbone/x\.yaml: .*with first: .* is made; give it as sizes\.architecture"):
+            config.teaching("x")
 
 
 PLACES = """extends: cpu
@@ -104,7 +113,7 @@ def test_paths_of_a_profile_are_meant_from_the_repository_wherever_it_is_loaded(
             given = [read.data.root, read.data.nli, read.unseen.sets, read.video.sets]
             assert given == [f"{repository}/data/M-BEIR", f"{repository}/../nli.csv", f"{repository}/data/unseen", "/far/videos"]
             loaded.append(read)
-            digests.append(read.digest())
+            digests.append(dumped(read))
             assert read.changed({"threads": 2}).changed({"threads": read.threads}) == read
     assert len(set(digests)) == 1 and loaded[0] == loaded[1] != loaded[2]
     assert read.model_dump()["data"]["root"] == "data/M-BEIR" and read.model_dump()["video"]["sets"] == "/far/videos"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from elva_core import files
-from elva_core.config import PARAMS, ProfileError, Section, Settings
-from elva_core.values import Positive, problems
+from elva_core.config import PARAMS, ProfileError, Section, Settings, mapping
+from elva_core.values import problems
 
 
 class Arm(Section):
@@ -23,7 +23,7 @@ class Arm(Section):
     trains: Literal["nothing", "stage3", "control"]
     start: Literal["backbone", "stage2", "own stage 2"] = "stage2"
     template: Literal["summary", "eol"] = "summary"
-    seeds: Positive | Literal["all"] = 1  # how many of the study's, from the first
+    seeds: PositiveInt | Literal["all"] = 1  # how many of the study's, from the first
     timed: bool = False  # whether queries per second, and passes of a query, are measured
     changes: dict = Field(default_factory=dict)
     against: tuple[str, ...] = ()  # arms that it is compared with, paired
@@ -55,12 +55,7 @@ def arms(settings: Settings) -> dict[str, Arm]:
             file, arm and key.
     """
     path, names, known = PARAMS / "arms.yaml", settings.study.arms, {}
-    try:
-        rows = files.read_yaml(path)
-    except files.ElvaDataError as error:
-        raise ProfileError(str(error)) from None
-    if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
-        raise ProfileError(f"{path}: expected an arm's name and its values in each row")
+    rows = mapping(path)
     for name, values in rows.items():
         try:
             known[name] = Arm.model_validate(values)

@@ -21,17 +21,16 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 
-from elva_core import files
+from elva_core import config, files
 from elva_core.config import PARAMS, ProfileError, Section, Settings
 from elva_core.data import mbeir
+from elva_core.models.vision import SPLICED
 from elva_core.values import model_source
 
 TABLE = PARAMS / "plan.yaml"
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")  # one kind of language layer, and a tower that reads patches in a grid
 TRAINED_BYTES = 16  # of a trained parameter: float32 weight, gradient and AdamW's two moments
 COUNTED_TOKENS = 64  # that are run, and twice as many
 COUNTED_SIDE = 16  # patches; a multiple of the side of Qwen2.5-VL's windows
@@ -68,7 +67,6 @@ class Unit(Section):
 class Dataset(Section):
     image_pixels: float
     padding: float  # tokens of a padded batch over tokens
-    nli_rows: int
     nli_tokens: float
     images_gb: float
     multi_grain: float = 1.0  # share of the queries of MRBench's units
@@ -112,10 +110,7 @@ def task_of(unit: str) -> int:
 
 
 def known() -> Known:
-    try:
-        return Known.model_validate(files.read_yaml(TABLE))
-    except ValidationError as error:
-        raise ProfileError(f"{TABLE}: {error}") from None
+    return config.read(TABLE, Known)
 
 
 def dataset(settings: Settings, table: Known) -> Dataset:
@@ -142,7 +137,6 @@ def dataset(settings: Settings, table: Known) -> Dataset:
     root = mbeir.Root(Path(settings.data.root or folder / "root"))
     if not root.union_train_path().is_file():
         return data
-    nli = Path(settings.data.nli or folder / "nli.csv")
     texts = {side: fmean(getattr(u, side) for u in data.units.values()) for side in ("query", "candidate")}
     units, mean = {}, Unit(train=1, **texts)
     for unit in root.units("test"):
@@ -152,7 +146,6 @@ def dataset(settings: Settings, table: Known) -> Dataset:
         "units": units,
         "union_rows": lines(root.union_train_path()),
         "train_pool": lines(root.pool_path("", "train", "global")),
-        "nli_rows": lines(nli) - 1 if nli.is_file() else data.nli_rows,
     }
     return data.model_copy(update=counts)
 
@@ -245,8 +238,8 @@ def of_config(config) -> Sizes:
     Raises:
         ProfileError: another family; its tower is called, or its layers keep activations, in another way.
     """
-    if config.model_type not in FAMILIES:
-        counted = f"plan counts {' and '.join(FAMILIES)}, not {config.model_type}"
+    if config.model_type not in SPLICED:
+        counted = f"plan counts {' and '.join(SPLICED)}, not {config.model_type}"
         raise ProfileError(f"{counted}; enter a like configuration for its name in {TABLE}: architectures")
     return _count(config.to_json_string(use_diff=False))
 
