@@ -30,9 +30,9 @@ FORWARD, BACKWARD, EXCHANGE = range(3)  # collectives that a process may enter, 
 _layers: Sequence[FSDPModule] = ()  # of the model that was sharded last; empty where nothing is
 
 
-def requested() -> bool:
-    """Whether `accelerate launch` was given FSDP and has started more than one process."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") and dist.is_initialized() and dist.get_world_size() > 1
+def requested(flag: str = "ACCELERATE_USE_FSDP") -> bool:
+    """Whether `accelerate launch` was given FSDP, or what sets `flag`, and has started several processes."""
+    return parse_flag_from_env(flag) and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shard(language_model: torch.nn.Module) -> None:

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import parse_flag_from_env
 
+from elva_core import sharding
 from elva_core.training_settings import OptimiserSettings
 
 BUCKET = 2**24  # numbers that are summed at once; more where one parameter is larger
@@ -26,8 +26,7 @@ BUCKET = 2**24  # numbers that are summed at once; more where one parameter is l
 
 def requested() -> bool:
     """Whether `accelerate launch` was given DeepSpeed and has started more than one process."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and several
+    return sharding.requested("ACCELERATE_USE_DEEPSPEED")
 
 
 class SharedAdamW:
@@ -87,15 +86,6 @@ class SharedAdamW:
 
     def step(self) -> None:
         self._engine.step()
-
-    def bytes(self) -> dict[str, int]:
-        """What this process holds between `reduce` and `step`: of moments, master weights and gradients."""
-        moments = sum(value.nbytes for value in self._moments[self._share].values() if value.dim())
-        return {
-            "moments": moments,
-            "weights": self._share.nbytes,
-            "gradients": sum(g.nbytes for g in self._zero.averaged_gradients[0]),
-        }
 
     @property
     def state(self) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:

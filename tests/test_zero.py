@@ -89,8 +89,11 @@ def as_one_of(rank, count, port, shared, fatal_step, stage, folder, *given):
         return step(self, *args, **kwargs)
 
     def watched(self):
-        norm = reduce(self)
-        held.update(self.bytes())
+        """What a process holds between `reduce` and `step`."""
+        norm, moments = reduce(self), self._moments[self._share].values()
+        held["moments"] = sum(value.nbytes for value in moments if value.dim())
+        held["weights"] = self._share.nbytes
+        held["gradients"] = sum(g.nbytes for g in self._zero.averaged_gradients[0])
         return norm
 
     torch.optim.AdamW.step, zero.SharedAdamW.reduce = mortal, watched
