@@ -65,7 +65,7 @@ class Item:
 
 
 def query_item(root: mbeir.Root, query: mbeir.Query, **prompt: object) -> Item:
-    """A query with its instruction; keyword arguments go to `Root.instruction`."""
+    """A query with its instruction, normalised as UniIR and LamRA do; keywords go to `Root.instruction`."""
     instruction, image = root.instruction(query, **prompt), query.image and root.image_path(query.image)
     return Item(mbeir.normalise(f"{instruction} {query.text or ''}"), image or None, instruction=instruction)
 

@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar, overload
+from typing import Generic, TypeVar
 
 import numpy as np
 
 # users of the layout say mbeir.normalise, mbeir.grains ...
 # isort: off
 from elva_core.data.records import (  # noqa: F401
-    CANDIDATE_ID_BASE, CANDIDATE_MODALITY, ID, MODALITIES, MODALITIES_OF, QUERY_ID_BASE, TASKS, Candidate,
+    CANDIDATE_ID_BASE, ID, MODALITIES, MODALITIES_OF, QUERY_ID_BASE, TASKS, Candidate,
     Query, candidate_record, caption, grains, hashed_candidate_id, hashed_query_id, masked, normalise,
     parse_candidate, parse_modality, parse_query, query_record, split_id, unhashed_candidate_id,
 )  # fmt: skip
@@ -137,11 +137,7 @@ class Records(Sequence[R], Generic[R]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, place: int) -> R: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[R]: ...
-    def __getitem__(self, place):
+    def __getitem__(self, place: int | slice) -> R | list[R]:
         if isinstance(place, slice):
             return [self[i] for i in range(len(self))[place]]
         row = range(len(self))[place]
@@ -173,6 +169,13 @@ class Pool(Records[Candidate]):
         place = int(np.searchsorted(self.ids, key, sorter=self._order))
         there = place < len(self) and self.ids[self._order[place]] == key
         return int(self._order[place]) if there else None
+
+    def judged(self, did: str) -> int:
+        """Row of a candidate that a training query names; raises ElvaDataError where the pool lacks it."""
+        row = self.row(did)
+        if row is None:
+            raise ElvaDataError(f"{self.path}: judged candidate {did} is not in the train pool; run lint")
+        return row
 
     def rows_of(self, modality: str) -> np.ndarray:
         """Rows of one modality, ascending."""
@@ -296,10 +299,6 @@ class Root:
                 raise ElvaDataError(f"{path}:{number}: {error}") from None
         return table
 
-    def query_text(self, query: Query, **prompt: object) -> str:
-        """Instruction plus query text, normalised as UniIR and LamRA do; arguments as `instruction`."""
-        return normalise(self.instruction(query, **prompt) + " " + (query.text or ""))
-
     def instruction(
         self, query: Query, *, seed: int = 0, scope: str = "", prompt_index: int | None = None
     ) -> str:
@@ -310,7 +309,7 @@ class Root:
                 depends on the number of workers; scope is "split/unit" or "train/step".
             prompt_index: take this prompt instead (modulo the number there is).
         """
-        key = (split_id(query.qid)[0], query.modality, CANDIDATE_MODALITY.get(query.task, "?"))
+        key = (split_id(query.qid)[0], query.modality, MODALITIES_OF.get(query.task, "??")[1])
         if key not in self.instructions:
             raise ElvaDataError(
                 f"no instruction for (dataset, query, candidate) = {key} in {self.folder}/instructions"

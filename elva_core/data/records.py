@@ -27,7 +27,6 @@ TASKS = {
     ("image,text", "image,text"): 8,
 }
 MODALITIES_OF = {task: pair for pair, task in TASKS.items()}  # of query and candidate
-CANDIDATE_MODALITY = {task: pair[1] for pair, task in TASKS.items()}
 ID = re.compile(r"(0|[1-9]\d{0,5}):([1-9]\d{0,8})", re.ASCII)  # one way to write each number
 
 

@@ -73,7 +73,7 @@ def read_nli(path: Path) -> pd.DataFrame:
         ElvaDataError: missing file, missing column, an empty cell, or a row with more or fewer cells than
             the header; names the line.
     """
-    if not path.is_file():
+    if not path.is_file():  # read_csv knows no key of the profile to name
         raise files.ElvaDataError(
             f"{path} is missing; set data.nli to SimCSE's nli_for_simcse.csv or use the embedded collection"
         )

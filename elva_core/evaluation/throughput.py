@@ -96,7 +96,7 @@ def times(table: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def _timed(way: Way, items: Sequence[Item], batch: int) -> float:
-    way.encoder.forget()
+    way.encoder.drop_features()
     began = time.perf_counter()
     encode(way.encoder, items, batch=batch, template=way.template)
     return time.perf_counter() - began

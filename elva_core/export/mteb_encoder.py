@@ -93,6 +93,6 @@ class MtebEncoder(AbsEncoder):
             if text is None and image is None:
                 raise ValueError(f"input {place} of a batch has neither text nor image; drop it")
         prefix = mbeir.normalise(instruction)
-        texts = [mbeir.normalise(f"{prefix} {text or ''}") for text in texts]  # as Root.query_text
+        texts = [mbeir.normalise(f"{prefix} {text or ''}") for text in texts]  # as query_item
         with inputs.items([(*pair, prefix) for pair in zip(texts, images, strict=True)]) as items:
             return retriever.encode(self.encoder, items, batch=len(items), template=self.template)[0]

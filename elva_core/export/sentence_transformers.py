@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from elva_core.data import mbeir
+from elva_core.data.items import query_item
 from elva_core.export import hub
 from elva_core.models.encoder import TEMPLATES
 
@@ -92,7 +93,7 @@ def prompts(root: mbeir.Root | None, unit: str | None) -> dict[str, str]:
 def _instruction(root: mbeir.Root, unit: str) -> str:
     query = root.queries(unit, "test")[0]
     bare = mbeir.Query(query.qid, None, None, query.modality, (), (), query.task)
-    return root.query_text(bare, prompt_index=0) + " "
+    return query_item(root, bare, prompt_index=0).text + " "
 
 
 def configuration(texts: dict[str, str], truncate_dim: int | None = None) -> dict:

@@ -21,7 +21,7 @@ from elva_core.models.encoder import Encoder, normalised
 from elva_core.models.prefix import Prefix, advance, can_be_fixed, fixed, kept, read_next, repeated
 
 BLOCK = 256  # columns of the vocabulary that are summed together
-CHECK = {"cpu": 1}  # tokens between two looks at what is done, by device; looking is free on a CPU
+CHECK = {"cpu": 1, "elsewhere": 8}  # tokens between two looks at what is done; looking is free on a CPU
 ROWS = 8  # rows that are left are filled up to a multiple of it by finished ones
 
 log = logging.getLogger("elva")
@@ -114,7 +114,7 @@ class Writing:
         """Writes all of them: (R, T) tokens, actions, log_p and entropy, (R, D) embeddings."""
         t = self._tensors
         out = {name: t[name].clone() for name in ("tokens", "actions", "log_p", "entropy", "embeddings")}
-        every = CHECK.get(self._column.device.type, 8)
+        every = CHECK["cpu" if self._column.is_cpu else "elsewhere"]
         choose, read = self._steps()
         for column in range(1, self._encoder.settings.max_summary_tokens + 1):
             choose()

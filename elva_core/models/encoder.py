@@ -37,7 +37,7 @@ from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, 
 from elva_core.models.lineage import lineage
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
 from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
-from elva_core.training_settings import LoraSettings
+from elva_core.training_settings import AdapterSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
 TEMPLATES = ("summary", "eol")  # the two ways, as elva.json and the command line name them
@@ -259,22 +259,20 @@ class Encoder:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @contextmanager
-    def adapting(
-        self, lora: LoraSettings, *, seed: int, checkpointing: bool
-    ) -> Iterator[dict[str, torch.nn.Parameter]]:
+    def adapting(self, settings: AdapterSettings, *, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
         """A fresh adapter in training mode, folded into the weights at the end: `with ... as parameters`.
 
         A run that is stopped keeps the adapter as it was.
         """
-        self.add_lora(lora, seed=seed)
+        self.add_lora(settings.lora, seed=seed)
         # not the tower, which is frozen: one with batch statistics would move
         self.backbone.get_decoder().train()
-        if checkpointing:
+        if settings.gradient_checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         yield self.trainable()
         self.merge_lora()
         self.model.eval()
-        if checkpointing:
+        if settings.gradient_checkpointing:
             self.backbone.gradient_checkpointing_disable()
 
     def forgetful(self) -> Encoder:
@@ -282,7 +280,7 @@ class Encoder:
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
 
-    def forget(self) -> None:
+    def drop_features(self) -> None:
         """Drops the vision features that were kept."""
         if self.vision:
             self.vision.forget()

@@ -116,7 +116,7 @@ class UnitResult:
 
     def wrong_modality(self) -> np.ndarray:
         """1 where the first answer has another modality than the task asks for, per query."""
-        modalities = [mbeir.CANDIDATE_MODALITY[query.task] for query in self.queries]
+        modalities = [mbeir.MODALITIES_OF[query.task][1] for query in self.queries]
         first = [self.candidates[rows[0]].modality for rows in self.top]
         return np.array([float(a != b) for a, b in zip(first, modalities, strict=True)])
 

@@ -1,6 +1,6 @@
 """Stages 1 and 2, and the control of stage 3: InfoNCE over pairs.
 
-rows = train(encoder, union_pairs(root, settings, seed), settings.stage2, seed=17, folder=out)
+rows = train(encoder, union_pairs(root, settings.stage2, 17), settings.stage2, seed=17, folder=out)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from elva_core import distributed, files
+from elva_core import distributed
 from elva_core.config import SUMMARIES_AT_ONCE
 from elva_core.data import mbeir
 from elva_core.data.items import Item, candidate_item, query_item
@@ -90,14 +90,9 @@ def union_pairs(
 
 def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
     did = query.positives[choice]
-    row = pool.row(did)
-    if row is None:
-        raise files.ElvaDataError(
-            f"{root.union_train_path()}: positive {did} of {query.qid} is not in the train pool; run lint"
-        )
     return Pair(
         query_item(root, query, seed=seed, scope=f"train/{step}"),
-        candidate_item(root, pool[row]),
+        candidate_item(root, pool[pool.judged(did)]),
         did,
         query.positives,
     )
@@ -262,9 +257,8 @@ def train(
             "padding": 1 - sums["tokens"] / sums["places"],
         }
 
-    checkpointing = settings.gradient_checkpointing
     with (
-        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        encoder.adapting(settings, seed=seed) as parameters,
         preparing(encoder, reads, settings.steps) as prepare,
     ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -98,9 +98,8 @@ def train(
         distance, kl = (value / len(rows) for value in distributed.summed(sums).values())
         return {"loss": distance + settings.kl_weight * kl, "cosine": 1 - distance, "kl": kl}
 
-    checkpointing = settings.gradient_checkpointing
     with (
-        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        encoder.adapting(settings, seed=seed) as parameters,
         preparing(encoder, reads, settings.steps) as prepare,
     ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

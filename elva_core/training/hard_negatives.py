@@ -145,14 +145,14 @@ def select(
     chosen, banks, bank_start, hard = [], [], 0, {}
     for modality in mbeir.MODALITIES:
         rng = distributed.rng_for(seed, "negatives", modality)
-        rows = [row for row in drawn if mbeir.CANDIDATE_MODALITY[queries[row].task] == modality]
+        rows = [row for row in drawn if mbeir.MODALITIES_OF[queries[row].task][1] == modality]
         if not rows:
             continue
 
         # the candidates that are ranked, and one positive of each query
         members, asking = pool.rows_of(modality), [queries[row] for row in rows]
         members = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
-        positives = [_judged(pool, q.positives[int(rng.integers(len(q.positives)))]) for q in asking]
+        positives = [pool.judged(q.positives[int(rng.integers(len(q.positives)))]) for q in asking]
         side = {"batch": batch, "template": encoder.settings.pool_template}
         bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in members], **side)
         vectors, _ = encode(encoder, [_train_item(root, q, seed) for q in asking], batch=batch)
@@ -218,7 +218,7 @@ def exchanged(ranked: Sequence[TrainingQuery], settings: NegativeSettings, seed:
     """
     rng, pairs = distributed.rng_for(seed, "exchanged"), list(ranked)
     for modality in mbeir.MODALITIES:
-        places = [i for i, r in enumerate(ranked) if mbeir.CANDIDATE_MODALITY[r.query.task] == modality]
+        places = [i for i, r in enumerate(ranked) if mbeir.MODALITIES_OF[r.query.task][1] == modality]
         askers = [ranked[i] for i in places]
         bank = np.stack([r.asking for r in askers]) if askers else np.empty(0)
         relevant: dict[str, set[int]] = {}
@@ -276,13 +276,6 @@ def _groups(rows: list[int], queries: mbeir.Records[mbeir.Query]) -> dict[tuple[
             row
         )
     return groups
-
-
-def _judged(pool: mbeir.Pool, did: str) -> int:
-    row = pool.row(did)
-    if row is None:
-        raise files.ElvaDataError(f"{pool.path}: judged candidate {did} is not in the train pool; run lint")
-    return row
 
 
 def _equal_draw(queries: mbeir.Records[mbeir.Query], allowed: np.ndarray, count: int, seed: int) -> list[int]:

@@ -68,11 +68,6 @@ def prompt(query: Item, candidates: Sequence[Item], kind: Kind, answer: int = 0)
     return Prompt(Item(text, None, tuple(more)), 2 if kind == "pointwise" else len(candidates), answer)
 
 
-def answers(kind: Kind, settings: RerankSettings) -> tuple[str, ...]:
-    """What the model can answer."""
-    return YES_NO if kind == "pointwise" else tuple(map(str, range(1, settings.window + 1)))
-
-
 def request(kind: Kind, settings: RerankSettings) -> str:
     """What the model is asked behind query and candidates."""
     return settings.pointwise_request if kind == "pointwise" else settings.listwise_request
@@ -84,7 +79,8 @@ def answer_ids(encoder: Encoder, kind: Kind, settings: RerankSettings) -> torch.
     Raises:
         ValueError: two answers begin with the same token, so that the next token does not tell them apart.
     """
-    words, tokenizer = answers(kind, settings), encoder.processor.tokenizer
+    words = YES_NO if kind == "pointwise" else tuple(map(str, range(1, settings.window + 1)))
+    tokenizer = encoder.processor.tokenizer
     first = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
     for place, token in enumerate(first):
         if (before := first.index(token)) < place:
@@ -238,9 +234,8 @@ def train(
         distributed.sum_gradients(parameters.values())
         return distributed.summed(metrics) | {"listwise": float(kind == "listwise")}
 
-    checkpointing = settings.gradient_checkpointing
     with (
-        encoder.adapting(settings.lora, seed=seed, checkpointing=checkpointing) as parameters,
+        encoder.adapting(settings, seed=seed) as parameters,
         preparing(encoder, reads, settings.steps) as prepare,
     ):
         return loop.train_loop(parameters, step_fn, settings.steps, settings.optimiser, folder)

@@ -100,7 +100,7 @@ def _untaught(
         model, processor = small_models.build_second(first, settings.sizes, seed=settings.seed)
     else:
         texts = [c.text for c in root.pool("", "train", "global") if c.text]
-        texts += [root.query_text(q) for q in root.union_train()]
+        texts += [query_item(root, q).text for q in root.union_train()]
         # the prompt's own words must be whole tokens, as they are in a large vocabulary
         requests = (prompts.eol_request, prompts.summary_request)
         frame = [f"user\n{text}\n{request}\nassistant\n" for text in texts[:2000] for request in requests]

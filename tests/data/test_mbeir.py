@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from elva_core.data import images, lint, mbeir
-from elva_core.data.items import Item
+from elva_core.data.items import Item, query_item
 from elva_core.files import ElvaDataError
 from elva_core.mrbench import annotate, build
 from elva_core.training import contrastive
@@ -84,9 +84,9 @@ def test_official_units_come_first_and_in_the_papers_order(tmp_path):
 
 def test_prompt_is_chosen_by_a_stable_hash_and_can_be_fixed(root):
     q = root.queries(root.units("test")[0], "test")[0]
-    assert root.query_text(q, seed=1) == root.query_text(q, seed=1)
-    prompts = {root.query_text(q, prompt_index=i) for i in range(4)}
-    assert len(prompts) == 4 and root.query_text(q, seed=5) in prompts
+    assert query_item(root, q, seed=1).text == query_item(root, q, seed=1).text
+    prompts = {query_item(root, q, prompt_index=i).text for i in range(4)}
+    assert len(prompts) == 4 and query_item(root, q, seed=5).text in prompts
     assert all(p.endswith(q.text) for p in prompts)
 
 

@@ -80,7 +80,7 @@ def test_only_the_language_model_is_in_training_mode_while_an_adapter_trains(tin
             m.training for m in tiny.backbone.get_decoder().modules()
         }
 
-    with tiny.adapting(smoke.stage2.lora, seed=0, checkpointing=False):
+    with tiny.adapting(smoke.stage2, seed=0):
         assert modes() == ({False}, {True})
     assert modes() == ({False}, {False})
 

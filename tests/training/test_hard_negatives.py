@@ -82,7 +82,7 @@ def test_exchanged_pairs_are_chosen_and_paid_by_the_same_rules(tiny, ranked, smo
         assert (after.item, after.positive) == (before.positive, before.item)
         for other in after.negatives:
             query = item_of[other].query
-            assert mbeir.CANDIDATE_MODALITY[query.task] == mbeir.CANDIDATE_MODALITY[before.query.task]
+            assert mbeir.MODALITIES_OF[query.task][1] == mbeir.MODALITIES_OF[before.query.task][1]
             assert before.positive_did not in query.positives
         np.testing.assert_allclose(after.vectors, np.stack([item_of[i].asking for i in (after.positive, *after.negatives)]))
         np.testing.assert_allclose(after.vectors @ before.near, [before.positive_cosine, *after.cosines], atol=1e-6)

@@ -61,7 +61,8 @@ def permuted(one: Asked, order) -> Asked:
 
 @pytest.mark.parametrize("kind", reranker.KINDS)
 def test_logits_equal_a_plain_forward_of_transformers(model, asked, settings, kind):
-    one, words = asked[0], reranker.answers(kind, settings)
+    one = asked[0]
+    words = reranker.YES_NO if kind == "pointwise" else [str(n + 1) for n in range(settings.window)]
     shown = [reranker.prompt(one.query, one.candidates[:n], kind) for n in ((1,) if kind == "pointwise" else (2, 4))]
     request = settings.pointwise_request if kind == "pointwise" else settings.listwise_request
     text = model.prompts([p.item for p in shown], request)
