@@ -96,13 +96,11 @@ def test_the_share_of_the_room_is_what_stage_3_gains_of_what_the_best_sample_wou
     assert shares.loc["hit@1", "ci_low"] < 0.5 < shares.loc["hit@1", "ci_high"]
     assert np.isnan(shares.loc["hit@5", "value"])  # no room
     said = headroom.sentence(headroom.table(table, CUTOFFS, 20, 0), shares.reset_index(), 8)
-    assert said.startswith(
-        "At hit@1 the best of 8 sampled summaries, chosen with the answer known, would raise stage 2 from 25.0 to 75.0 %"
-    )
-    assert "; stage 3 has 50.0 %, 50 % [" in said and "inconclusive" not in said
-    assert "from 100.0 to 100.0 %" in said and "no measurable share of that room" in said and "n = 200 queries" in said
+    assert said.startswith("The best of 8 sampled summaries, chosen with the answer known, would raise stage 2 from 25.0 to 75.0 % hit@1,")
+    assert "where stage 3 has 50.0 %, 50 % [" in said and "may be none" not in said
+    assert "from 100.0 to 100.0 % hit@5" in said and "a share that cannot be measured" in said and "n = 200 queries" in said
     low = shares.reset_index().assign(ci_low=-0.1)
-    assert "(inconclusive)" in headroom.sentence(headroom.table(table, CUTOFFS, 20, 0), low, 8)
+    assert "of that gain, which may be none" in headroom.sentence(headroom.table(table, CUTOFFS, 20, 0), low, 8)
 
 
 def test_reading_is_the_share_of_pictures_whose_summary_is_exact(root, bench):
