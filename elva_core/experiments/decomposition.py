@@ -345,26 +345,27 @@ def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]
 
 
 def reading_told(rows: pd.DataFrame) -> str:
-    """Points of each step under the backbones, from the one that reads least, in words.
+    """Points of each step under the other backbones, and how well each of all reads, in words.
 
     Args:
-        rows: of `against_reading`; nothing is said of one backbone alone.
+        rows: of `against_reading`, this study's first; nothing is said of one backbone alone.
     """
-    read = rows.groupby("profile")["reading"].first().sort_values()
-    if len(read) < 2:
+    own, *others = rows["profile"].unique() if len(rows) else [""]
+    if not others:
         return ""
-    at = rows.set_index(["profile", "step", "metric"])
-    cuts = [f"hit@{k}" for k in CUTOFFS]
-    points = [
-        f"{step} "
-        + " and ".join(" / ".join(interval(at.loc[name, step, cut]) for cut in cuts) for name in read.index)
-        for step in [*STEPS, "all"]
-    ]
-    shares = " and ".join(f"{share:.0f} %" for share in read)
-    return (
-        f"Points of {' / '.join(cuts)} where stage 2 reads {shares} of the pictures exactly: "
-        f"{'; '.join(points)} ({sentences.counted(rows['n'])})."
+    at, cuts = rows.set_index(["profile", "step", "metric"]), [f"hit@{k}" for k in CUTOFFS]
+    read = rows.groupby("profile")["reading"].first()
+    said = []
+    for name in others:
+        points = "; ".join(
+            f"{step} {' / '.join(interval(at.loc[name, step, cut]) for cut in cuts)}"
+            for step in [*STEPS, "all"]
+        )
+        said.append(f"Where stage 2 reads {read[name]:.0f} % of the pictures exactly ({name}): {points}.")
+    said.append(
+        f"Points of {' / '.join(cuts)}, {sentences.counted(rows['n'])}; {own} reads {read[own]:.0f} %."
     )
+    return " ".join(said)
 
 
 def reading_figure(rows: pd.DataFrame) -> Figure:

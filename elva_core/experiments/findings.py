@@ -22,8 +22,8 @@ from elva_core.files import ElvaDataError
 from elva_core.tables import read_table
 
 MEANING = {
-    "reproduced": "above zero, and reaching the paper's value",
-    "same direction": "above zero, and smaller than the paper's value",
+    "reproduced": "above zero over queries, and reaching the paper's value",
+    "same direction": "above zero over queries, and smaller than the paper's value",
     "inconclusive": "zero and at least half of the paper's value are both within the interval",
     "contradicted": "not above zero, and below half of the paper's value",
 }
@@ -113,22 +113,29 @@ def in_short(tables: Tables, reported: dict) -> str:
         lacking = f"; not run: {whole['missing']}" if whole["missing"] else ""
         return f"**In short:** no verdict{lacking}."
     words = [
-        sentences.direction(row["ci_low"], row["ci_high"], ("above zero", "below zero"))
+        sentences.direction(
+            row["ci_low"], row["ci_high"], ("lies above zero", "lies below zero"), "holds zero"
+        )
         for row in (reward, one.loc["ranking reward"])
     ]
-    low, _ = statistics.over_seeds(reward["by seed"])
-    over = "" if low != low else f" over queries, {'above zero' if low > 0 else 'inconclusive'} over seeds"
+    low, high = statistics.over_seeds(reward["by seed"])
+    of_seeds = sentences.direction(low, high, ("lies above zero", "lies below zero"), "holds zero")
+    over = "" if low != low else f", over seeds {of_seeds}"
     relative = interval(whole, "relative", "relative low", "relative high")
     blind = _growth(tables, reported, decomposition.STAGE3, decomposition.EOL)
     falls = "is not judged" if blind is None or blind["verdict"] not in BLIND else BLIND[blind["verdict"]][1]
+    of_reward = _growth(tables, reported, *decomposition.STEPS["ranking reward"])
+    if of_reward is not None and of_reward["ci_high"] < 0:
+        falls += "; the ranking reward alone raises it"
     return (
         f"**In short:** {IN_SHORT[whole['verdict']]}. Here hit@5 rises from {whole['old value']:.1f} to "
         f"{whole['new value']:.1f} %: {interval(whole)} points, or {relative} % of the baseline (paper: "
-        f"{whole['paper']:+.1f} %). A summary, trained for and read after, gives "
+        f"{whole['paper']:+.1f} %). Training for a summary and reading after it, one step here, gives "
         f"{five.loc['generation', 'value']:+.1f} points of it, the ranking reward {reward['value']:+.1f} "
-        f"({words[0]}{over}). At hit@1 the whole gain is {interval(one.loc['all'])} points: "
-        f"{one.loc['generation', 'value']:+.1f} from the summary, {one.loc['ranking reward', 'value']:+.1f} "
-        f"from the reward ({words[1]}). Grain blindness, the paper's reason, {falls}."
+        f"(its interval over queries {words[0]}{over}). At hit@1 the whole gain is "
+        f"{interval(one.loc['all'])} points: {one.loc['generation', 'value']:+.1f} from the summary, "
+        f"{one.loc['ranking reward', 'value']:+.1f} from the reward (its interval {words[1]}). Grain "
+        f"blindness, the paper's reason, {falls}."
     )
 
 
@@ -136,8 +143,9 @@ def steps(tables: Tables) -> str:
     """The arms from the EOL baseline to stage 3, each beside the one before it, as a Markdown table."""
     one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
     lines = [
-        "Gains are paired differences in percentage points with 95 % intervals over queries, seeds averaged; "
-        "the last column has the gain at hit@5 of each seed alone, and the interval over seeds.",
+        "Gains are paired differences in percentage points, taken before rounding, with 95 % intervals over "
+        "queries, seeds averaged; the last column has the gain at hit@5 of each seed alone, and the interval "
+        "over seeds.",
         "",
         "| | hit@1, % | gain | hit@5, % | gain | each seed; over seeds |",
         "|--|--|--|--|--|--|",
@@ -163,7 +171,7 @@ def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
     return [
         f"**In every task?** {_tasks(tables)}",
         f"**Less grain-blind?** {_distance(tables, reported)}",
-        f"**How much is left?** {left}",
+        f"**How much is left?** {left} This is the chain's own training, not one of the table's.",
         "**On a backbone that reads less well?** "
         f"{decomposition.reading_told(tables.reading) or 'Not measured.'}",
         f"**How sure?** {_sure(tables)}",
@@ -202,19 +210,11 @@ def _tasks(tables: Tables) -> str:
 
 
 def _sure(tables: Tables) -> str:
-    """How many seeds there are, and the claims by verdict, each by its name."""
+    """How many seeds there are, and how many claims of the paper have which verdict."""
     judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
-    over = judged["claim"].str.removeprefix("stage 3 over stage 2").str.removeprefix(", ")
-    what = over.where(~over.isin(["", "EOL only"]), judged["metric"]).str.removesuffix(" over stage 3")
-    judged = judged.assign(what=what, source=judged["source"].str.replace(r",.*", "", regex=True))
-    words = []
-    for word, meaning in MEANING.items():
-        parts = [
-            f"{', '.join(rows['what'])} ({source})"
-            for source, rows in judged[judged["verdict"] == word].groupby("source", sort=False)
-        ]
-        words += [f"*{word}* ({meaning}): {'; '.join(parts)}"] if parts else []
-    claimed = f"{len(judged)} of the paper's claims were measured. {'. '.join(words)}"
+    counts = judged["verdict"].value_counts()
+    words = [f"{counts[word]} *{word}* ({meaning})" for word, meaning in MEANING.items() if word in counts]
+    claimed = f"{len(judged)} claims of the paper were measured: {', '.join(words)}; the report names them"
     return f"{_seeds(tables)}. {claimed if words else 'No claim of the paper is judged here'}."
 
 
@@ -233,7 +233,8 @@ def _distance(tables: Tables, reported: dict) -> str:
     values, change = reported["grain_distance"]["values"], _growth(tables, reported, stage3, eol)
     text = (
         "Without one of its grains a query should be embedded elsewhere (cosine distance; larger is less "
-        f"blind). The paper: {values[eol]} for its {BASELINE}, {values[stage3]} for ELVA."
+        f"blind). The paper: {values[eol]} for its {BASELINE}, {values[stage3]} for ELVA, of another model "
+        "and other data, so that directions alone compare."
     )
     if change is None or change["verdict"] not in BLIND:
         return f"Not run. {text}"

@@ -102,7 +102,8 @@ def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
         f"{count:,}" for count in sorted({bench["candidates"].min(), bench["candidates"].max()})
     )
     return (
-        f"A Qwen2-VL of {size / 1e6:,.1f} M parameters (vision tower frozen, LoRA) is trained on {data}. "
+        f"A model of {size / 1e6:,.1f} M parameters with Qwen2-VL's architecture, taught by us to name "
+        f"drawings, is trained (vision tower frozen, LoRA) on {data}. "
         f"MRBench, the paper's benchmark of queries with {settings.mrbench.min_grains} grains or more, is "
         f"rebuilt on them: {bench['queries'].sum():,} queries, {pools} candidates each{start}. hit@k is the "
         "share of queries with a positive among the first k candidates; the average weighs tasks equally."
