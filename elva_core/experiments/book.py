@@ -14,7 +14,8 @@ from elva_core import files
 from elva_core.experiments.keys import STAGES, stage_folder
 from elva_core.experiments.stages import numbered, refuse_missing
 
-OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(\.\./[^)\s]*\)")  # a link to a file of the repository: its text stays
+# a link to a file of the repository, also in JSON of one line: its text stays
+OUTSIDE = re.compile(r"\[([^\[\]\n]+)\]\(\.\./[^)\s]*\)")
 # for reading offline: MathJax lies in the site, a widget is what it printed, furo's footer is left out
 FOOTER = '{% extends "furo/page.html" %}{% block footer %}{% endblock %}'
 SPHINX = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -62,3 +63,8 @@ def test_a_book_of_a_run_that_is_not_there_names_its_command(tmp_path):
     with pytest.raises(stages.MissingStageError, match="python -m elva_core run qwen2vl-2b"):
         book.build("qwen2vl-2b", 17, tmp_path / "site")
     assert not list(tmp_path.iterdir())
+
+
+def test_links_to_the_repository_lose_their_address_also_in_a_notebook_of_one_line():
+    text = json.dumps({"cells": [{"source": "See [a run](../outputs/x.ipynb), [the next](b.ipynb)."}]})
+    assert json.loads(book.OUTSIDE.sub(r"\1", text))["cells"][0]["source"] == "See a run, [the next](b.ipynb)."
