@@ -218,7 +218,8 @@ def test_the_book_of_these_notebooks_is_read_and_searched_without_a_server(brows
     for stage in (*chain.STAGES, "report"):
         page.goto((folder / RUN / "book/index.html").as_uri())
         page.locator(f"article a[href='{stage}.html']").click()
-        assert page.locator("h1").count() == 1
+        page.wait_for_url(f"**/{stage}.html")
+        expect(page.locator("h1")).to_have_count(1)
         page.locator("img").evaluate_all("all => Promise.all(all.map(image => image.decode()))")  # fails on one that is not there
     page.locator("input[name=q]").fill("grain")
     page.keyboard.press("Enter")
