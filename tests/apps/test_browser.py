@@ -210,6 +210,8 @@ def the_explorer_is_used_by_keyboard(page) -> None:
 
 
 def test_the_book_of_these_notebooks_is_read_and_searched_without_a_server(browser, lab):
+    from playwright.sync_api import expect
+
     folder = lab[2]
     made = [sys.executable, "-m", "elva_core", "book", "smoke"]
     subprocess.run(made, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
