@@ -170,11 +170,13 @@ class Pool(Records[Candidate]):
         there = place < len(self) and self.ids[self._order[place]] == key
         return int(self._order[place]) if there else None
 
-    def judged(self, did: str) -> int:
+    def judged(self, did: str, qid: str) -> int:
         """Row of a candidate that a training query names; raises ElvaDataError where the pool lacks it."""
         row = self.row(did)
         if row is None:
-            raise ElvaDataError(f"{self.path}: judged candidate {did} is not in the train pool; run lint")
+            raise ElvaDataError(
+                f"{self.path}: judged candidate {did} of {qid} is not in the train pool; run lint"
+            )
         return row
 
     def rows_of(self, modality: str) -> np.ndarray:

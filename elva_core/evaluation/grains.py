@@ -112,7 +112,8 @@ def blindness(distance: pd.DataFrame) -> str:
     """
     models, growth = distance[distance["baseline"] == ""], distance[distance["baseline"] != ""]
     said = [
-        f"{row.model} {row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]" for row in models.itertuples()
+        f"{row.model} {number(row.value, row.ci_low, row.ci_high, '', digits=3)}"
+        for row in models.itertuples()
     ]
     grown = [
         f"; from {row['baseline']} to {row['model']} it {_changed(row, 1, 3)}" for _, row in growth.iterrows()

@@ -12,6 +12,7 @@ import pandas as pd
 from elva_core.data import mbeir
 from elva_core.evaluation import statistics
 from elva_core.experiments.results import MRBENCH
+from elva_core.experiments.sizes import task_of
 from elva_core.tables import number
 
 COLUMNS = [
@@ -221,7 +222,7 @@ def modalities(unit: str) -> str:
     >>> modalities("emoji_task7")
     'image and text to image'
     """
-    return " to ".join(mbeir.MODALITIES_OF[int(unit.rpartition("task")[2])]).replace(",", " and ")
+    return " to ".join(mbeir.MODALITIES_OF[task_of(unit)]).replace(",", " and ")
 
 
 def listed(table: pd.DataFrame) -> str:

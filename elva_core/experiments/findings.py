@@ -112,15 +112,9 @@ def in_short(tables: Tables, reported: dict) -> str:
     if not whole["verdict"]:
         lacking = f"; not run: {whole['missing']}" if whole["missing"] else ""
         return f"**In short:** no verdict{lacking}."
-    words = [
-        sentences.direction(
-            row["ci_low"], row["ci_high"], ("lies above zero", "lies below zero"), "holds zero"
-        )
-        for row in (reward, one.loc["ranking reward"])
-    ]
+    words = [_lies(row["ci_low"], row["ci_high"]) for row in (reward, one.loc["ranking reward"])]
     low, high = statistics.over_seeds(reward["by seed"])
-    of_seeds = sentences.direction(low, high, ("lies above zero", "lies below zero"), "holds zero")
-    over = "" if low != low else f", over seeds {of_seeds}"
+    over = "" if low != low else f", over seeds {_lies(low, high)}"
     relative = interval(whole, "relative", "relative low", "relative high")
     blind = _growth(tables, reported, decomposition.STAGE3, decomposition.EOL)
     falls = "is not judged" if blind is None or blind["verdict"] not in BLIND else BLIND[blind["verdict"]][1]
@@ -176,6 +170,11 @@ def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
         f"{decomposition.reading_told(tables.reading) or 'Not measured.'}",
         f"**How sure?** {_sure(tables)}",
     ]
+
+
+def _lies(low: float, high: float) -> str:
+    """Where an interval lies."""
+    return sentences.direction(low, high, ("lies above zero", "lies below zero"), "holds zero")
 
 
 def _arm(name: str) -> str:

@@ -92,7 +92,7 @@ def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, s
     did = query.positives[choice]
     return Pair(
         query_item(root, query, seed=seed, scope=f"train/{step}"),
-        candidate_item(root, pool[pool.judged(did)]),
+        candidate_item(root, pool[pool.judged(did, query.qid)]),
         did,
         query.positives,
     )

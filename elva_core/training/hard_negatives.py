@@ -152,7 +152,7 @@ def select(
         # the candidates that are ranked, and one positive of each query
         members, asking = pool.rows_of(modality), [queries[row] for row in rows]
         members = members[sorted(rng.permutation(len(members))[: settings.negatives.pool or len(members)])]
-        positives = [pool.judged(q.positives[int(rng.integers(len(q.positives)))]) for q in asking]
+        positives = [pool.judged(q.positives[int(rng.integers(len(q.positives)))], q.qid) for q in asking]
         side = {"batch": batch, "template": encoder.settings.pool_template}
         bank, _ = encode(encoder, [candidate_item(root, pool[row]) for row in members], **side)
         vectors, _ = encode(encoder, [_train_item(root, q, seed) for q in asking], batch=batch)
