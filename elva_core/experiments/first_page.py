@@ -42,13 +42,14 @@ def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
         f"{settings.device}. {int(not_run.sum())} figures of the paper need its data and GPUs and were not "
         "run."
     )
+    said = findings.in_short(tables, reported).removeprefix("**In short:** ")
     return f"""**Scope.** {scope}
 
 **What was claimed.**
 
 {listed(_claimed(reported))}
 
-**What was measured.** {findings.in_short(tables, reported).partition(": ")[2]}
+**What was measured.** {said[:1].upper()}{said[1:]}
 
 {findings.steps(tables)}
 
