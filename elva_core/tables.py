@@ -59,7 +59,14 @@ def number(value: float, low: float, high: float, unit: str, *, sign: bool = Fal
 
     >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
     ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
+
+    One rounding for all: NumPy's own makes 0.6 of 0.65, Python's 0.7, and a sum in another order 0.6 again.
+
+    >>> import numpy as np
+    >>> number(np.float64(0.65), 0.65, 0.6499999999999999, "")
+    '0.7 [0.7, 0.7]'
     """
-    value, low, high = (round(bound, digits) + 0.0 for bound in (value, low, high))  # no -0.0
+    # no -0.0
+    value, low, high = (round(round(float(bound), 9), digits) + 0.0 for bound in (value, low, high))
     said = f"{value:{'+' if sign else ''}.{digits}f}{f' {unit}' if unit else ''}"
     return f"{said} [{low:.{digits}f}, {high:.{digits}f}]"

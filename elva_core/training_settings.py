@@ -75,9 +75,8 @@ class TeachSettings(Section):
 
     @model_validator(mode="after")
     def _as_built(self) -> TeachSettings:
-        made = "qwen2_5_vl" if self.first else "qwen2_vl"
-        if self.sizes.architecture != made:
-            raise ValueError(f"with first: {self.first} a {made} is made; give it as sizes.architecture")
+        if self.sizes.architecture == "qwen2_5_vl" and not self.first:
+            raise ValueError("a qwen2_5_vl takes the weights of a qwen2_vl; name its folder as first")
         return self
 
 
@@ -186,7 +185,7 @@ class RlvrSettings(Section):
     infonce_weight: NonNegativeFloat = 0.1  # of gradient: gated, as LREM's
     infonce_temperature: PositiveFloat = 0.05  # that of stages 1 and 2
     chunk: PositiveInt  # rollouts per forward; bounds the memory of a step
-    decode_rows: PositiveInt | None = None  # rollouts sampled together, with no graph; None: all of a step's
+    decode_rows: PositiveInt | None = None  # summaries written together, with no graph; None: all of a step's
     dims: Dims = ()  # rewards are the mean over these prefixes of the embeddings
     kl_bound: PositiveFloat  # the guard stops above it
     negatives: NegativeSettings

@@ -86,10 +86,9 @@ def test_values_of_a_small_backbone_extend_others_and_bad_ones_are_named(params)
         config.teaching("x")
     with pytest.raises(ProfileError, match=r"backbone/y\.yaml is missing; profiles are \['qwen2vl', 'tiny', 'x'\]"):
         config.teaching("y")
-    for wrong in ("sizes: {architecture: qwen2_5_vl}", "first: outputs/backbone/qwen2vl"):  # one without the other
-        (params / "backbone/x.yaml").write_text(f"extends: qwen2vl\n{wrong}\n")
-        with pytest.raises(ProfileError, match=r"backbone/x\.yaml: .*with first: .* is made; give it as sizes\.architecture"):
-            config.teaching("x")
+    (params / "backbone/x.yaml").write_text("extends: qwen2vl\nsizes: {architecture: qwen2_5_vl}\n")
+    with pytest.raises(ProfileError, match=r"backbone/x\.yaml: .*a qwen2_5_vl takes the weights of a qwen2_vl; name its folder as first"):
+        config.teaching("x")
 
 
 PLACES = """extends: cpu

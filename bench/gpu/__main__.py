@@ -45,6 +45,7 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("same as on the CPU", 100, lambda place, _: correct.as_on_the_cpu(place)),
+    Section("resume after a kill", 60, lambda place, _: correct.resumes(place)),
     Section("stage 1 step", 60, speed.stage1),
     Section("stage 2, EOL step", 90, lambda *given: speed.stage2(*given, ret=False)),
     Section("48 summaries of 64 tokens", 60, speed.summaries),
@@ -54,7 +55,6 @@ SECTIONS = (
     Section("embedding texts at EOL", 20, lambda *given: speed.embedding(*given, "text", summary=False)),
     Section("embedding texts with a summary", 30, lambda *given: speed.embedding(*given, "text", summary=True)),
     Section("stage 2, [RET] step", 150, lambda *given: speed.stage2(*given, ret=True)),
-    Section("resume after a kill", 60, lambda place, _: correct.resumes(place)),
     Section("small backbone, three stages and search", 60, lambda place, _: correct.small_chain(place)),
     Section("TRL's GRPO step over ours", 90, speed.trl),
     Section("7B, stage 2 step of 120", 60, speed.seven),

@@ -76,7 +76,7 @@ def readings(place: Place, model: Encoder, written: generation.Rollouts) -> dict
     out["log-probabilities"], out["embeddings at [RET]"] = rollouts.log_p, rollouts.embeddings
 
     def stage(drawn: list[Pair], **changes) -> torch.Tensor:
-        s = profile.stage2.model_copy(update={"steps": 1, "batch": len(drawn), "chunk": 4, **changes})
+        s = profile.stage2.model_copy(update={"steps": 1, "batch": len(drawn), "chunk": 4, "chunk_tokens": None, **changes})
         s = s.model_copy(update={"lora": s.lora.model_copy(update={"rank": 8, "dropout": 0.0})})
         work = lambda: contrastive.train(model, lambda *_: drawn, s, seed=1, folder=place.folder / "none")  # noqa: E731
         return gradient(model, s.lora, work)
@@ -146,7 +146,7 @@ def trained(place: Place, folder: Path, *, killed: bool = False) -> torch.Tensor
     model = embedder(place, "check", "float32")
     model.settings = model.settings.model_copy(update={"workers": 0})  # they would draw the last step at the first
     s = place.profile.stage2
-    s = s.model_copy(update={"steps": STEPS, "batch": 6, "chunk": 3, "lora": s.lora.model_copy(update={"rank": 8})})
+    s = s.model_copy(update={"steps": STEPS, "batch": 6, "chunk": 3, "chunk_tokens": None, "lora": s.lora.model_copy(update={"rank": 8})})
     s = s.model_copy(update={"optimiser": s.optimiser.model_copy(update={"checkpoint_every": 1})})
 
     def draw(step: int, size: int) -> list[Pair]:

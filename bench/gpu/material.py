@@ -65,7 +65,7 @@ class Place:
         profile = config.load("qwen2vl-2b").changed({"device": self.device})
         if not self.tiny:
             return profile
-        few = {"batch": 8, "chunk": 4}
+        few = {"batch": 8, "chunk": 4, "chunk_tokens": None}
         rl = {"queries_per_step": 2, "num_generations": 2, "negatives": {"hard": 2, "random": 2}}
         return profile.changed(
             {"encoder": {"max_summary_tokens": 4}, "stage1": few, "stage2": few, "stage3": rl, "evaluation": {"batch": 4}}

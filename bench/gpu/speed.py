@@ -240,4 +240,4 @@ def seven(place: Place, models: Models) -> dict:
     model = embedder(place, SEVEN, "float32" if place.device == "cpu" else "bfloat16")
     chunk = 2 if place.tiny else 60
     drawn = [mixed(place, 2 * chunk, seed) for seed in range(2)]
-    return step_facts(*steps(place, model, "stage2", drawn, ret_share=0.0, chunk=chunk))
+    return step_facts(*steps(place, model, "stage2", drawn, ret_share=0.0, chunk=chunk, chunk_tokens=None))

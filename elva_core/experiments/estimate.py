@@ -84,15 +84,18 @@ class Workload:
         return Side(text, image, 1 + candidates)
 
     def _seconds(self, flops: float, layers: float, read=0.0, images=0.0) -> tuple[float, float]:
-        """(seconds, those of waiting): images, then the slowest of computing, reading and starting layers.
+        """(seconds, those of waiting): the slowest of computing, reading and starting layers; and images.
 
         Args:
-            layers: that Python starts. read: bytes of memory. images: that the host opens and resizes.
+            layers: that Python starts. read: bytes of memory. images: that the host opens and resizes, ahead
+                where there are workers.
         """
         assumed = self.known.assumed
         computing = flops / (self.gpu.tflops * 1e12 * assumed.utilisation)
         busy = max(computing, read / (self.gpu.bandwidth * 1e9 * assumed.bandwidth_share))
         waiting = images * self.data.image_pixels / 1e6 * assumed.seconds_per_megapixel
+        if workers := self.settings.encoder.workers:
+            waiting = max(0.0, waiting / workers - busy)
         waiting += max(0.0, layers * assumed.seconds_per_layer[self.kind] - busy)
         return busy + waiting, waiting
 
@@ -298,7 +301,8 @@ class Workload:
             cost += self.read(n, side, request, per_call=per_call, **shape)
             cost += self.read(n, side, request, per_call=per_call, learning=s, **shape)
         if not every and s.candidates == "step":
-            per_call = min(s.chunk, own * ranked / 2)  # texts and images apart
+            apart = own * ranked / 2  # texts and images
+            per_call = min(s.decode_rows or apart, apart)
             cost += self._encoded(rows * ranked, answers, per_call=per_call, rank=rank)
         return cost
 
@@ -340,7 +344,7 @@ class Workload:
     def annotator(self) -> Workload:
         """A device with the model that names MRBench's grains, and the units whose queries it reads."""
         annotator, request = self.settings.mrbench.annotator, annotate.PROMPT + annotate.QUOTE["text"]
-        prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens}
+        prompts = {"summary_request": request, "max_summary_tokens": annotator.max_tokens, "workers": 0}
         settings = self.settings.changed({"encoder": prompts})
         model = of_model(annotator.model, self.known.architectures)
         return replace(self, sizes=model, data=self.bench, settings=settings, devices=1)

@@ -120,9 +120,10 @@ def _of_card(result: dict, goals: dict[str, str]) -> str:
             notes.append(f"* {name}: {'skipped' if 'skipped' in entry else 'failed'}, {reason}")
         elif "value" in entry:
             number = f"{entry['value']:.3g} {entry['unit']}"
+            if "ratio" in entry:
+                number += f"; generate and a forward {entry['ratio']:.2g} times as long"
             rows.append((name, number, goals.get(name, ""), *_load(entry)))
         else:
-            rows.append(
-                (name, "as on the CPU" if entry["ok"] else "**differs from the CPU**", "", *_load(entry))
-            )
+            wrong = f"**differs from the CPU**: {', '.join(entry.get('differs', [])) or 'see the file'}"
+            rows.append((name, "as on the CPU" if entry["ok"] else wrong, "", *_load(entry)))
     return "\n\n".join(part for part in (head, markdown_rows(COLUMNS, rows), "\n".join(notes)) if part)

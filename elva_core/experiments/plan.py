@@ -68,7 +68,7 @@ def stages(load: Workload) -> list[Stage]:
     dealt, negatives = load.dealt(s.stage3.queries_per_step), s.stage3.negatives
     read = "query" if s.stage3.rollout_sides == "all" else s.stage3.rollout_sides
     for sides in (read, "all"):
-        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk"))
+        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk or stage3.decode_rows"))
     distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
     each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
     rows += _contrastive(load, "control", s.control, load.side("query"), load.side("candidate"), **each)

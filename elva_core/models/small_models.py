@@ -126,8 +126,9 @@ def build(texts: Sequence[str], sizes: SmallModelSettings, *, seed: int):
 
 
 def build_second(first: str, sizes: SmallModelSettings, *, seed: int):
-    """A Qwen2.5-VL: (model, processor), another start for stage 3 (Table 5).
+    """A backbone that goes on from another's words and weights: (model, processor).
 
+    A Qwen2-VL is `first` itself, to be taught further. A Qwen2.5-VL is another start for stage 3 (Table 5).
     Its tower differs from Qwen2-VL's (windows of attention, RMSNorm, gated layers); the rest has its shape.
 
     Args:
@@ -135,6 +136,9 @@ def build_second(first: str, sizes: SmallModelSettings, *, seed: int):
             weight that has the same name and shape; the others, those of the gated layers, are random.
     """
     known, shared = AutoConfig.from_pretrained(first), AutoProcessor.from_pretrained(first)
+    before = Qwen2VLForConditionalGeneration.from_pretrained(first, dtype="float32")
+    if sizes.architecture == "qwen2_vl":
+        return before, shared
     parts = ("image_processor", "tokenizer", "video_processor", "chat_template")
     processor = Qwen2_5_VLProcessor(**{name: getattr(shared, name) for name in parts})
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "tie_word_embeddings")
@@ -156,7 +160,7 @@ def build_second(first: str, sizes: SmallModelSettings, *, seed: int):
         **{name: getattr(known, name) for name in tokens},
     )
     model = _with_random_weights(Qwen2_5_VLForConditionalGeneration, config, seed)
-    taken = Qwen2VLForConditionalGeneration.from_pretrained(first, dtype="float32").state_dict()
+    taken = before.state_dict()
     fitting = {n: w for n, w in model.state_dict().items() if n in taken and taken[n].shape == w.shape}
     model.load_state_dict({n: taken[n] for n in fitting}, strict=False)
     return model, processor

@@ -189,10 +189,14 @@ def loaded(settings: AnnotatorSettings, dtype: str, device: str) -> Ask:
     def parts():
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        from elva_core.models.arithmetic import ATTENTION  # without cuDNN's, which spoils decoding
+
         source = model_source(settings.model)
         processor = AutoProcessor.from_pretrained(source)
         processor.tokenizer.padding_side = "left"  # an answer starts where its prompt ends
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=ATTENTION
+        )
         return model.to(device).eval(), processor
 
     def ask(talks: Sequence[list[Turn]]) -> Iterator[tuple[int, str | None]]:

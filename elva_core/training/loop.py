@@ -99,6 +99,8 @@ def train_loop(
             optimiser.step()
         row["step_time"] = time.perf_counter() - began
         rows.append(row)
+        if "padding" in row:
+            progress.set_postfix(padding=f"{row['padding']:.0%}", refresh=False)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < steps:
             _checkpoint(checkpoint, parameters, optimisers, rows)
     if processes().is_main_process:

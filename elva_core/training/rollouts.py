@@ -25,13 +25,13 @@ def sides(ranked: TrainingQuery, which: str) -> list[Item]:
 
 
 def candidates_once(
-    encoder: Encoder, ranked: Sequence[TrainingQuery], chunk: int
+    encoder: Encoder, ranked: Sequence[TrainingQuery], rows: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D); distinct items, `chunk` a forward."""
+    """Greedy embeddings of positives (Q, D) and negatives (Q, N, D); distinct items, `rows` a call or all."""
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
-    for part in [*_parts(texts, chunk), *_parts(images, chunk)]:
+    for part in [*_parts(texts, rows or len(texts)), *_parts(images, rows or len(images))]:
         if encoder.settings.candidate_summaries:
             embedded = generation.generate(encoder, part).embeddings[:, 0]
         else:
@@ -67,7 +67,7 @@ def cosines(
     if settings.candidates == "mined":
         positives, negatives = candidates_as_mined(encoder, ranked)
     else:
-        positives, negatives = candidates_once(encoder, ranked, settings.chunk)
+        positives, negatives = candidates_once(encoder, ranked, settings.decode_rows)
     nested = (losses.nested(x, settings.dims) for x in (vectors[:, 0], positives, negatives))
     return [
         (torch.einsum("qgd,qd->qg", q, p), torch.einsum("qgd,qnd->qgn", q, n))
@@ -152,9 +152,9 @@ def as_sampled(rows, sampled: Sequence[generation.Rollouts]) -> list:
 
 
 def _parts(rows, size: int) -> list:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [rows[i : i + size] for i in range(0, len(rows), max(1, size))]
 
 
 def _chunks(rows, settings: RlvrSettings) -> list:
     """Rows of as many inputs as have `settings.chunk` rollouts between them, at least one."""
-    return _parts(rows, max(1, settings.chunk // settings.num_generations))
+    return _parts(rows, settings.chunk // settings.num_generations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -20,9 +21,9 @@ RESULT = {
     "torch": "2.14.1",
     "transformers": "5.23.0",
     "sections": {
-        "same as on the CPU": {"ok": False, "util": None, "peak_gb": 1.0},
+        "same as on the CPU": {"ok": False, "differs": ["gradient of stage 3 in bfloat16"], "util": None, "peak_gb": 1.0},
         "stage 2, EOL step": {"value": 12.5, "unit": "s", "mfu": 0.35, "util": 91.0, "peak_gb": 60.0},
-        "48 summaries of 64 tokens": {"value": 0.3, "unit": "s", "seconds_per_layer": 0.0002},
+        "48 summaries of 64 tokens": {"value": 0.3, "unit": "s", "seconds_per_layer": 0.0002, "ratio": 5.5},
         "TRL's GRPO step over ours": {"skipped": "a library is missing: trl"},
     },
 }
@@ -78,7 +79,8 @@ def test_the_section_says_since_when_nothing_was_measured_or_what_was(folder):
     (folder / "b.json").write_text(json.dumps(RESULT))
     block = measured.readme_block(table)
     for text in (
-        "**differs from the CPU**",
+        "**differs from the CPU**: gradient of stage 3 in bfloat16",
+        "0.3 s; generate and a forward 5.5 times as long",
         "| stage 2, EOL step | 12.5 s | <= 15 s | 91 % | 35% | 60.0 |",
         "skipped, a library is missing: trl",
     ):
@@ -147,6 +149,20 @@ def test_a_card_that_computes_something_else_is_named(monkeypatch, tmp_path):
     made = correct.as_on_the_cpu(Place("cpu", True, tmp_path))
     assert not made["ok"]
     assert made["differs"] == [f"gradient of stage 1, 64 tokens in {dtype}" for dtype in ("float32", "bfloat16")]
+
+
+def test_sections_without_time_or_library_are_skipped_and_named(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(files.REPOSITORY / "bench/gpu"))
+    gpu = runpy.run_path(str(files.REPOSITORY / "bench/gpu/__main__.py"))
+    place = gpu["Place"]("cpu", True, tmp_path)
+    late = gpu["measure"](place, tmp_path, 0, "")
+    assert len(late["sections"]) == 14 and all(e == {"skipped": "0 of 0 s are left"} for e in late["sections"].values())
+
+    def lacking(*_):
+        raise ImportError("No module named 'trl'")
+
+    facts = gpu["section"](gpu["Section"]("TRL", 9, lacking), place, None, gpu["Busy"]())
+    assert facts["skipped"] == "a library is missing: No module named 'trl'"
 
 
 def test_without_a_card_make_gpu_says_so_and_ends_well(tmp_path):

@@ -101,11 +101,14 @@ def test_stage_3_opens_no_image_itself(model_folder, root, smoke, tmp_path, open
     ranked = mined(model, root, smoke, 12)
     opened.clear()
     changes = {"queries": 12, "queries_per_step": 4, "num_generations": 2, "chunk": 4, "candidates": "step", "rollout_sides": "query"}
+    seen = noted(model)
     rows = grpo.train(model, ranked, smoke.stage3.model_copy(update=changes), seed=1, folder=tmp_path / "2")
     assert not opened and gone()
     plain = of(model_folder, smoke, 0)
+    seen_plain = noted(plain)
     again = grpo.train(plain, ranked, smoke.stage3.model_copy(update=changes), seed=1, folder=tmp_path / "0")
     assert [row["reward"] for row in rows] == [row["reward"] for row in again] and opened
+    assert len(seen) == len(seen_plain) > 3 and all(map(torch.equal, seen, seen_plain))
 
 
 def test_a_resumed_run_is_made_ready_from_its_first_step_on_and_leaves_no_process(model_folder, root, smoke, tmp_path, opened, interrupted):

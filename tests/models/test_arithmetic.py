@@ -117,6 +117,21 @@ def test_an_adapter_of_a_bfloat16_model_is_float32_and_its_products_lose_no_more
     assert drift[0] < 1.5 * drift[1] and off[0] < 1.5 * off[1], said
 
 
+def test_an_adapted_layer_of_a_bfloat16_model_is_one_graph(half, items):
+    """Its input is not cast to float32 and back, which is work; nothing in it breaks a graph, which a compiler would pay for."""
+    half.add_lora(LoraSettings(rank=8, alpha=16, dropout=0.0), seed=0)
+    layers = [layer for layer in half.model.modules() if isinstance(layer, LoraLayer)]
+    assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+
+    def product(x):
+        with arithmetic.mixed(half.backbone):
+            return layer(x)
+
+    layer = next(layer for layer in layers if isinstance(layer, torch.nn.Module) and hasattr(layer, "in_features"))
+    explained = torch._dynamo.explain(product)(torch.ones(2, layer.in_features, dtype=torch.bfloat16))
+    assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
+
+
 def test_no_step_of_a_float32_model_is_mixed(tiny, half):
     for model, dtype in ((tiny, torch.float32), (half, torch.bfloat16)):
         with prefix.mixed(model.backbone):

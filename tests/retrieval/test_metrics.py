@@ -5,6 +5,8 @@ from __future__ import annotations
 import ir_measures
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.strategies import integers
 from ir_measures import RR, R, Success, nDCG
 
 from elva_core.retrieval import metrics
@@ -57,8 +59,16 @@ def test_groups_are_resampled_each_by_itself_and_weigh_the_same():
     few, many, rng = np.arange(3.0), np.random.default_rng(2).normal(size=(40, 2)), np.random.default_rng(3)
     draws = [[g[rng.integers(len(g), size=len(g))].mean() for _ in range(200)] for g in (few, many)]
     means = (np.array(draws[0]) + draws[1]) / 2
-    expected = tuple(np.percentile(means, [2.5, 97.5]))
+    expected = tuple(np.percentile(means, [2.5, 97.5]).round(12))
     assert metrics.interval([few, many], 200, np.random.default_rng(3)) == expected
+
+
+@given(integers(0, 2**32 - 1), integers(1, 7), integers(2, 40))
+def test_a_bound_of_zero_is_zero_and_no_error_of_rounding(seed, groups, n):
+    """Differences of hits over several units: sums of thirds and sevenths that cancel leave 1e-17, which is below or above zero."""
+    rng = np.random.default_rng(seed)
+    low, high = metrics.interval([rng.integers(-1, 2, size=(n, 3)).mean(1) for _ in range(groups)], 50, rng)
+    assert low <= high and all(bound == 0 or abs(bound) > 1e-9 for bound in (low, high))
 
 
 def test_without_rows_there_is_no_interval():

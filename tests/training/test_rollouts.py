@@ -61,6 +61,26 @@ def test_gated_raises_infonce_of_the_rollouts_below_their_mean_alone(tiny, ranke
     assert 0 < low.sum() < low.numel()
 
 
+@pytest.mark.parametrize(("rows", "calls"), [(None, [4]), (6, [2, 2])])
+def test_a_steps_rollouts_are_written_in_one_call_or_so_many_rows_at_once(model_folder, smoke, ranked, monkeypatch, tmp_path, rows, calls):
+    """Whatever the chunk that gradients are taken in; likewise the step's candidates."""
+    settings = stage3(smoke, queries=4, queries_per_step=4, chunk=3, decode_rows=rows, candidates="step")
+    sampled, candidates, written, generate = [], [], generation._written, generation.generate
+
+    def noted(model, items, noise, *rest):
+        if noise is not None:
+            sampled.append(len(items))
+        return written(model, items, noise, *rest)
+
+    monkeypatch.setattr(generation, "_written", noted)
+    monkeypatch.setattr(generation, "generate", lambda model, items: candidates.append(len(items)) or generate(model, items))
+    grpo.train(encoder.load(model_folder, smoke.encoder), ranked[:4], settings, seed=1, folder=tmp_path)
+    assert sampled == calls
+    texts, images = ({i for r in ranked[:4] for i in (r.positive, *r.negatives) if bool(i.image) == kind} for kind in (False, True))
+    least = sum(1 if rows is None else -(-len(part) // rows) for part in (texts, images) if part)
+    assert len(candidates) == least and max(candidates) <= (rows or len(texts | images))
+
+
 def test_a_token_costs_and_the_end_of_turn_does_not(tiny, ranked, smoke):
     settings, end, pad = stage3(smoke), tiny.end_id, tiny.pad_id
     paying = settings.model_copy(update={"reward": settings.reward.model_copy(update={"token_cost": 0.25})})
