@@ -11,12 +11,13 @@ import sys
 
 import pandas as pd
 import pytest
+import typer
 
 from elva_core import cli, files, tables
 from elva_core.data import mbeir
 from elva_core.retrieval import cache
 
-COMMANDS = ["run", "status", "study", "readme", "clean", "train", "plan", "lint", "evaluate", "video", "unseen", "search", "export", "push"]
+COMMANDS = [*typer.main.get_command(cli.app).commands]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,6 +15,7 @@ from elva_core.config import Settings
 from elva_core.evaluation import benchmark, grains, statistics
 from elva_core.experiments.results import NUMBERS, seed_label
 from elva_core.experiments.study import Arm, Study, arms
+from elva_core.tables import number
 
 OTHER = "other arms of the study"  # experiment of what the paper has no figure for
 
@@ -90,6 +91,39 @@ def differences(study: Study, pairs: Sequence[tuple[str, str]], k: int, samples:
         rows.append(row)
     columns = ["arm", "new", "old", "metric", *NUMBERS, "relative", "relative low", "relative high"]
     return pd.DataFrame(rows, columns=[*columns, "by seed", "n", "seeds", "seed"])
+
+
+def overview(study: Study, table: pd.DataFrame, samples: int) -> pd.DataFrame:
+    """`differences` as people read them, with those at hit@1 beside the cut-off that they have.
+
+    Returns:
+        arm; points and percent at each cut-off, with their intervals; points by seed at the table's own; n
+        queries; seed (in words).
+    """
+    cells = {"arm": list(table["arm"])}
+    first = differences(study, list(zip(table["new"], table["old"], strict=True)), 1, samples)
+    for rows in (first, table):
+        for unit, names in {"points": NUMBERS, "%": ["relative", "relative low", "relative high"]}.items():
+            said = [number(*row, "", sign=True) for row in rows[names].itertuples(index=False)]
+            cells |= {f"{metric}, {unit}": said for metric in rows["metric"].unique()}
+    seeds = [" ".join(f"{value:+.1f}" for value in values) for values in table["by seed"]]
+    return pd.DataFrame(cells | {"by seed": seeds, "n": list(table["n"]), "seed": list(table["seed"])})
+
+
+def queries_seen(settings: Settings, arm: Arm) -> int:
+    """Queries of an arm's own training, on top of its stage 2."""
+    changed = arm.applied(settings)
+    control = changed.control.steps * changed.control.batch
+    return {"nothing": 0, "stage3": changed.stage3.queries, "control": control}[arm.trains]
+
+
+def costs(study: Study, settings: Settings) -> pd.DataFrame:
+    """What an arm's own training took, for each that has a result: seeds, queries, steps, median seconds."""
+    there = study.runs.groupby("arm", sort=False)
+    table = there.agg(seeds=("seed", "count"), steps=("steps", "first"), seconds=("train_s", "median"))
+    seen = {name: queries_seen(settings, arm) for name, arm in arms(settings).items()}
+    table.insert(1, "queries", table.index.map(seen))
+    return table.reset_index()
 
 
 def by_seed(study: Study, new: str, old: str, k: int) -> tuple[float, ...]:
@@ -194,16 +228,13 @@ def efficiency(study: Study, settings: Settings, k: int, samples: int) -> pd.Dat
         run = first.runs[first.runs["arm"] == name]
         if not arm.curves or run.empty or BASE not in set(first.runs["arm"]):
             continue
-        changed = arm.applied(settings)
-        control = changed.control.steps * changed.control.batch
-        queries = {"nothing": 0, "stage3": changed.stage3.queries, "control": control}[arm.trains]
         asked = first.hits[first.hits["arm"] == BASE].drop_duplicates(["unit", "qid"])
         pair = dict.fromkeys(NUMBERS, 0.0) | {"n": len(asked)}
         if name != BASE:
             hits = averaged(first, [name, BASE], [k])
             pair = statistics.comparison(hits, name, BASE, k, samples, 0)
             pair |= {column: 100 * pair[column] for column in NUMBERS}
-        point = {"queries": queries, "seconds": run["train_s"].iloc[0]}
+        point = {"queries": queries_seen(settings, arm), "seconds": run["train_s"].iloc[0]}
         point |= {column: pair[column] for column in (*NUMBERS, "n")}
         rows += [{"run": curve} | point for curve in arm.curves]
     return pd.DataFrame(rows, columns=["run", "queries", "seconds", *NUMBERS, "n"])

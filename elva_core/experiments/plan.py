@@ -67,8 +67,9 @@ def stages(load: Workload) -> list[Stage]:
     rows.append(embedding("mining", load.mining()))
     dealt, negatives = load.dealt(s.stage3.queries_per_step), s.stage3.negatives
     read = "query" if s.stage3.rollout_sides == "all" else s.stage3.rollout_sides
+    lower = "stage3.chunk or stage3.decode_rows"
     for sides in (read, "all"):
-        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, "stage3.chunk or stage3.decode_rows"))
+        rows.append(Stage(f"stage 3, rollout_sides: {sides}", load.rlvr(sides), dealt, lower))
     distinct = s.stage3.queries + min(data.train_pool, 3 * (negatives.pool or data.train_pool))
     each = {"negatives": negatives.hard + negatives.random, "distinct": distinct}
     rows += _contrastive(load, "control", s.control, load.side("query"), load.side("candidate"), **each)
@@ -83,7 +84,7 @@ def stages(load: Workload) -> list[Stage]:
         rows.append(Stage("reranker", train, load.dealt(prompts / s.rerank.chunk), "rerank.chunk"))
         rows.append(embedding("reranker, its negatives", mining))
         rows.append(embedding("reranker, val embedded", val, devices=1))
-        rows.append(Stage("reranker, second looks", looks, 1, "rerank.prompts"))
+        rows.append(Stage("reranker, ordering", looks, 1, "rerank.prompts"))
     models = load.known.evaluated_models
     rows.append(embedding(f"evaluation of {models} models", load.evaluation() * models, devices=1))
     searches = {pool: load.search(pool) * models for pool in ("local", "global")}
@@ -320,6 +321,6 @@ def _assumptions(load: Workload) -> list[str]:
         "memory: with the longest prompt that the encoder's limits allow; "
         "waiting: for images from the host, or for Python",
         *_shared(load),
-        "of one device, whatever their number: annotation, val, second looks and evaluation",
+        "of one device, whatever their number: annotation, val, ordering and evaluation",
         "not planned: a server that annotates, groups that are sampled again, and what vLLM saves",
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from elva_core.experiments import compare, figures, sentences
+from elva_core.experiments import arms, compare, figures, sentences
 from elva_core.experiments.study import Study
 
 
@@ -39,6 +39,24 @@ def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):
     assert row["value"] == pytest.approx(37.5) and row["relative"] == pytest.approx(100)
     # gains, mean over seeds: 0 and 1 in task 0, 0.5 and 0 in task 1; resampled inside each task the average is 0 to 75 percent
     assert row["ci_low"] == pytest.approx(0) and row["ci_high"] == pytest.approx(75)
+
+
+def test_an_overview_has_both_cut_offs_with_intervals_and_the_seeds(made_up):
+    table = compare.differences(made_up, [("new", "old")], 5, samples=500)
+    (row,) = compare.overview(made_up, table, 500).to_dict("records")
+    assert row["hit@5, points"] == "+37.5 [0.0, 75.0]" and row["hit@5, %"].startswith("+100.0 [")
+    assert row["hit@1, points"] == "+37.5 [0.0, 75.0]"  # every hit of these ranks is a first answer
+    assert row["by seed"] == "+25.0 +50.0" and (row["n"], row["seed"]) == (4, "2 (1, 2)")
+    assert compare.overview(made_up, table[:0], 10).empty
+
+
+def test_an_arm_costs_the_queries_steps_and_seconds_of_its_own_training(made_up, smoke):
+    names = {"old": "stage 2", "new": "InfoNCE control"}
+    runs = made_up.runs.assign(arm=made_up.runs["arm"].map(names), train_s=[0.0, 0.0, 7.0, 9.0, 50.0], steps=smoke.control.steps)
+    table = compare.costs(dataclasses.replace(made_up, runs=runs), smoke).set_index("arm")
+    assert table["seeds"].tolist() == [2, 3] and table["seconds"].tolist() == [0, 9]
+    assert table["queries"].tolist() == [0, smoke.control.steps * smoke.control.batch]
+    assert compare.queries_seen(smoke, arms.arms(smoke)["stage 3"]) == smoke.stage3.queries
 
 
 def test_more_than_nothing_is_a_difference_without_a_percentage(made_up):

@@ -115,7 +115,7 @@ def test_what_readme_report_and_notebooks_share_is_the_same(committed, folder, t
     assert said in text and said in printed(committed, "60_ablate") and said in printed(committed, "90_report")
     for k in (1, 5):
         steps = decomposition.at_cutoff(tables.decomposition, k)
-        for step in decomposition.STEPS:
+        for step in decomposition.STEPS | decomposition.SUMS:
             points = decomposition.interval(steps.loc[step])
             assert points in readme and points in text and points in printed(committed, "60_ablate")
     whole = decomposition.at_cutoff(tables.decomposition, 5).loc["all"]

@@ -70,14 +70,14 @@ def ways(root, smoke, tmp_path):
         "embedding": lambda m: retriever.encode(m, pool, batch=8, template="eol"),
         "distillation": lambda m: distillation.train(m, pool, targets(m), few, seed=1, folder=tmp_path),
         "reranker": lambda m: reranker.train(m, ranked, looks, seed=1, folder=tmp_path),
-        "second looks": lambda m: [reranker.score(m, asked, kind, looks, batch=2) for kind in reranker.KINDS],
+        "ordering": lambda m: [reranker.score(m, asked, kind, looks, batch=2) for kind in reranker.KINDS],
     }
 
 
 @pytest.mark.parametrize(
     ("family", "way"),
     [
-        *(("qwen2_vl", way) for way in ("stage 2", "embedding", "distillation", "reranker", "second looks")),
+        *(("qwen2_vl", way) for way in ("stage 2", "embedding", "distillation", "reranker", "ordering")),
         *(("qwen3_vl", way) for way in ("stage 2", "embedding")),
     ],
 )
