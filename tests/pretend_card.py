@@ -32,11 +32,11 @@ def _real(device: torch.device) -> torch.device:
 
 
 class PretendCard(TorchFunctionMode):
-    """`with PretendCard() as card:`; card.reads counts how often the host had to wait for a value."""
+    """`with PretendCard() as card:`; card.reads counts how often the host had to wait for a value, card.pinned what was pinned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reads = 0
+        self.reads = self.pinned = 0
         self._parameter, self._recorded = torch.nn.Parameter.__new__, decoding._Step._recorded
 
     def __enter__(self):
@@ -65,6 +65,7 @@ class PretendCard(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         card = any(map(on_card, tensors))
         if name == "pin_memory":  # asks the driver
+            self.pinned += 1
             return args[0]
         if name in ("__get__", "__set__"):
             return self._property(func, name, args, card)

@@ -26,6 +26,9 @@ def imported(path: Path) -> set[str]:
     """Wings that a file imports from."""
     used = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
+        if isinstance(node, ast.Import):
+            assert not any(name.name.startswith("elva_core.") for name in node.names), f"{path}: from elva_core... import ..."
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "elva_core":
             for name in node.names:
                 parts = (*node.module.split("."), name.name)[1:]
@@ -63,6 +66,7 @@ def test_every_name_in_the_table_of_the_paper_exists():
     items = re.findall(r"^    \S.*?  +(\S.*)$", table, re.MULTILINE)
     assert len(items) == len(table.strip().splitlines()) - 4
     assert sorted(", ".join(items).split(", ")) == sorted(names + notebooks)
+    assert re.findall(r"^    Table (\d)", table, re.MULTILINE) == list("12345678")  # all that the paper has
     for name in names:
         pkgutil.resolve_name(f"elva_core.{name}")
     assert all((PACKAGE.parent / path).is_file() for path in notebooks)

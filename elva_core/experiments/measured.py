@@ -83,7 +83,9 @@ def readme_block(table: Known) -> str:
         f"**Not measured on a card since {table.run1.date}** (run 1, commit {table.run1.commit}): "
         f"one {start['gpu']}, torch {start['torch']}, transformers {start['transformers']}, bfloat16, "
         f"Qwen2-VL-2B at its real sizes with random weights. Stage 1 stopped ({stopped}). "
-        "`make gpu` on a machine with a card measures anew and replaces this table. "
+        "`make gpu` on a machine with a card measures anew and replaces this table. Nor has a card been lent "
+        "to the teaching, the study or the chain of the laptop profile (`device: cuda`), which pass the tests of "
+        "a simulated one. "
         "No result in this repository comes from a GPU."
     )
     return f"{head}\n\n{markdown_rows(COLUMNS, [(a, b, c, *_load(d)) for a, b, c, d in rows])}"

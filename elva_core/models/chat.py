@@ -28,6 +28,7 @@ from elva_core.data.frames import Clip
 from elva_core.data.items import Item
 from elva_core.files import ElvaDataError
 from elva_core.models.prefix import advance, can_be_fixed, fixed, prefill, read_next, repeated
+from elva_core.models.vision import moved
 
 # What processors say of each token
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -154,7 +155,7 @@ def _stacked(chats: Sequence[Chat], model) -> dict[str, torch.Tensor]:
             [x for a, b in zip(most, p.shape[1:], strict=True) for x in (a - b, 0)][::-1] for p in parts
         ]
         whole = torch.cat([torch.nn.functional.pad(p, b) for p, b in zip(parts, behind, strict=True)])
-        out[name] = whole.to(model.device, model.dtype if whole.is_floating_point() else None)
+        out[name] = moved(whole.to(model.dtype) if whole.is_floating_point() else whole, model.device)
     return out
 
 

@@ -30,13 +30,14 @@ log = logging.getLogger("elva")
 def sample(chance: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Tokens (R,) by inverting the distribution function of (R, V) probabilities at (R,) uniform numbers.
 
-    It is summed in float64, over blocks of the vocabulary first and then inside the one that is hit.
+    Blocks of the vocabulary are summed first, then the one that is hit from its start: float64 takes their
+    sums and one block's columns alone, not all of the vocabulary.
 
     >>> sample(torch.tensor([[0.25, 0.0, 0.5, 0.25]] * 3), torch.tensor([0.1, 0.3, 0.9]))
     tensor([0, 2, 3])
     """
     blocks = pad(chance, (0, -chance.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    reached = pad(blocks.sum(-1, dtype=torch.float64).cumsum(-1), (1, 0))
+    reached = pad(blocks.sum(-1).double().cumsum(-1), (1, 0))
     point = noise.to(reached)[:, None] * reached[:, -1:]
     block = torch.searchsorted(reached[:, 1:].contiguous(), point, right=True).clamp_max(blocks.shape[1] - 1)
     low, high = reached.gather(1, block), reached.gather(1, block + 1)

@@ -53,6 +53,11 @@ def _changed(sources: Sequence[Path | Clip], kept: Mapping[Path | Clip, tuple[St
     return {s: now for s, now in stamps.items() if s not in kept or kept[s][0] != now}
 
 
+def moved(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Pixels on a device; on the way to a card in pinned memory, so that the host need not wait."""
+    return pixels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else pixels.to(device)
+
+
 class VisionFeatures(NamedTuple):
     """What the vision tower makes of an image or a clip.
 
@@ -142,9 +147,7 @@ class Vision:
         """(3, height, width) uint8 on the model's device, from a worker or opened here."""
         made = self.ahead.take(path) if self.ahead else None
         pixels = made[1] if made and made[0] == stamp(path) else resized(self.processor, path)
-        if self.model.device.type == "cuda":
-            return pixels.pin_memory().to(self.model.device, non_blocking=True)
-        return pixels.to(self.model.device)
+        return moved(pixels, self.model.device)
 
     def keys(self, items: Sequence[Item], request: str) -> list[Path]:
         """What is made ready for items: their images of which no features are kept."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import families
 from conftest import mined
+from elva_core.evaluation import grains, headroom
+from elva_core.export import faiss_index
 from elva_core.models import encoder, generation
-from elva_core.retrieval import retriever, search
+from elva_core.mrbench import annotate, build
+from elva_core.retrieval import cache, retriever, search
+from elva_core.retrieval import pool as pools
 from elva_core.training import contrastive, distillation, grpo, reranker
 from pretend_card import PretendCard, on_card
 
@@ -49,6 +54,18 @@ def test_embeddings_are_those_of_the_cpu(loaded, items, model_folder, smoke, car
     assert torch.equal(eol.cpu(), here.embed_eol(items))
 
 
+@pytest.mark.parametrize("family", [None, families.qwen3_vl])
+def test_pixels_go_to_the_card_through_pinned_memory(card, model_folder, texts, tmp_path, smoke, items, family):
+    """Those of a spliced model's images one by one, of any other's as its processor has stacked them."""
+    model = encoder.load(families.write(family, texts, tmp_path) if family else model_folder, smoke.encoder, device="cuda")
+    card.pinned = 0
+    model.embed_eol([item for item in items if item.images])
+    assert card.pinned >= 1
+    before = card.pinned
+    model.embed_eol([item for item in items if not item.images])
+    assert card.pinned == before
+
+
 @pytest.mark.parametrize("gradient_cache", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_contrastive_stages(loaded, root, smoke, tmp_path, gradient_cache, checkpointing):
@@ -85,6 +102,20 @@ def test_distillation_and_reranker(loaded, root, smoke, tmp_path):
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked[:2])]
     for kind in reranker.KINDS:
         assert len(reranker.score(loaded, asked, kind, rerank, batch=4)) == 2
+
+
+def test_the_analyses_of_grains_and_summaries_and_an_index(loaded, root, smoke, tmp_path, monkeypatch):
+    bench = build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)[0]
+    searcher = retriever.Searcher(loaded, root, "test", smoke.evaluation)
+    room = headroom.measure(searcher, bench, (1, 5), samples=2, seed=1, limit=4)
+    assert set(room["summaries"]) >= {headroom.GREEDY, headroom.BEST} and 0 <= headroom.reading(searcher, bench) <= 1
+    unit = bench.units("test")[0]
+    removable = grains.ablatable(bench.queries(unit, "test"))[:4]
+    assert len(grains.distances(searcher, removable, unit)) >= len(removable) and len(grains.twins(searcher, bench))
+    monkeypatch.setattr(cache, "EMBEDDINGS", tmp_path / "kept")
+    loaded.save(tmp_path / "model", stage="test", parent="none")
+    again = encoder.load(tmp_path / "model", device="cuda")
+    assert faiss_index.write(again, pools.of_unit(again, root, unit, batch=16), tmp_path / "index", precision="int8")
 
 
 def test_search_and_evaluation(loaded, root, smoke, card):
