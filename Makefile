@@ -50,8 +50,9 @@ test-browser: .venv/ready ## every notebook in JupyterLab in a real browser, the
 	$(BIN)/python -m pip install --quiet -e '.[test,browser]'
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -m browser tests/apps/test_browser.py
 
-bench: .venv/ready ## speed and memory of stage 3 and of the search against TRL, generate and FAISS, into outputs/bench
+bench: .venv/ready ## speed and memory of stage 3, of decoding and of the search, against TRL, generate and FAISS, into outputs/bench
 	$(BIN)/python bench/rl.py
+	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/search.py
 
 gpu: ## right and fast on the card of this machine? eight minutes, with the Python that is there [PYTHON=python3]

@@ -143,6 +143,11 @@ def test_every_notebook_gives_the_answer_that_the_report_has(committed, folder, 
         assert answer and f"**Answer** {' '.join(answer.split())}\n" in head, stage
 
 
+@pytest.mark.parametrize("stage", keys.TABLE)
+def test_an_executed_notebook_names_no_place_of_the_machine_that_ran_it(committed, stage):
+    assert not re.search(r"/(?:home|root|work|tmp|Users|mnt|opt)/", printed(committed, stage))
+
+
 def literals(source: str) -> str:
     """The texts that a cell's code holds, without what is computed between braces."""
     return " ".join(node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ir_measures
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis.strategies import integers
+from hypothesis import given, settings
+from hypothesis.strategies import integers, lists
 from ir_measures import RR, R, Success, nDCG
 
 from elva_core.retrieval import metrics
@@ -21,15 +21,18 @@ def test_three_documents_by_hand():
     assert metrics.ndcg_at_k(ranks, 3, relevant)[:2] == pytest.approx([1.5 / (1 + 1 / np.log2(3)), 1 / np.log2(3)])
 
 
-def test_equal_to_ir_measures_on_random_runs():
-    rng = np.random.default_rng(0)
+@settings(max_examples=10, deadline=None)
+@given(integers(0, 2**32 - 1), integers(1, 60))
+def test_equal_to_ir_measures_on_random_runs(seed, depth):
+    """Of candidates below `depth` the run says nothing: a query may have no relevant one in it."""
+    rng = np.random.default_rng(seed)
     run, qrels, ranks, relevant = {}, {}, [], []
     for q in range(60):
         scores = rng.permutation(50)
         judged = set(rng.choice(50, size=rng.integers(1, 6), replace=False).tolist())
-        run[str(q)] = {str(d): float(s) for d, s in enumerate(scores)}
+        order = np.argsort(-scores)[:depth]
+        run[str(q)] = {str(d): float(scores[d]) for d in order}
         qrels[str(q)] = {str(d): 1 for d in judged}
-        order = np.argsort(-scores)
         ranks.append([i + 1 for i, d in enumerate(order) if d in judged])
         relevant.append(len(judged))
     theirs = ir_measures.calc_aggregate([Success @ 5, R @ 5, RR @ 10, nDCG @ 10], qrels, run)
@@ -41,6 +44,17 @@ def test_equal_to_ir_measures_on_random_runs():
     }
     for name, values in ours.items():
         assert values.mean() == pytest.approx(theirs[name], abs=1e-9), name
+
+
+@given(lists(integers(1, 20), max_size=6, unique=True), integers(1, 20), integers(1, 20))
+def test_more_depth_never_lowers_a_rate_and_a_hit_is_recall_of_a_single_positive(ranks, k, deeper):
+    relevant = [max(1, len(ranks))]
+    for rate in (metrics.hit_rate_at_k, lambda r, k: metrics.recall_at_k(r, k, relevant), metrics.reciprocal_rank):
+        assert rate([ranks], k)[0] <= rate([ranks], k + deeper)[0] <= 1
+    assert metrics.recall_at_k([ranks], k, relevant)[0] <= metrics.hit_rate_at_k([ranks], k)[0]
+    assert metrics.recall_at_k([ranks[:1]], k, [1])[0] == metrics.hit_rate_at_k([ranks[:1]], k)[0]
+    best = list(range(1, len(ranks) + 1))
+    assert metrics.ndcg_at_k([ranks], k, relevant)[0] <= metrics.ndcg_at_k([best], k, relevant)[0] + 1e-12
 
 
 def test_interval_covers_the_mean_and_shrinks_with_the_square_root_of_n():
