@@ -159,6 +159,8 @@ def gain(tables: Tables, settings: Settings) -> str:
 ![Points after each step](figures/decomposition.png)
 
 {markdown_table(decomposition.overview(steps))}
+![Points of each step by how well the backbone reads](figures/reading.png)
+
 What others report, each on its own benchmark:
 
 {markdown_table(decomposition.public_work())}
