@@ -84,8 +84,8 @@ def readme_block(table: Known) -> str:
         f"one {start['gpu']}, torch {start['torch']}, transformers {start['transformers']}, bfloat16, "
         f"Qwen2-VL-2B at its real sizes with random weights. Stage 1 stopped ({stopped}). "
         "`make gpu` on a machine with a card measures anew and replaces this table. Nor has a card been lent "
-        "to the teaching, the study or the chain of the laptop profile (`device: cuda`), which pass the tests of "
-        "a simulated one. "
+        "to teaching, study or chain of the laptop profile (`device: cuda`); they pass the tests of a "
+        "simulated one. "
         "No result in this repository comes from a GPU."
     )
     return f"{head}\n\n{markdown_rows(COLUMNS, [(a, b, c, *_load(d)) for a, b, c, d in rows])}"

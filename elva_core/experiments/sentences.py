@@ -281,7 +281,7 @@ def costs(table: pd.DataFrame) -> Markdown:
     ]
     if not clauses:
         return _said("hit@5 and cost: no arm was timed.")
-    apart = "each arm was timed by itself, not in turns, so that passes compare, and queries a second hardly do"
+    apart = "each arm was timed by itself, not in turns: passes compare, queries a second hardly do"
     return _said(f"hit@5 and cost: {'; '.join(clauses)}; {apart}.")
 
 
