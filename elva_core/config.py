@@ -35,7 +35,7 @@ class ProfileError(ValueError):
 
 
 class EmojiSettings(Section):
-    """What the embedded collection is written from."""
+    """Values that the embedded collection is written from."""
 
     language: str
     size: PositiveInt | None = None  # slice of the collection; None is all of it
@@ -88,7 +88,7 @@ class EncoderSettings(Section):
 
     @property
     def pool_template(self) -> str:
-        """How candidates are read where queries are read after a summary (retriever.encode)."""
+        """Template of candidates where queries are read after a summary (retriever.encode)."""
         return "summary" if self.candidate_summaries else "bare"
 
     @model_validator(mode="after")
@@ -145,7 +145,7 @@ class EvaluationSettings(Section):
 
 
 class StudySettings(Section):
-    """Which arms of params/arms.yaml are compared, over which training seeds."""
+    """Arms of params/arms.yaml that are compared, and their training seeds."""
 
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     arms: tuple[str, ...] = ()  # none means all
@@ -236,7 +236,7 @@ def load(profile: str) -> Settings:
 
 
 def teaching(name: str) -> TeachSettings:
-    """How a small backbone is made: params/backbone/<name>.yaml.
+    """Recipe of a small backbone: params/backbone/<name>.yaml.
 
     Raises:
         ProfileError: as `load`.
@@ -264,7 +264,7 @@ def _extended(path: Path, *below: Path) -> dict:
 
 
 def mapping(path: Path) -> dict:
-    """What a file of params/ holds, by key; raises ProfileError where it is missing or holds no keys."""
+    """Content of a file of params/, by key; raises ProfileError where it is missing or holds no keys."""
     if not path.is_file():
         known = sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in NO_PROFILES)
         raise ProfileError(f"{path} is missing; profiles are {known}")

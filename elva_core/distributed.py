@@ -53,7 +53,7 @@ def processes() -> PartialState:
 
 
 def own_share(count: int) -> list[int]:
-    """Which of `count` rows of a step this process computes."""
+    """Places of the rows, of `count` in a step, that this process computes."""
     return list(range(processes().process_index, count, processes().num_processes))
 
 

@@ -75,7 +75,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> object:
-    """What a YAML file holds.
+    """Content of a YAML file.
 
     Raises:
         ElvaDataError: it is no YAML, or a mapping holds a key twice; with file and line.

@@ -1,4 +1,4 @@
-"""Tables as people read them, Markdown and cells of percent with their intervals; and how we read our own."""
+"""Tables for people: Markdown, cells of percent with their intervals; and the reader of our own CSV files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def percent_cells(rows: pd.DataFrame) -> list[str]:
 def direction(
     low: float, high: float, words: tuple[str, str] = ("higher", "lower"), neither: str = "inconclusive"
 ) -> str:
-    """What an interval of a difference says: one of two words, or `neither` where it holds zero.
+    """An interval of a difference in a word: one of two, or `neither` where it holds zero.
 
     >>> direction(0.4, 3.0), direction(-0.1, 3.0), direction(-2.0, -0.5)
     ('higher', 'inconclusive', 'lower')

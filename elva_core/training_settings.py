@@ -1,4 +1,4 @@
-"""Values of a profile that say how something is trained: steps, rates, adapters, rewards, negatives."""
+"""Training values of a profile: steps, rates, adapters, rewards, negatives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SmallModelSettings(Section):
 
 
 class RedrawSettings(Section):
-    """How much a drawing is changed each time that it is shown; zeros show it as it is."""
+    """Random changes of a drawing each time that it is shown; zeros show it as it is."""
 
     warp: NonNegativeFloat  # turn, shear, shift, and change of scale and aspect
     jitter: NonNegativeFloat  # gain and offset of its colours
@@ -54,7 +54,7 @@ class RedrawSettings(Section):
 
 
 class TeachSettings(Section):
-    """How a small backbone is made that can read drawings: params/backbone/<name>.yaml."""
+    """Recipe of a small backbone that can read drawings: params/backbone/<name>.yaml."""
 
     profile: str  # whose data, vocabulary and prompts
     seed: NonNegativeInt
@@ -87,7 +87,7 @@ class LoraSettings(Section):
 
 
 class AdapterSettings(LoopSettings):
-    """What the training of one adapter has: steps and rates, its size, what bounds the memory."""
+    """Values of the training of one adapter: steps and rates, its size, bounds of memory."""
 
     chunk: PositiveInt  # rows, items or prompts per forward
     gradient_checkpointing: bool = False  # one layer's activations in memory; same gradient, one more forward

@@ -1,4 +1,4 @@
-"""Values of a profile: their kinds (shares, counts, paths, models), changes laid over them, what is refused.
+"""Kinds of profile values (shares, counts, paths, models), changes laid over them, and their checks.
 
 A relative path of a profile is meant from the repository, wherever a command or a notebook was started.
 """
@@ -42,7 +42,7 @@ Place = Annotated[str, AfterValidator(resolved), PlainSerializer(as_written)]
 
 
 def model_source(name: str) -> str:
-    """What transformers loads for a model of a profile: an absolute folder, or a name on the hub.
+    """Source of a profile's model for transformers: an absolute folder, or a name on the hub.
 
     It is a folder where that folder exists, and where the name starts with `.` or `/`.
     """

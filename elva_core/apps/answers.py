@@ -78,7 +78,7 @@ class Answers:
         return f"best {len(self.found)} of {len(self.pool.candidates):,} for {self.query.text!r}"
 
     def _repr_png_(self) -> bytes:
-        """What JupyterLab shows."""
+        """The sheet of pictures that JupyterLab shows."""
         out = io.BytesIO()
         self.sheet().savefig(out, format="png", dpi=150)
         return out.getvalue()

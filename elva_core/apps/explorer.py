@@ -57,7 +57,7 @@ A positive, which answers the whole query, is framed."""
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answers to a query.
+    """One model's ranked answers to a query.
 
     text, image: what it read, instruction and query. grains: (kind, text) of the query, without those taken
     out. best: candidate and cosine, best first. positives: dids; empty where nobody knows them. rank: of the
@@ -144,7 +144,7 @@ class Explorer(ipywidgets.VBox):
         self.add_class("elva")
 
     def __repr__(self) -> str:
-        """What a notebook that is only read shows in its place."""
+        """The text that stands in its place in a notebook without JupyterLab."""
         return "The explorer, a widget: run the notebook in JupyterLab to use it."
 
 
@@ -216,7 +216,7 @@ class Column(ipywidgets.VBox):
         self._search()
 
     def _search(self, _=None) -> None:
-        """What every model answers to the query without the grains that are not ticked."""
+        """Answers of every model to the query without the grains that are not ticked."""
         dropped = [i for i, box in enumerate(self.boxes.children[1:]) if not box.value]
         unit, query = self.unit.value, self._query()
         try:

@@ -29,7 +29,7 @@ UNITS = {(True, False): "emoji_task0", (False, True): "emoji_task4", (True, True
 
 
 def folder() -> Path:
-    """Where the model is."""
+    """Folder of the model that ships."""
     return seed_folder(PROFILE, SEED) / "model"
 
 

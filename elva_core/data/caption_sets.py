@@ -311,7 +311,7 @@ def sugarcrepe(files: Files, prompts: Prompts) -> list[Task]:
 
 @dataclass(frozen=True)
 class Format:
-    """How a set is read.
+    """Reader of one set and the tasks made of it.
 
     folder: below the folder of all sets. columns: task -> column of Table 2. prompts: one fixed instruction
     each, worded by us; "" is the one for all queries.

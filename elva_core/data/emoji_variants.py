@@ -82,7 +82,7 @@ def _moved(drawing: Image.Image, sign: int, turn: float, size: float, shift: flo
 def write_unseen(
     emojis: Sequence[Emoji], folder: Path, data: EmojiSettings, asked: UnseenSettings
 ) -> dict[str, tuple[str, str]]:
-    """What no stage saw, as files in the layouts of ShareGPT4V, CC-Neg and SugarCrepe.
+    """Sets that no stage saw, as files in the layouts of ShareGPT4V, CC-Neg and SugarCrepe.
 
     Args:
         emojis: of the root; compositions held out of training are told from the others in the key `group`.

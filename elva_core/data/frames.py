@@ -35,7 +35,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """What was decoded of a file.
+    """Decoded frames of a file.
 
     pixels: (n, 3, H, W) uint8, RGB, upright. indices: which of the file's `total` frames. rate: of the file,
     per second.
@@ -48,7 +48,7 @@ class Frames:
 
     @property
     def sampled_rate(self) -> float:
-        """How many of these frames there are in a second."""
+        """Number of these frames in a second."""
         return len(self.indices) / self.total * self.rate
 
 

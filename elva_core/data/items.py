@@ -1,4 +1,4 @@
-"""What is embedded: texts, images, clips and their mixtures, and how a row of M-BEIR becomes one."""
+"""Items to embed: texts, images, clips and their mixtures, and items made of rows of M-BEIR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elva_core.data.frames import Clip
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is embedded: a query (text = instruction and query text) or a candidate, already normalised.
+    """One input of the embedder: a query (text = instruction and query text) or a candidate, normalised.
 
     image: a file; its path may be given as a string.
     more: further parts between image and text, in their order: a path is an image, a string is text, a clip

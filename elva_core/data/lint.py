@@ -36,7 +36,7 @@ class Known:
 
 @dataclass
 class Report:
-    """What one pass over a root has found so far. images: hashes of the paths that were looked at already."""
+    """Findings of one pass over a root so far. images: hashes of the paths that were looked at already."""
 
     root: Root
     decode_images: bool

@@ -1,4 +1,4 @@
-"""The data a profile names, as an M-BEIR root and NLI triplets, and what a reader wants to know about them.
+"""The data a profile names, as an M-BEIR root and NLI triplets; counts and examples of them.
 
 root, triplets = write(settings.data, folder, seed=17)
 """

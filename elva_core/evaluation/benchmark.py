@@ -36,7 +36,7 @@ TABLES = ("results.csv", "table.csv", "table.md")
 
 @dataclass(frozen=True)
 class Measured:
-    """What `measure` found of one model.
+    """Measurements of one model by `measure`.
 
     Attributes:
         results: long table over units, pools and metrics. hits: one row per MRBench query. bench: ranked
@@ -188,7 +188,7 @@ def _of_prefixes(searcher: Searcher, embedded: Embedded, dim: int) -> list[dict]
 
 
 def _key(model: str, embedded: Embedded, searcher: Searcher, dims: Sequence[int]) -> str:
-    """What scores and ranked lists depend on: name, ids, vectors, judgements and settings, as a hash."""
+    """Hash of all that scores and ranked lists depend on: name, ids, vectors, judgements, settings."""
     settings = searcher.settings.model_dump_json()
     values = [model, searcher.split, *embedded.content, embedded.relevant, settings, *dims]
     ids = (embedded.queries.ids.tobytes(), embedded.candidates.ids.tobytes())
@@ -266,7 +266,7 @@ def by_composition(hits: pd.DataFrame, k: int) -> pd.DataFrame:
 
 
 def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.DataFrame:
-    """How much higher MRBench hit rates are for compositions that no training row has than for the others.
+    """Difference of MRBench hit rates: compositions that no training row has less the others.
 
     Returns:
         a row per model that has queries of both: new, old, metric, value and its 95 % interval (queries

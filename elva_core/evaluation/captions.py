@@ -179,7 +179,7 @@ def measure(loaded: Loaded, vectors: Vectors, model: str) -> pd.DataFrame:
 
 
 def described(loaded: Loaded) -> pd.DataFrame:
-    """What each task asks: an example of a query and of what is right, how many there are of both."""
+    """Tasks as a table: an example of a query and of a right answer, and the numbers of both."""
     rows = []
     for source, tasks in loaded:
         for task in tasks:
@@ -251,7 +251,7 @@ def side_by_side(results: pd.DataFrame, question: str) -> pd.DataFrame:
 
 
 def shifts(hits: pd.DataFrame, model: str, samples: int, seed: int) -> pd.DataFrame:
-    """What an unseen vendor, an unseen composition and another language each do to one model's hit rate.
+    """Differences of one model's hit rate by unseen vendor, unseen composition and another language.
 
     Args:
         hits: `measure` of the embedded collection's own rows, in which a query's number means the same

@@ -47,7 +47,7 @@ def ablatable(queries: Sequence[mbeir.Query]) -> list[mbeir.Query]:
 
 
 def removable(query: mbeir.Query) -> list[int]:
-    """Which grains the text lets go alone: none of what only the picture shows.
+    """Grains that can be removed from the text alone: none that only the picture shows.
 
     The text is the sequence of its grains, or holds the grain exactly once, as whole words, apart from every
     other one.
@@ -61,7 +61,7 @@ def removable(query: mbeir.Query) -> list[int]:
 
 
 def spans(text: str, grain: str) -> list[tuple[int, int]]:
-    """Where a grain stands in a text, in any case, as whole words."""
+    """Places of a grain in a text, in any case, as whole words."""
     return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(grain)}(?!\w)", text, re.IGNORECASE)]
 
 
@@ -125,7 +125,7 @@ def blindness(distance: pd.DataFrame) -> str:
 
 
 def _changed(row: pd.Series, scale: float, digits: int) -> str:
-    """What the interval of a difference says, with the difference."""
+    """A difference in words, with what its interval says."""
     value, low, high = (round(scale * row[name], digits) for name in ("value", "ci_low", "ci_high"))
     clear = direction(low, high, ("grows", "shrinks"), "has no clear change")
     return f"{clear}, {number(value, low, high, '', sign=True, digits=digits)}"
@@ -186,7 +186,7 @@ def twins(searcher: Searcher, bench: mbeir.Root) -> pd.DataFrame:
 
 
 def twins_ahead(twins: pd.DataFrame, samples: int) -> pd.DataFrame:
-    """How many of its one-grain twins stand ahead of a positive, by kind of the grain, and for all kinds.
+    """Share of one-grain twins that stand ahead of a positive, by kind of the grain, and for all kinds.
 
     Args:
         twins: `twins` of stage 2 and stage 3, with a column model. samples: of the bootstrap over queries.

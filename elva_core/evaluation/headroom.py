@@ -149,7 +149,7 @@ def table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed: int) -
 
 
 def shares_taken(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int) -> pd.DataFrame:
-    """What part of the room up to the best of stage 2's own samples stage 3 takes with its greedy summaries.
+    """Share of the room up to the best of stage 2's own samples that stage 3's greedy summaries take.
 
     Args:
         hits: of `measure`, with a column model. samples: of the bootstrap over queries.

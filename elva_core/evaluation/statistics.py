@@ -109,7 +109,7 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
 def share(
     queries: pd.DataFrame, part: str, whole: str, samples: int, scope: tuple, stratum: str = "unit"
 ) -> dict[str, float]:
-    """How much of one mean difference another one is: ratio of two averages over the same queries.
+    """Ratio of two mean differences over the same queries.
 
     Args:
         queries: one row per query with the columns `part`, `whole` and `stratum`; both averages are

@@ -75,7 +75,7 @@ def measure(
 
 
 def times(table: pd.DataFrame, base: str) -> pd.DataFrame:
-    """How many times as fast as one of them the ways are; the range is that of their rounds.
+    """Speed of each way over that of one of them; the range is that of their rounds.
 
     Args:
         table: `measure`. base: the way that the others are divided by.

@@ -119,7 +119,7 @@ def experiment(hits: pd.DataFrame) -> str:
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """What a summary needs of `table`, at the most frames: motions by name, how often the named one is first.
+    """Rows of `table` for its summary, at the most frames: motions by name, how often the named is first.
 
     Returns:
         the rows with unit (the motion) and group (the frames, and the chance of finding the named motion).
@@ -133,7 +133,7 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def more_frames(hits: pd.DataFrame, model: str, samples: int, seed: int) -> pd.DataFrame:
-    """What looking at the most frames instead of the fewest does to one model's hit@5 of what moves, paired.
+    """Paired difference of one model's hit@5 on moving things: the most frames less the fewest.
 
     Args:
         hits: `measure`, with a column model.

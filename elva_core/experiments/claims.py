@@ -136,13 +136,13 @@ def own_setting(tables: dict, profile: str, measured: Mapping[str, pd.DataFrame]
 
 
 def main(table: pd.DataFrame, tables: dict) -> pd.DataFrame:
-    """What was measured of the paper's main claims, on MRBench."""
+    """Rows of the paper's main claims, on MRBench."""
     sources = [MRBENCH, tables["mrbench_gain"]["source"], tables["grain_distance"]["source"]]
     return table[table["ours"].notna() & table["source"].isin(sources)]
 
 
 def counted(table: pd.DataFrame) -> str:
-    """How many claims got which verdict; what has no counterpart in the paper, or none that is judged, apart.
+    """Numbers of claims by verdict, in words; results without a figure that is judged are counted apart.
 
     >>> verdicts, paper, ours = ["reproduced", "", "", "not run"], [1, None, 2, 3], [1.0, 2.0, 3.0, None]
     >>> print(counted(pd.DataFrame({"verdict": verdicts, "paper": paper, "ours": ours})).replace(". ", "\\n"))

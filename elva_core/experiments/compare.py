@@ -1,4 +1,4 @@
-"""What a study says, in percent: arms side by side over seeds, paired differences, sample efficiency.
+"""Tables of a study, in percent: arms side by side over seeds, paired differences, sample efficiency.
 
 table = compare.differences(study, [("stage 3", "stage 2")], k=5, samples=1000)
 """
@@ -118,7 +118,7 @@ def queries_seen(settings: Settings, arm: Arm) -> int:
 
 
 def costs(study: Study, settings: Settings) -> pd.DataFrame:
-    """What an arm's own training took, for each that has a result: seeds, queries, steps, median seconds."""
+    """Cost of each arm's own training: seeds with a result, queries, steps, median seconds."""
     there = study.runs.groupby("arm", sort=False)
     table = there.agg(seeds=("seed", "count"), steps=("steps", "first"), seconds=("train_s", "median"))
     seen = {name: queries_seen(settings, arm) for name, arm in arms(settings).items()}
@@ -197,7 +197,7 @@ def speeds(study: Study) -> pd.DataFrame:
 
 
 def most_lacking(study: Study, name: str) -> str:
-    """Which grain the wrong first answers of an arm lack most often, and least, in words; all its seeds."""
+    """The grain that an arm's wrong first answers lack most often, and least, in words; all its seeds."""
     errors = study.errors[study.errors["arm"] == name] if len(study.errors) else study.errors
     if errors.empty:
         return f"No error of {name} was counted."

@@ -1,4 +1,4 @@
-"""What work takes: amounts that add up, and the memory of a device at its fullest moment.
+"""Cost of planned work: prompts, tokens, FLOPs and seconds, which add up, and the peak memory.
 
 (Cost(prompts=4, memory={"weights": 2.0}) + Cost(prompts=4, memory={"weights": 3.0})).peak    # 3.0
 """
@@ -20,7 +20,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Cost:
-    """What work takes: amounts, which add up, and the memory of a device, that of its fullest moment.
+    """Amounts of work, which add up, and the memory of a device at its fullest moment.
 
     prompts: rows of `Encoder.batch`, every pass counted. rollouts: summaries written. seconds: on one device;
     waiting: those for an image, or for the start of a layer. memory: GB by part; {} for the host's work.

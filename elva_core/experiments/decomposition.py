@@ -147,7 +147,7 @@ def interval(
 
 
 def sentence(rows: pd.DataFrame, profile: str, k: int = 5) -> str:
-    """What the average shows at one cut-off, in words: the gain, where it is a loss, its steps and whether
+    """The average at one cut-off, in words: the gain, where it is a loss, its steps and whether
     seeds agree on them, and what has not been run, with its command.
 
     Args:
@@ -184,7 +184,7 @@ def _losses(rows: pd.DataFrame, metric: str) -> str:
 
 
 def negatives(settings: Settings) -> str:
-    """Which of stage 3's negatives the control takes, in words; how many was chosen on val.
+    """The negatives of stage 3 that the control takes, in words; their number was chosen on val.
 
     >>> negatives(config.load("cpu"))
     "none of stage 3's 8 hard negatives and all of its 8 random ones"
@@ -273,7 +273,7 @@ def figure(rows: pd.DataFrame) -> Figure:
 
 
 def shares(done: Study, samples: int) -> pd.DataFrame:
-    """What part of stage 3's gain over the EOL baseline each step is.
+    """Share of each step in stage 3's gain over the EOL baseline.
 
     Returns:
         step, metric, value, ci_low, ci_high (percent; nan where the gain may be zero), n queries; no rows
@@ -295,7 +295,7 @@ def shares(done: Study, samples: int) -> pd.DataFrame:
 
 
 def shares_told(parts: pd.DataFrame, k: int = 5) -> str:
-    """What part of the gain each step is at one cut-off, in words.
+    """Share of each step at one cut-off, in words.
 
     Args:
         parts: `shares`.
@@ -389,7 +389,7 @@ def reading_figure(rows: pd.DataFrame) -> Figure:
 
 
 def public_work() -> pd.DataFrame:
-    """What others report on the same question: scores, points of generation and of RL, share of RL."""
+    """Public results on the same question: scores, points of generation and of RL, share of RL."""
     works = pd.DataFrame(statistics.reported()["public_work"]["works"])
     none, written, learnt = (works[name].astype(float) for name in ("no generation", "generation", "with RL"))
     points = {"of generation, points": written - none, "of RL, points": learnt - written}

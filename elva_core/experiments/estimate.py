@@ -1,4 +1,4 @@
-"""How much work each stage of a profile is: sequences, tokens, FLOPs, seconds of one device, memory.
+"""Estimate of the work of each stage of a profile: prompts, tokens, FLOPs, seconds of a device, memory.
 
 Arithmetic on the profile, the counts of backbone and data, and the assumptions of params/plan.yaml, for what
 the loops of training/, retrieval/ and mrbench/ do, every summary being as long as its cap. Amounts are those

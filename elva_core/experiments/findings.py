@@ -1,4 +1,4 @@
-"""What was found, in words and a table: the steps from the EOL baseline to stage 3, tasks, grains, certainty.
+"""Results in words and a table: the steps from the EOL baseline to stage 3, tasks, grains, certainty.
 
 Every number is from a table of the report.
 
@@ -106,7 +106,7 @@ def read_study_table(path: Path) -> pd.DataFrame:
 
 
 def in_short(tables: Tables, reported: dict) -> str:
-    """What holds, for who reads no further: the verdict, the parts of the gain, the grain distance."""
+    """The main results in three sentences: the verdict, the parts of the gain, the grain distance."""
     one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
     whole, reward = five.loc["all"], five.loc["ranking reward"]
     if not whole["verdict"]:
@@ -160,7 +160,7 @@ def steps(tables: Tables) -> str:
 
 
 def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
-    """What was found besides the steps, a line for each question, whatever it says."""
+    """The other results, a line for each question, negative ones among them."""
     left = headroom.sentence(tables.headroom, tables.shares, settings.evaluation.headroom_samples)
     return [
         f"**In every task?** {_tasks(tables)}",
@@ -173,7 +173,7 @@ def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
 
 
 def _lies(low: float, high: float) -> str:
-    """Where an interval lies."""
+    """The side of zero on which an interval lies, in words."""
     return sentences.direction(low, high, ("lies above zero", "lies below zero"), "holds zero")
 
 
@@ -209,7 +209,7 @@ def _tasks(tables: Tables) -> str:
 
 
 def _sure(tables: Tables) -> str:
-    """How many seeds there are, and how many claims of the paper have which verdict."""
+    """Numbers of seeds, and of the paper's claims by verdict, in words."""
     judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
     counts = judged["verdict"].value_counts()
     words = [f"{counts[word]} *{word}* ({meaning})" for word, meaning in MEANING.items() if word in counts]
@@ -218,7 +218,7 @@ def _sure(tables: Tables) -> str:
 
 
 def _seeds(tables: Tables) -> str:
-    """How many seeds the models of the table have, and what else was trained."""
+    """Seeds of the models in the table, and the other trainings, in words."""
     counts = tables.runs.groupby("arm")["seed"].nunique()
     models = counts.reindex(list(decomposition.CHAIN), fill_value=0).min()
     others = counts.drop(list(decomposition.CHAIN), errors="ignore")

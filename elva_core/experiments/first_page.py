@@ -86,7 +86,7 @@ def listed(lines: Sequence[str]) -> str:
 
 
 def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
-    """What is trained on what, what is asked, and what ranks."""
+    """The setting: data of the training, queries, pools."""
     size = sizes.of_model(settings.backbone.path, sizes.known().architectures).parameters
     data = f"the data {settings.data.name}; its test split is unseen"
     if settings.data.emoji:
@@ -125,7 +125,7 @@ def _claimed(reported: dict) -> list[str]:
 
 
 def _easy(tables: Tables, settings: Settings) -> list[str]:
-    """What went well, by what was measured."""
+    """The section on what was easy, line by line, from measured values."""
     cost, audit = tables.cost, tables.audit
     lines = [
         f"{len(cost)} notebooks ran to their end on {settings.device}, {int((cost['wall_s'] < 60).sum())} of "
@@ -141,7 +141,7 @@ def _easy(tables: Tables, settings: Settings) -> list[str]:
 
 
 def _hard(tables: Tables, settings: Settings, reported: dict) -> list[str]:
-    """What did not go well, by what was measured."""
+    """The section on what was hard, line by line, from measured values."""
     doubtful = tables.claims["verdict"].isin(("inconclusive", "contradicted"))
     judged = doubtful | tables.claims["verdict"].isin(("reproduced", "same direction", "below"))
     lines = [

@@ -41,7 +41,7 @@ NOTEBOOKS: dict[Training, str] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What one stage needs.
+    """Inputs of one stage of training.
 
     start: folder or hub name of the model it begins with.
     folder: checkpoints and metrics.jsonl, and in the end model/.
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def model(self) -> Path:
-        """Where the trained model will be."""
+        """Folder of the trained model, once there is one."""
         return self.folder / "model"
 
 

@@ -1,4 +1,4 @@
-"""What the result of a stage depends on, and its key: the values that it reads, its inputs, its method.
+"""Keys of stages: the values that a result depends on, its inputs, its method, and their hash.
 
 made = made_from(config.load("cpu"), 17, "30_pretrain_contrastive")
 if key(made) != manifest("cpu", 17, "30_pretrain_contrastive")["key"]:
@@ -84,7 +84,7 @@ def manifest(profile: str, seed: int, stage: str) -> dict | None:
 
 
 def made_from(settings: Settings, seed: int, stage: str) -> dict:
-    """What the result of a stage depends on now.
+    """The record of all that a stage's result depends on, as of now.
 
     Returns:
         seed; values: of the sections that it reads, without those that are the default, so that a new one
@@ -118,7 +118,7 @@ def key(made: dict) -> str:
 
 
 def differences(before: dict | None, now: dict) -> list[str]:
-    """What changed from one `made_from` to another, a line each; None is the one of an older layout."""
+    """Changes from one `made_from` to another, a line each; None is the one of an older layout."""
     if before is None:
         return ["made by another layout"]
     inputs = before["inputs"]

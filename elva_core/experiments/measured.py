@@ -21,7 +21,7 @@ COLUMNS = ("what", "measured", "should be", "GPU busy", "MFU", "peak, GB")
 
 
 def results() -> list[dict]:
-    """What `make gpu` wrote for each real card, newest first."""
+    """Results of `make gpu` for each real card, newest first."""
     made = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     return sorted((r for r in made if not r["simulated"]), key=lambda r: r["date"], reverse=True)
 

@@ -212,7 +212,7 @@ def _reported(settings: Settings) -> Table:
 
 
 def advice(load: Workload, planned: list[Stage], name: str) -> list[str]:
-    """What cannot run, does not fit, or leaves a device idle that has room, with the key to change."""
+    """Warnings: stages that cannot run, do not fit, or leave a device idle, each with the key to change."""
     room, out, s3 = load.gpu.memory * load.known.assumed.memory_share, [], load.settings.stage3
     if s3.queries_per_step < load.devices:
         queries = f"{s3.queries_per_step} queries a step for {load.devices} devices"
@@ -291,7 +291,7 @@ def _used(load: Workload, planned: list[Stage]) -> list[Stage]:
 
 
 def _shared(load: Workload) -> list[str]:
-    """What the launch files for models that do not fit leave on a device."""
+    """Memory that the launch files for models that do not fit leave on a device."""
     if load.devices == 1:
         return []
     rank, sizes = load.settings.stage2.lora.rank, load.sizes

@@ -77,7 +77,7 @@ def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
 
 
 def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
-    """What this run measured of the paper's Tables 1, 2, 6 and 7, by their columns; empty on other data."""
+    """This run's values in the paper's Tables 1, 2, 6 and 7, by their columns; empty on other data."""
     # Table 1: the sixteen units at their own cut-offs, and their mean
     columns = ["value", "ci_low", "ci_high", "n"]
     results = read_table(run.require("50_evaluate") / "results.csv")
@@ -182,7 +182,7 @@ def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
 
 
 def deviations(settings: Settings, reported: dict) -> list[str]:
-    """Where this profile does something else than the paper, and why; each follows from its values."""
+    """Deviations of this profile from the paper, with reasons; each follows from its values."""
     stage3, out = settings.stage3, []
     if settings.stage2.ret_share:
         share = f"{100 * settings.stage2.ret_share:.0f} % of the steps of stage 2 train the state at [RET]"
@@ -216,7 +216,7 @@ def deviations(settings: Settings, reported: dict) -> list[str]:
 
 
 def not_run(run: Stage, reported: dict, table: pd.DataFrame) -> pd.DataFrame:
-    """What was not run: figures of the paper, sets that were not there, trainings of the study.
+    """Table of what was not run: figures of the paper, missing sets, trainings of the study.
 
     Args:
         table: of `claims_table`.

@@ -92,7 +92,7 @@ def speeds(table: pd.DataFrame, **columns: object) -> pd.DataFrame:
 
 
 def seed_label(seeds: Sequence[int], spread: float = np.nan) -> str:
-    """How many seeds, which, and the standard deviation over them where it is known.
+    """Number of seeds, the seeds, and the standard deviation over them where it is known.
 
     >>> seed_label((17, 18), 0.25)
     '2 (17, 18), sd 0.2'

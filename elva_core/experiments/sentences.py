@@ -57,7 +57,7 @@ def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) ->
 
 
 def differences(pairs: pd.DataFrame, scale: float = 100.0, unit: str = "points") -> Markdown:
-    """What paired differences say, one clause for each pair; "inconclusive" is an answer, too.
+    """Paired differences in words, one clause for each pair; "inconclusive" is an answer, too.
 
     Args:
         pairs: new, old, metric, value, ci_low, ci_high, n, as `statistics.comparison` gives them.
@@ -79,7 +79,7 @@ def differences(pairs: pd.DataFrame, scale: float = 100.0, unit: str = "points")
 
 
 def shares(table: pd.DataFrame) -> Markdown:
-    """Which kind of grain most queries have, and which the fewest; of `build.describe`."""
+    """The kind of grain that most queries have, and the rarest; of `build.describe`."""
     rows = table.to_dict("records")
     told = [f"{row['kind']} ({row['queries']:,} queries, {row['share']:.0%})" for row in rows]
     ends = f"most queries name {told[0]}, fewest {told[-1]}" if len(told) > 1 else f"all name {told[0]}"
@@ -100,7 +100,7 @@ def rewarded_ranks(weights: pd.DataFrame) -> Markdown:
 
 
 def passing(table: pd.DataFrame, positive: float) -> Markdown:
-    """What the total reward does as one negative passes the positive; of `figures.hardest_negative`."""
+    """Change of the total reward as one negative passes the positive; of `figures.hardest_negative`."""
     before, after = (
         table[side].iloc[end]
         for side, end in ((table["hardest"] < positive, -1), (table["hardest"] > positive, 0))
@@ -133,7 +133,7 @@ def wrong_modality(shares: pd.DataFrame) -> Markdown:
 
 
 def first_by_metric(means: pd.DataFrame) -> Markdown:
-    """Which model is first under which metric, and what ties cost.
+    """The first model under each metric, and the cost of ties.
 
     Args:
         means: a row per metric, a column per model, in percent; "... pessimistic" beside the plain metrics.
@@ -150,7 +150,7 @@ def first_by_metric(means: pd.DataFrame) -> Markdown:
 
 
 def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
-    """Whether quantities of a training rose, from its first tenth of steps to its last.
+    """Rise or fall of quantities of a training, from its first tenth of steps to its last.
 
     Steps are resampled inside each tenth; they are no independent sample, so this is a rough interval.
 
@@ -170,7 +170,7 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
 
 
 def agreement(points: Sequence[float]) -> str:
-    """Whether single seeds agree on the sign of a difference, with the interval over them; "" without any.
+    """Agreement of single seeds on the sign of a difference, with the interval over them; "" without any.
 
     >>> agreement((0.5, -0.1, 3.0)), agreement((0.5, 2.0)), agreement((0.5,))
     (' (seeds disagree: -0.1 to +3.0; over seeds [-3.0, 5.2])', ' (every seed: +0.5 to +2.0)', ' (one seed)')
@@ -187,7 +187,7 @@ def agreement(points: Sequence[float]) -> str:
 def changes(
     pairs: pd.DataFrame, label: str, what: str, *, scale: float = 100.0, command: str = ""
 ) -> Markdown:
-    """What many paired differences say: those above zero, those below it, those that are inconclusive.
+    """Many paired differences in words: those above zero, those below it, the inconclusive ones.
 
     Args:
         pairs: value, ci_low, ci_high, n, the column `label` that names a row, and by seed where there are
@@ -219,7 +219,7 @@ def counted(n: pd.Series) -> str:
 
 
 def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
-    """Which scores are above chance, which below, and of which that cannot be said.
+    """Scores above chance, below it, and those of which neither can be said.
 
     Args:
         table: value, ci_low, ci_high, chance (shares), n, and the column `label` that names a row.
@@ -237,7 +237,7 @@ def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
 
 
 def faster(table: pd.DataFrame, way: str, base: str) -> Markdown:
-    """How many times as fast one way is, on each side and batch that was timed.
+    """Speed of one way over another, on each side and batch that was timed.
 
     Args:
         table: `throughput.times`.
@@ -269,7 +269,7 @@ def trade(table: pd.DataFrame, base: str) -> Markdown:
 
 
 def costs(table: pd.DataFrame) -> Markdown:
-    """What writing a summary costs: hit rate, speed of one query at a time and passes of the language model.
+    """Cost of writing a summary: hit rate, speed of one query at a time, passes of the language model.
 
     Args:
         table: `compare.speeds`.

@@ -1,4 +1,4 @@
-"""What the estimate is made of: GPUs, assumptions and data sets of params/plan.yaml, and a model's counts.
+"""Inputs of the estimate: GPUs, assumptions and data sets of params/plan.yaml, and a model's sizes.
 
 torch counts a model's parameters, FLOPs and bytes on the meta device: it is built from its configuration
 without weights, its parts run at two lengths under FlopCounterMode, and what grows with the length and with
@@ -77,7 +77,7 @@ class Dataset(Section):
 
 
 class Run1(Section):
-    """What the lines of outputs/gpu/run1.jsonl do not say of themselves."""
+    """The setting of run 1, which its lines in outputs/gpu/run1.jsonl leave out."""
 
     date: str
     commit: str

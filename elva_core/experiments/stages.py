@@ -214,7 +214,7 @@ def packages() -> dict[str, str]:
 
 
 def seed_place(profile: str, seed: int) -> str:
-    """What is locked while a stage of this profile and seed is made."""
+    """Name of the lock that is held while a stage of this profile and seed is made."""
     return f"{profile}/seed-{seed}"
 
 
@@ -236,7 +236,7 @@ def start(name: str, profile: str, seed: int) -> Stage:
 
 
 def no_evidence(profile: str) -> str:
-    """What a run opens with whose profile is no evidence."""
+    """Warning at the head of a run whose profile is no evidence."""
     return f"None of these numbers is evidence: the profile {profile} tests plumbing."
 
 
@@ -260,7 +260,7 @@ def open_stage(name: str, profile: str, seed: int) -> Stage:
 
 
 def beside(profile: str, seed: int, stage: str, its_key: str, kind: str) -> Path:
-    """Where a stage that was begun (kind partial) or replaced (kept) stands beside the finished ones."""
+    """Folder of a stage that was begun (kind partial) or replaced (kept)."""
     return seed_folder(profile, seed) / f".{stage}.{its_key}.{kind}"
 
 

@@ -50,7 +50,7 @@ class Study:
 
 
 def fingerprint(settings: Settings, arm: Arm, seed: int, backbone: str) -> str:
-    """What the result of an arm depends on, besides the code: the values that it uses, no others."""
+    """Hash of the values that the result of an arm depends on, besides the code."""
     used = {"data", "encoder", "mrbench", "dtype", "device"}
     used |= {"stage1", "stage2"} if arm.start != "backbone" else set()
     used |= {arm.trains} if arm.trains != "nothing" else set()
@@ -266,7 +266,7 @@ def complete(settings: Settings, root: mbeir.Root, triplets: Path, bench: mbeir.
 
 
 def coverage(done: Study, settings: Settings) -> str:
-    """How many of the planned arms and trainings have a result, in words, with the command of the others."""
+    """Numbers of planned arms and trainings with a result, in words, with the command of the others."""
     plan, there = planned(settings), done.runs[["arm", "seed"]]
     arms_there, arms_planned = there["arm"].nunique(), len({name for name, *_ in plan})
     rest = f"; the others: {command(settings.profile)}" if len(there) < len(plan) else ""
@@ -274,12 +274,12 @@ def coverage(done: Study, settings: Settings) -> str:
 
 
 def command(profile: str) -> str:
-    """What trains and measures the arms that have no result."""
+    """Command that trains and measures the arms without a result."""
     return f"python -m elva_core study {profile}"
 
 
 def folders(profile: str) -> tuple[Path, Path]:
-    """Where results and where checkpoints and stage-2 models of a profile's study are."""
+    """Folders of a profile's study: its results; its checkpoints and stage-2 models."""
     return files.OUTPUTS / profile / "study", files.OUTPUTS / "cache/study"
 
 

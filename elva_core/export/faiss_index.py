@@ -89,7 +89,7 @@ def write(
 
 
 def _reader(loaded: Encoder) -> dict:
-    """What the vectors of a model depend on, beside the template."""
+    """Record of all that a model's vectors depend on, beside the template."""
     return {
         "model": (lineage(loaded.source) or [{}])[-1],
         "encoder": loaded.settings.model_dump(exclude={"cache_vision"}),

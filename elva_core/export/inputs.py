@@ -1,4 +1,4 @@
-"""What other libraries hand over, as items: a text, an image in memory or in a file, or both.
+"""Items made of other libraries' inputs: a text, an image in memory or in a file, or both.
 
 with inputs.items([("A dog.", None, ""), ("Find it.", photograph, "Find it.")]) as items:
     vectors, _ = retriever.encode(encoder, items, batch=2)

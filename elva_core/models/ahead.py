@@ -29,7 +29,7 @@ class _Work(Dataset):
 
 
 class Ahead:
-    """What worker processes make of keys, such as paths of images, in the order of the steps.
+    """Values that worker processes make of keys, such as paths of images, in the order of the steps.
 
     Args:
         work: makes a value of a key; pure. keys_of: step -> the keys it will ask for; pure. steps: the number
@@ -71,7 +71,7 @@ class Ahead:
                 yield [(step, key) for key in keys[start : start + AT_ONCE]]
 
     def take(self, key: Hashable) -> object | None:
-        """What was made of a key for this step, once; None where nothing was."""
+        """The value made of a key for this step, once; None where there is none."""
         while (
             self._batches is not None and (self._step, key) not in self._made and self._reached <= self._step
         ):

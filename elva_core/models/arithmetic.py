@@ -1,4 +1,4 @@
-"""How a model computes: attention without what corrupts it on CUDA, float32 where bfloat16 hurts.
+"""Arithmetic of models: attention without cuDNN's kernel, bfloat16 products, float32 where that hurts.
 
 Importing this module switches cuDNN's attention off for the process: with a mask and a length of 64 modulo
 128 its backward is not a number for rows that see almost nothing, since torch 2.11 (pytorch issue 196678,

@@ -1,4 +1,4 @@
-"""Batches by tokens: how long prompts are, and rows of like length together.
+"""Batches by tokens: lengths of prompts, and rows of like length together.
 
 tokens = lengths(encoder, items, request)
 batches = by_tokens(tokens, 8192)        # places of items

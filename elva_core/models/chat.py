@@ -132,7 +132,7 @@ def read(
 def _padded(
     rows: Sequence[dict[str, torch.Tensor]], endings: Sequence[Sequence[int]] | None, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """What is said of each token, (B, L), with endings; a token of an ending is text."""
+    """The fields of each token, (B, L), with endings; a token of an ending is text."""
     out = {}
     for name in rows[0]:
         filler = pad_id if name == "input_ids" else 0
@@ -161,7 +161,7 @@ def _stacked(chats: Sequence[Chat], model) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _look(model, chats: Sequence[Chat], features: dict[tuple, ModelOutput]) -> ModelOutput:
-    """What the tower makes of chats' pictures; those that `features` lacks are computed in one call."""
+    """The tower's output for chats' pictures; those that `features` lacks are computed in one call."""
     new = {chat.names: chat for chat in chats if chat.names not in features}
     if new:
         names = signature(model.model.get_image_features).parameters
@@ -224,7 +224,7 @@ class Reader:
         request: str,
         endings: Sequence[Sequence[int]] | None,
     ) -> dict:
-        """What `read` returns for items and a request."""
+        """Model inputs of items and a request, by `read`."""
         chats, features = ({}, {}) if self._chats is None else (self._chats, self._features)
         for item in dict.fromkeys(items):
             if (item, request) not in chats:
@@ -238,7 +238,7 @@ class Reader:
         return prepared(self.processor, self._messages(item, request), names)
 
     def keys(self, items: Sequence[Item], request: str) -> list[tuple[Item, str]]:
-        """What is made ready for items: the chats of those with pictures."""
+        """Keys of what workers make ready for items: the chats of those with pictures."""
         return [(item, request) for item in dict.fromkeys(items) if item.images or item.clips]
 
     def prepared(self, key: tuple[Item, str]) -> Chat | None:

@@ -1,4 +1,4 @@
-"""Which models a model comes from, by the hashes of their weights."""
+"""Lineage of a model: the models that it comes from, by the hashes of their weights."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ROOM = 8  # lengths of fixed caches are multiples of it, which CUDA's attention 
 
 @dataclass(slots=True)
 class Prefix:
-    """What is read so far of R rows.
+    """R rows that the model has read so far.
 
     mask: (R, L) int64. last: (R, D) state of the last prompt token. position: (..., R, 1) of the next token.
     """

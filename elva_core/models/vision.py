@@ -37,7 +37,7 @@ Stamp = tuple[int | None, int | None]  # size in bytes and time of change in ns;
 
 
 def stamp(path: Path) -> Stamp:
-    """What tells an overwritten file from the one it was, without reading it.
+    """Size and time of change of a file, which tell an overwritten one without reading it.
 
     A missing file has one, too: it is refused where it is opened.
     """
@@ -59,7 +59,7 @@ def moved(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class VisionFeatures(NamedTuple):
-    """What the vision tower makes of an image or a clip.
+    """Features of an image or a clip by the vision tower.
 
     features: (n, D). grid: (3,) patches in time, height, width. seconds: from one step in time to the next;
     an image has one step.
@@ -150,7 +150,7 @@ class Vision:
         return moved(pixels, self.model.device)
 
     def keys(self, items: Sequence[Item], request: str) -> list[Path]:
-        """What is made ready for items: their images of which no features are kept."""
+        """Keys of what workers make ready for items: their images of which no features are kept."""
         kept = self._features if self.keep else {}  # those of a step are gone when another one comes
         return list(_changed([path for item in items for path in item.images], kept))
 

@@ -1,1 +1,1 @@
-"""The Multi-gRain Benchmark: who names the grains of a query, who checks them, and how it is given away."""
+"""The Multi-gRain Benchmark: annotation of grains, construction, verification by people, data card."""

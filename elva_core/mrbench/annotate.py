@@ -70,7 +70,7 @@ class Grain(Section):
 
 
 class Answer(Section):
-    """What a model has to answer. A server gets this as a JSON schema; every answer is read by it."""
+    """Form of a model's answer. A server gets it as a JSON schema; every answer is read by it."""
 
     grains: tuple[Grain, ...]
 
@@ -134,7 +134,7 @@ def answered(
 
 
 def request(query: mbeir.Query) -> str:
-    """What a model is asked about a query; the image, if there is one, stands before it."""
+    """The request to a model about a query; the image, if there is one, stands before it."""
     frame = PROMPT.format(content=CONTENT[query.modality], quote=QUOTE[query.modality])
     return f"{frame}\nThe text: {query.text}" if query.text else frame
 
@@ -300,5 +300,5 @@ def _read(text: str, query: mbeir.Query) -> tuple[Grains | None, str]:
 
 
 def _kept(file: Path, query: mbeir.Query) -> Grains | None:
-    """What a kept answer says; None where there is none, or none that can be read."""
+    """Content of a kept answer; None where there is none, or none that can be read."""
     return _read(json.loads(file.read_text(encoding="utf-8"))["answer"], query)[0] if file.is_file() else None

@@ -123,7 +123,7 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
 
 
 def describe(queries: Sequence[mbeir.Query]) -> pd.DataFrame:
-    """How many queries have a grain of each kind."""
+    """Number of queries with a grain of each kind."""
     # once a query, however many grains of a kind it has
     kinds = [kind for q in queries for kind in dict(mbeir.grains(q))]
     table = pd.Series(kinds, dtype=str).value_counts().rename_axis("kind").reset_index(name="queries")

@@ -30,7 +30,7 @@ COLUMNS = ("model", "unit", "pool", "metric", "value", "ci_low", "ci_high", "n")
 
 
 def identity(item: Item) -> tuple:
-    """What the embedding of an item depends on: its parts, and the size and time of change of its files.
+    """Identity of an item for its embedding: its parts, and the size and time of change of its files.
 
     An image or a clip counts by path and these: reading its bytes would take as long as embedding it.
     """
@@ -267,7 +267,7 @@ class Searcher:
         return Embedded(unit, pool, queries, candidates, relevant, query_vectors, pool_vectors)
 
     def rank(self, embedded: Embedded) -> UnitResult:
-        """Where the positives stand, and the best candidates."""
+        """Ranks of the positives, and the best candidates."""
         unit, pool, queries, candidates, relevant, query_vectors, pool_vectors = embedded
         k = min(max(self.settings.cutoffs), len(candidates))
         ranking = search.exact(query_vectors[:], pool_vectors, k, relevant, device=self.encoder.device)

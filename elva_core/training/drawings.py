@@ -18,7 +18,7 @@ from elva_core.training_settings import RedrawSettings, TeachSettings
 
 @dataclass(frozen=True)
 class Drawings:
-    """What is shown: pictures (N, 3, side, side), uint8, of the files, and the grains of each.
+    """The drawings to teach from: pictures (N, 3, side, side), uint8, of files, and the grains of each.
 
     numbers: code points of an emoji -> those of its drawings.
     """

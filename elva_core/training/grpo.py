@@ -241,7 +241,7 @@ def train(
     resample, both = settings.resample, settings.rollout_sides == "both"
 
     def drawn_from(queries: Sequence[TrainingQuery]) -> list:
-        """What even and what odd steps draw from: queries of the step, and those that replace them."""
+        """Queries that even and odd steps draw from: those of the step, and those that replace them."""
         turns = [queries, hard_negatives.exchanged(queries, settings.negatives, seed)] if both else [queries]
         return [[epochs(rows, seed, scope) for scope in ("stage3", "stage3 spare")] for rows in turns]
 

@@ -83,7 +83,7 @@ def choose(
 def hardness(
     scores: np.ndarray, excluded: set[int], positive: float, settings: NegativeSettings
 ) -> tuple[int, float]:
-    """What queries are ordered by, the easiest first.
+    """Difficulty of queries, by which they are ordered, the easiest first.
 
     Returns:
         rank of the positive among the candidates that may be its negatives, from 1, a tie counts against it;

@@ -69,7 +69,7 @@ def prompt(query: Item, candidates: Sequence[Item], kind: Kind, answer: int = 0)
 
 
 def request(kind: Kind, settings: RerankSettings) -> str:
-    """What the model is asked behind query and candidates."""
+    """The request that stands behind query and candidates."""
     return settings.pointwise_request if kind == "pointwise" else settings.listwise_request
 
 

@@ -1,4 +1,4 @@
-"""Rollouts of a step of stage 3: what is sampled, against which candidates, and what each has earned.
+"""Rollouts of a step of stage 3: sampled summaries, their cosines to the candidates, their rewards.
 
 groups = rolled_out(encoder, ranked, rows, noise, settings.stage3, generation.in_process)
 """

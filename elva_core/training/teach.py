@@ -298,7 +298,7 @@ def _save(
 
 
 def reading(model: Encoder, root: mbeir.Root, *, batch: int) -> dict[str, dict[str, float]]:
-    """How well a model reads the drawings of val and test: shares of right greedy summaries, by vendor.
+    """Reading accuracy on the drawings of val and test: shares of right greedy summaries, by vendor.
 
     Returns:
         {vendor: {"drawings": number of them, "exact": share of summaries that are the caption, "new": that
