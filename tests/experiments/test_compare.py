@@ -105,7 +105,8 @@ def test_speeds_are_means_over_the_seeds_of_timed_arms_and_empty_without_any(mad
     (row,) = compare.speeds(dataclasses.replace(made_up, runs=timed)).to_dict("records")
     assert row == {"arm": "old", "hit@5": pytest.approx(20), "passes": 3, "queries a second": 15, "seeds": 2}
     told = sentences.costs(pd.DataFrame([row])).data
-    assert told.endswith("old finds 20.0 % and takes 3.0 passes a query, 15.0 queries a second (2 seeds).")
+    assert "old finds 20.0 % and takes 3.0 passes a query, 15.0 queries a second (2 seeds); each arm was timed by itself" in told
+    assert sentences.costs(compare.speeds(made_up)).data.endswith("no arm was timed.")
 
 
 def test_the_grain_that_wrong_first_answers_lack_most_is_counted_over_all_seeds(made_up):
