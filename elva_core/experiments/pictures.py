@@ -104,11 +104,15 @@ def _cell(axis, caption: str, image: Path | None) -> None:
         axis.set_title(_wrapped(caption), fontsize=CAPTION)
     else:
         middle = {"x": 0.5, "y": 0.5, "ha": "center", "va": "center", "transform": axis.transAxes}
-        axis.text(s=_wrapped(caption), fontsize=CAPTION, **middle)
+        axis.text(s=_wrapped(caption, most=9), fontsize=CAPTION, **middle)  # so many fill a cell
         axis.set(aspect="equal")
 
 
-def _wrapped(text: str) -> str:
-    """The first five lines of a text, none of them wider than a cell."""
+def _wrapped(text: str, most: int = 5) -> str:
+    """The first lines of a text, none of them wider than a cell; dots where it goes on.
+
+    >>> _wrapped("one two three four five six seven", most=1)
+    'one two three four …'
+    """
     lines = textwrap.wrap(text, 20, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines[:5])
+    return "\n".join(lines[:most]) + (" …" if len(lines) > most else "")
