@@ -19,7 +19,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.image_utils import SizeDict
 
-from elva_core.data.frames import Clip
+from elva_core.data.frames import Clip, Frames
 from elva_core.data.frames import read as read_clip
 from elva_core.data.images import open_image
 from elva_core.data.items import Item
@@ -47,9 +47,13 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def _stamp(source: Path | Clip) -> Stamp:
+    return stamp(source.path if isinstance(source, Clip) else source)
+
+
 def _changed(sources: Sequence[Path | Clip], kept: Mapping[Path | Clip, tuple[Stamp, object]]) -> dict:
     """Distinct sources, with the stamp of their file, of which nothing is kept or whose file has changed."""
-    stamps = {s: stamp(s.path if isinstance(s, Clip) else s) for s in dict.fromkeys(sources)}
+    stamps = {s: _stamp(s) for s in dict.fromkeys(sources)}
     return {s: now for s, now in stamps.items() if s not in kept or kept[s][0] != now}
 
 
@@ -128,7 +132,7 @@ class Vision:
     @torch.no_grad()
     def clip_features(self, clips: Sequence[Clip]) -> list[VisionFeatures]:
         """One call of the tower on clips."""
-        frames, processor = [read_clip(clip) for clip in clips], self.processor.video_processor
+        frames, processor = [self._ready(clip) for clip in clips], self.processor.video_processor
         videos = [torch.from_numpy(f.pixels) for f in frames]
         # frames are never so many that their number should make them smaller
         inputs = processor(videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt")
@@ -139,25 +143,29 @@ class Vision:
 
     def pixels(self, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
         """Patch rows (patches, values) and grids (images, 3)."""
-        images, device = [self._resized(p) for p in paths], self.model.device
+        device = self.model.device
+        images = [moved(self._ready(path), device) for path in paths]
         inputs = self.processor.image_processor(images, do_resize=False, device=device, return_tensors="pt")
         return self._on_device(inputs.pixel_values, inputs.image_grid_thw)
 
-    def _resized(self, path: Path) -> torch.Tensor:
-        """(3, height, width) uint8 on the model's device, from a worker or opened here."""
-        made = self.ahead.take(path) if self.ahead else None
-        pixels = made[1] if made and made[0] == stamp(path) else resized(self.processor, path)
-        return moved(pixels, self.model.device)
+    def _read(self, source: Path | Clip) -> torch.Tensor | Frames:
+        """An image as `resized` gives it, or the frames of a clip."""
+        return read_clip(source) if isinstance(source, Clip) else resized(self.processor, source)
 
-    def keys(self, items: Sequence[Item], request: str) -> list[Path]:
-        """Keys of what workers make ready for items: their images of which no features are kept."""
+    def _ready(self, source: Path | Clip) -> torch.Tensor | Frames:
+        """An image or a clip, from a worker or opened here."""
+        made = self.ahead.take(source) if self.ahead else None
+        return made[1] if made and made[0] == _stamp(source) else self._read(source)
+
+    def keys(self, items: Sequence[Item], request: str) -> list[Path | Clip]:
+        """Keys of what workers make ready for items: images and clips of which no features are kept."""
         kept = self._features if self.keep else {}  # those of a step are gone when another one comes
-        return list(_changed([path for item in items for path in item.images], kept))
+        return list(_changed([source for item in items for source in (*item.images, *item.clips)], kept))
 
-    def prepared(self, path: Path) -> tuple[Stamp, torch.Tensor] | None:
-        """An image made ready, in a worker; None for one that cannot be, which fails where it is needed."""
+    def prepared(self, source: Path | Clip) -> tuple[Stamp, torch.Tensor | Frames] | None:
+        """A source made ready, in a worker; None for one that cannot be, which fails where it is needed."""
         try:
-            return stamp(path), resized(self.processor, path)
+            return _stamp(source), self._read(source)
         except ElvaDataError:
             return None
 

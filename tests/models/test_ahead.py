@@ -14,6 +14,7 @@ import torch
 import families
 from conftest import mined
 from elva_core import files
+from elva_core.data import emoji_variants, frames
 from elva_core.data import items as data_items
 from elva_core.models import ahead, chat, encoder, vision
 from elva_core.retrieval import retriever
@@ -109,6 +110,19 @@ def test_stage_3_opens_no_image_itself(model_folder, root, smoke, tmp_path, open
     again = grpo.train(plain, ranked, smoke.stage3.model_copy(update=changes), seed=1, folder=tmp_path / "0")
     assert [row["reward"] for row in rows] == [row["reward"] for row in again] and opened
     assert len(seen) == len(seen_plain) > 3 and all(map(torch.equal, seen, seen_plain))
+
+
+def test_clips_are_decoded_by_workers_to_the_same_features(model_folder, smoke, emojis, tmp_path, monkeypatch):
+    emoji_variants.write_clips(emojis, tmp_path, smoke.video.model_copy(update={"drawings": 2, "length": 4}), vendor="Twtr", seed=1)
+    clips = [data_items.Item("", more=(frames.Clip(path, 2),)) for path in sorted(tmp_path.rglob("*.mp4"))[:6]]
+    decoded, read = [], vision.read_clip
+    monkeypatch.setattr(vision, "read_clip", lambda clip: decoded.append(clip) or read(clip))
+    made = []
+    for workers in (0, 2):
+        decoded.clear()
+        made.append(retriever.encode(of(model_folder, smoke, workers), clips, batch=2, template="eol")[0])
+        assert bool(decoded) == (workers == 0) and gone()
+    assert len(clips) > 3 and np.array_equal(*made)
 
 
 def test_a_resumed_run_is_made_ready_from_its_first_step_on_and_leaves_no_process(model_folder, root, smoke, tmp_path, opened, interrupted):
