@@ -191,6 +191,11 @@ def load(tiny, smoke, monkeypatch) -> Workload:
     return dataclasses.replace(made, data=data, settings=changed, sizes=sizes.of_config(tiny.backbone.config))
 
 
+def changed(load: Workload, **sections) -> Workload:
+    """Of the same profile with other sections."""
+    return dataclasses.replace(load, settings=load.settings.model_copy(update=sections))
+
+
 @pytest.fixture
 def rows(monkeypatch) -> dict[str, int]:
     """Counts what passes through the encoder while a test runs."""
@@ -211,6 +216,13 @@ def rows(monkeypatch) -> dict[str, int]:
     return seen
 
 
+def agrees(rows, planned, work, rel=0.02) -> None:
+    """What `work` passes through the encoder and computes is as planned; the loss, rewards and merging of adapters are not."""
+    rows.update(prompts=0, rollouts=0)
+    assert counted(work) == pytest.approx(sum(p.flops for p in planned), rel=rel)
+    assert rows == {"prompts": sum(p.prompts for p in planned), "rollouts": sum(p.rollouts for p in planned)}
+
+
 def lengths(monkeypatch, tiny, picture):
     """The plan takes the true length of these prompts instead of its estimate."""
     requests = tiny.settings.eol_request, tiny.settings.summary_request
@@ -218,54 +230,44 @@ def lengths(monkeypatch, tiny, picture):
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
 
 
-@pytest.fixture
 def bare(tiny, load) -> Workload:
     """The same where candidates write no summaries."""
     tiny.settings = tiny.settings.model_copy(update={"candidate_summaries": False})
-    return dataclasses.replace(load, settings=load.settings.model_copy(update={"encoder": tiny.settings}))
+    return changed(load, encoder=tiny.settings)
 
 
 @pytest.mark.parametrize("tokens", [None, 70])
 @pytest.mark.parametrize(
-    ("ret_share", "cache", "negatives", "written"),
-    [(0.0, False, 0, "load"), (0.0, True, 0, "load"), (1.0, False, 0, "load"), (1.0, True, 1, "load"), (1.0, True, 1, "bare")],
+    ("ret_share", "cache", "negatives", "of"),
+    [(0.0, False, 0, None), (0.0, True, 0, None), (1.0, False, 0, None), (1.0, True, 1, None), (1.0, True, 1, bare)],
 )
 def test_a_contrastive_step_is_what_the_plan_counts(
-    request, tiny, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives, written, tokens
+    tiny, load, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives, of, tokens
 ):
-    load = request.getfixturevalue(written)
+    load = of(tiny, load) if of else load
     changes = {"steps": 1, "batch": 4, "chunk": 3, "chunk_tokens": tokens, "ret_share": ret_share, "gradient_cache": cache}
     s = load.settings.stage2.model_copy(update=changes)
     lengths(monkeypatch, tiny, pictures[0])
-    rows.update(prompts=0)
     distinct = iter(pictures)
     pairs = [contrastive.Pair(next(distinct), next(distinct), str(i), (str(i),), tuple(islice(distinct, negatives))) for i in range(4)]
-    flops = counted(lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
-    train, made = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
-    assert rows == {"prompts": train.prompts + made.prompts, "rollouts": made.rollouts}
-    assert flops == pytest.approx(train.flops + made.flops, rel=0.02)  # merging the adapter and the loss are not planned
+    planned = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
+    agrees(rows, planned, lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("sides", "candidates", "written"),
-    [("query", "step", "load"), ("query", "mined", "load"), ("all", "step", "load"), ("all", "mined", "load"), ("query", "step", "bare")],
+    ("sides", "candidates", "of"),
+    [("query", "step", None), ("query", "mined", None), ("all", "step", None), ("all", "mined", None), ("query", "step", bare)],
 )
-def test_a_step_of_stage_3_is_what_the_plan_counts(request, tiny, pictures, ranked, rows, monkeypatch, sides, candidates, written):
-    load = request.getfixturevalue(written)
+def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked, rows, monkeypatch, sides, candidates, of):
+    load = of(tiny, load) if of else load
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
     tiny.add_lora(s.lora, seed=0)
     lengths(monkeypatch, tiny, pictures[0])
-    rows.update(prompts=0, rollouts=0)
-    noise = torch.rand(
-        2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0)
-    )
+    size = 2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
     with tiny.one_step():
-        flops = counted(lambda: grpo.step(tiny, ranked, s, noise))
-    planned = load.rlvr(sides)
-    assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
-    assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
+        agrees(rows, [changed(load, stage3=s).rlvr(sides)], lambda: grpo.step(tiny, ranked, s, noise))
 
 
 def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positives_among_queries(
@@ -280,16 +282,13 @@ def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positive
     changes = {"queries": 6, "queries_per_step": 2, "num_generations": 3, "candidates": "step", "rollout_sides": "both"}
     negatives = {"negatives": load.settings.stage3.negatives.model_copy(update={"hard": 1, "random": 1})}
     s = load.settings.stage3.model_copy(update=changes | negatives)
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
+    load = changed(load, stage3=s)
     monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, float(which == "candidate")))
     request = tiny.settings.summary_request
     exact = [tiny.batch([item], request).input_ids.shape[1] for item in (asking[0].item, pictures[0])]
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[int(side.image)])
-    rows.update(prompts=0, rollouts=0)
-    flops = counted(lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
     planned = load.rlvr("both")
-    assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
-    assert flops == pytest.approx(planned.flops, rel=0.02)
+    agrees(rows, [planned], lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
     assert planned.flops != pytest.approx(load.rlvr("query").flops, rel=0.02)
 
 
@@ -297,20 +296,17 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, r
     """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
     s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})
     one = load.settings.mrbench.model_copy(update={"queries": 1, "tasks": (), "units": tuple(load.data.units)[:1]})
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"rerank": s, "mrbench": one}))
+    load = changed(load, rerank=s, mrbench=one)
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
     shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
     requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
     exact = {requests[k]: tiny.batch([reranker.prompt(ranked[0].item, shown[k], k).item], requests[k]).input_ids.shape[1] for k in requests}
     monkeypatch.setattr(Workload, "length", lambda self, side, request: exact.get(request, 1))
     train, _, _, looks = load.reranking()
-    rows.update(prompts=0)
-    flops = counted(lambda: reranker.train(tiny, ranked, s, seed=0, folder=tmp_path))
     # a drawing that is shown twice in a step is looked at once
-    assert rows["prompts"] == train.prompts and flops == pytest.approx(train.flops, rel=0.03)
-    rows.update(prompts=0)
-    flops = counted(lambda: [reranker.score(tiny, asked, kind, s, batch=1) for kind in reranker.KINDS])
-    assert rows["prompts"] == looks.prompts == 2 * (3 + 2) and flops == pytest.approx(looks.flops, rel=0.02)
+    agrees(rows, [train], lambda: reranker.train(tiny, ranked, s, seed=0, folder=tmp_path), rel=0.03)
+    agrees(rows, [looks], lambda: [reranker.score(tiny, asked, kind, s, batch=1) for kind in reranker.KINDS])
+    assert looks.prompts == 2 * (3 + 2)
 
 
 def test_recomputed_layers_cost_a_forward_and_save_memory(paper):
