@@ -85,33 +85,25 @@ def test_flops_of_a_tower_with_windows_are_those_that_torch_counts():
     assert flops == sizes.of_config(model.config).vision(1, 24 * 40 / 4)
 
 
-@pytest.fixture
-def small() -> sizes.Sizes:
-    return sizes.of_config(CONFIG)
+SMALL = sizes.of_config(CONFIG)
 
 
-@pytest.fixture
-def saving(smoke):
-    """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
+def saved_bytes(smoke, dtype, dropout, work) -> int:
+    """What autograd saves of forwards of a small model, without the weights."""
+    holder = object.__new__(encoder.Encoder)
+    holder.model, holder.ret_id = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype), 3
+    holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
+    holder.model.train()
+    weights, saved = {p.untyped_storage().data_ptr() for p in holder.model.parameters()}, {}
 
-    def run(dtype, dropout, work):
-        backbone = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
-        holder = object.__new__(encoder.Encoder)
-        holder.model, holder.ret_id = backbone, 3
-        holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
-        holder.model.train()
-        weights, saved = {p.untyped_storage().data_ptr() for p in holder.model.parameters()}, {}
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+        return tensor
 
-        def pack(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = work(holder)  # alive until it is counted
-            assert kept is not None
-        return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)
-
-    return run
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = work(holder)  # alive until it is counted
+        assert kept is not None
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)
 
 
 MASK = torch.ones(2, 40, dtype=torch.long)
@@ -128,17 +120,17 @@ def prompt(holder) -> encoder.Batch:
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_saves(smoke, small, saving, dtype, width, dropout):
-    measured = saving(dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
-    planned = small.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
+def test_activations_are_what_autograd_saves(smoke, dtype, width, dropout):
+    measured = saved_bytes(smoke, dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
+    planned = SMALL.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
     if dropout:  # on a CPU the mask has the dtype of the input, on a GPU it is a byte
-        planned += (width - 1) * small.layers * (6 * small.hidden + small.intermediate)
+        planned += (width - 1) * SMALL.layers * (6 * SMALL.hidden + SMALL.intermediate)
     if width < 4:  # what autocast makes of the adapter does not grow with tokens
-        planned += 2 * small.adapter(smoke.stage2.lora.rank) / MASK.numel()
+        planned += 2 * SMALL.adapter(smoke.stage2.lora.rank) / MASK.numel()
     assert measured == pytest.approx(planned, rel=0.04)  # the last norm and a layer's mask are not planned
 
 
-def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, small, saving):
+def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke):
     rollouts, ending, rank = 5, 10, smoke.stage2.lora.rank
 
     def scored(h):
@@ -149,9 +141,9 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
         return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
 
-    kept = small.activation_bytes(4, rank, dropout=False)
-    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * small.kv_bytes(4, repeated=True)
-    assert saving(torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
+    kept = SMALL.activation_bytes(4, rank, dropout=False)
+    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)
+    assert saved_bytes(smoke, torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +215,10 @@ def agrees(rows, planned, work, rel=0.02) -> None:
     assert rows == {"prompts": sum(p.prompts for p in planned), "rollouts": sum(p.rollouts for p in planned)}
 
 
-def lengths(monkeypatch, tiny, picture):
-    """The plan takes the true length of these prompts instead of its estimate."""
-    requests = tiny.settings.eol_request, tiny.settings.summary_request
-    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in requests}
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
+def lengths(monkeypatch, tiny, item_of) -> None:
+    """The plan takes the true length of the item that stands for a side and a request, instead of its estimate."""
+    exact = lambda self, side, request: tiny.batch([item_of(side, request)], request).input_ids.shape[1]  # noqa: E731
+    monkeypatch.setattr(Workload, "length", exact)
 
 
 def bare(tiny, load) -> Workload:
@@ -247,7 +238,7 @@ def test_a_contrastive_step_is_what_the_plan_counts(
     load = of(tiny, load) if of else load
     changes = {"steps": 1, "batch": 4, "chunk": 3, "chunk_tokens": tokens, "ret_share": ret_share, "gradient_cache": cache}
     s = load.settings.stage2.model_copy(update=changes)
-    lengths(monkeypatch, tiny, pictures[0])
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0])
     distinct = iter(pictures)
     pairs = [contrastive.Pair(next(distinct), next(distinct), str(i), (str(i),), tuple(islice(distinct, negatives))) for i in range(4)]
     planned = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
@@ -263,11 +254,12 @@ def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked,
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
     tiny.add_lora(s.lora, seed=0)
-    lengths(monkeypatch, tiny, pictures[0])
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0])
     size = 2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens
     noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    planned = changed(load, stage3=s).rlvr(sides)
     with tiny.one_step():
-        agrees(rows, [changed(load, stage3=s).rlvr(sides)], lambda: grpo.step(tiny, ranked, s, noise))
+        agrees(rows, [planned], lambda: grpo.step(tiny, ranked, s, noise))
 
 
 def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positives_among_queries(
@@ -284,9 +276,7 @@ def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positive
     s = load.settings.stage3.model_copy(update=changes | negatives)
     load = changed(load, stage3=s)
     monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, float(which == "candidate")))
-    request = tiny.settings.summary_request
-    exact = [tiny.batch([item], request).input_ids.shape[1] for item in (asking[0].item, pictures[0])]
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[int(side.image)])
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0] if side.image else asking[0].item)
     planned = load.rlvr("both")
     agrees(rows, [planned], lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
     assert planned.flops != pytest.approx(load.rlvr("query").flops, rel=0.02)
@@ -299,9 +289,8 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, r
     load = changed(load, rerank=s, mrbench=one)
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
     shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
-    requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
-    exact = {requests[k]: tiny.batch([reranker.prompt(ranked[0].item, shown[k], k).item], requests[k]).input_ids.shape[1] for k in requests}
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact.get(request, 1))
+    prompts = {getattr(s, f"{k}_request"): reranker.prompt(ranked[0].item, others, k).item for k, others in shown.items()}
+    lengths(monkeypatch, tiny, lambda side, request: prompts.get(request, ranked[0].item))
     train, _, _, looks = load.reranking()
     # a drawing that is shown twice in a step is looked at once
     agrees(rows, [train], lambda: reranker.train(tiny, ranked, s, seed=0, folder=tmp_path), rel=0.03)
