@@ -8,6 +8,7 @@ import shutil
 import torch
 from PIL import Image
 
+from elva_core.data import caption_sets
 from elva_core.data.caption_sets import GENECIS, SETS, SUGARCREPE
 
 
@@ -44,7 +45,7 @@ ROUNDS = [{"question": 0, "answer": 1}, {"question": 1, "answer": 0}]
 DIALOGS = [{"image_id": i, "caption": "never used", "dialog": ROUNDS[:n]} for i, n in ((3, 2), (4, 1))]
 GARMENTS = [["dress", ["is longer", "", "is red"], "A"], ["dress", ["has sleeves"], "B"]]
 SAID = [{"json": {"caption": f"a cat {i}"}, "sop_data": {"negative-prompt": f"not, a cat, {i}"}} for i in range(3)]
-FILES = {  # set -> its files as its authors publish them; the first is the one that `damaged` spoils
+FILES = {  # set -> its files as its authors publish them; the first has the rows that are queries
     "sharegpt4v": {"datas_for_validation.json": [{"image_name": f"{i}.jpg", "caption": f"a long caption {i}"} for i in range(3)]}
     | shades(*(f"val_data/{i}.jpg" for i in range(3))),
     "urban1k": {f"caption/{i}.txt": f"street {i}\nnever read" for i in (1, 2, 10)} | shades(*(f"image/{i}.jpg" for i in (1, 2, 10))),
@@ -94,3 +95,7 @@ def build(folder, *names):
         for file, value in FILES[name].items():
             put(folder / SETS[name].folder / file, value)
     return folder
+
+
+def load(sets, name, **how):
+    return caption_sets.load(name, sets / SETS[name].folder, **how)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_files import FILES, build, put
+from caption_files import FILES, build, load, put
 from elva_core.data import caption_sets
 from elva_core.data.caption_sets import GENECIS, SETS, SUGARCREPE
 from elva_core.evaluation import captions
@@ -26,10 +26,6 @@ from elva_core.files import ElvaDataError
 @pytest.fixture
 def sets(tmp_path):
     return build(tmp_path, *SETS)
-
-
-def load(sets, name, **how):
-    return caption_sets.load(name, sets / SETS[name].folder, **how)
 
 
 def lint(sets, name, **how):

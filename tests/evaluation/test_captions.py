@@ -1,4 +1,4 @@
-"""The unseen sets of Table 2: every reader on its authors' layout, every metric against an enumeration, ties against the target."""
+"""The unseen sets of Table 2: every metric against an enumeration, ties against the target, and the embedded collection's own sets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from caption_files import build, put
+from caption_files import build, load, put
 from conftest import COMMAND, started
 from elva_core import cli
 from elva_core import config as profiles
@@ -23,6 +23,7 @@ from elva_core.data.items import Item
 from elva_core.evaluation import captions, statistics
 from elva_core.experiments import claims, figures
 from elva_core.experiments import results as schema
+from elva_core.files import ElvaDataError
 from elva_core.retrieval import cache
 from elva_core.tables import read_table
 
@@ -30,10 +31,6 @@ from elva_core.tables import read_table
 @pytest.fixture
 def sets(tmp_path):
     return build(tmp_path, *SETS)
-
-
-def load(sets, name, **how):
-    return caption_sets.load(name, sets / SETS[name].folder, **how)
 
 
 def vectors_of(scores):
@@ -233,16 +230,16 @@ def test_a_negation_denies_one_grain(own):
 
 
 @pytest.mark.parametrize(
-    ("unseen", "says"),
+    ("unseen", "error", "says"),
     [
-        ({"language": "en", "queries": 3}, "en is trained on; choose another"),
-        ({"language": "de", "queries": 3}, "de is trained on; choose another"),
-        (None, r"give unseen\.sets, a folder of them, or unseen\.language"),
-        ({"sets": "x", "language": "es", "queries": 3}, "either sets"),
+        ({"language": "en", "queries": 3}, ElvaDataError, "en is trained on; choose another"),
+        ({"language": "de", "queries": 3}, ElvaDataError, "de is trained on; choose another"),
+        (None, ElvaDataError, r"give unseen\.sets, a folder of them, or unseen\.language"),
+        ({"sets": "x", "language": "es", "queries": 3}, ValueError, "either sets"),
     ],
 )
-def test_unseen_sets_that_a_profile_cannot_have_are_refused(profile, tmp_path, unseen, says):
-    with pytest.raises(ValueError, match=says):
+def test_unseen_sets_that_a_profile_cannot_have_are_refused(profile, tmp_path, unseen, error, says):
+    with pytest.raises(error, match=says):
         captions.profile_sets(profile.model_copy(update={"unseen": unseen and profiles.UnseenSettings(**unseen)}), tmp_path)
 
 
