@@ -63,10 +63,11 @@ def test_ranks_hits_and_map_are_the_worst_that_equal_scores_allow(scores, rights
         expected = average_precision_score(np.isin(order, list(right)), -np.arange(7))
         assert captions.average_precision(own, 7) == pytest.approx(expected)
     galleries = [[c for c in range(7) if c == min(right) or c not in right] for right in rights]
-    task = Task("pairs", queries, pool, [[min(right)] for right in rights], galleries)
     places = [sum(scores[c] >= scores[min(right)] for c in own) for own, right in zip(galleries, rights, strict=True)]
-    assert captions.ranked(task, look) == [[place] for place in places]
-    assert captions.score("s", [task], look)["value"].tolist() == [place == 1 for place in places]
+    for name, ks in (("pairs", (1,)), ("all", (1, 2))):
+        task = Task(name, queries, pool, [[min(right)] for right in rights], galleries, cutoffs=(1, 2))
+        assert captions.ranked(task, look) == [[place] for place in places]
+        assert captions.score("s", [task], look)["value"].tolist() == [place <= k for place in places for k in ks]
 
 
 def test_map_at_5_is_over_the_smaller_of_5_and_the_right_answers():
