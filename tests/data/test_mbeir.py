@@ -96,6 +96,13 @@ def replace_line(path, number, line):
     path.write_text("\n".join(lines) + "\n")
 
 
+def change_record(path, number, **changes):
+    """The record of a line, in which some keys get other values."""
+    record = json.loads(path.read_text().splitlines()[number - 1])
+    replace_line(path, number, json.dumps(record | changes))
+    return record
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -112,8 +119,7 @@ def replace_line(path, number, line):
 )
 def test_a_wrong_field_is_named_with_file_and_line(own_root, key, value, message):
     path = own_root.query_path("emoji_task0", "test")
-    record = json.loads(path.read_text().splitlines()[1])
-    replace_line(path, 2, json.dumps(record | {key: value}))
+    change_record(path, 2, **{key: value})
     with pytest.raises(ElvaDataError, match=rf"{path.name}:2: .*{message}"):
         own_root.queries("emoji_task0", "test")
 
@@ -144,11 +150,8 @@ def test_a_link_in_the_root_is_followed_wherever_it_leads(own_root, smoke, tmp_p
     whole = {c.did: np.asarray(images.open_image(own_root.image_path(c.image))) for c in own_root.pool("", "test", "global") if c.image}
     (own_root.folder / "mbeir_images").rename(tmp_path / "disk")
     (own_root.folder / "mbeir_images").symlink_to(tmp_path / "disk")
-    picture, query = (
-        own_root.image_path(next(c.image for c in own_root.pool("", "test", "global") if c.image)),
-        own_root.query_path("emoji_task0", "test"),
-    )
-    for n, path in enumerate((picture, query)):
+    picture = own_root.image_path(next(c.image for c in own_root.pool("", "test", "global") if c.image))
+    for n, path in enumerate((picture, own_root.query_path("emoji_task0", "test"))):
         path.rename(tmp_path / f"blob{n}")
         (tmp_path / f"link{n}").symlink_to(f"blob{n}")
         path.symlink_to(tmp_path / f"link{n}")
@@ -175,29 +178,15 @@ def test_a_byte_order_mark_and_a_blank_end_are_harmless_in_every_file(own_root, 
     assert counts["pool"].tolist() == [len(marked.pool(unit, "test")) for unit in counts["unit"]]
 
 
-def test_a_blank_line_before_another_is_named(own_root):
-    path = own_root.query_path("emoji_task0", "test")
-    replace_line(path, 2, "\n")
-    with pytest.raises(ElvaDataError, match=rf"{path.name}:2: not a JSON object"):
-        own_root.queries("emoji_task0", "test")
-
-
 def test_a_query_without_a_positive_in_its_local_pool_is_named(own_root):
-    path = own_root.query_path("emoji_task0", "test")
-    record = json.loads(path.read_text().splitlines()[2])
-    replace_line(path, 3, json.dumps(record | {"pos_cand_list": ["9:1"]}))
-    everything = own_root.pool_path("", "test", "global")
-    everything.write_text(
-        everything.read_text() + json.dumps({"did": "9:1", "txt": None, "img_path": record_image(own_root), "modality": "image"}) + "\n"
-    )
-    qrels = own_root.qrels_path("emoji_task0", "test")
+    path, qrels = own_root.query_path("emoji_task0", "test"), own_root.qrels_path("emoji_task0", "test")
+    record = change_record(path, 3, pos_cand_list=["9:1"])
+    image = next(c.image for c in own_root.pool("emoji_task0", "test") if c.image)
+    with own_root.pool_path("", "test", "global").open("a") as everything:
+        everything.write(json.dumps({"did": "9:1", "txt": None, "img_path": image, "modality": "image"}) + "\n")
     lines = [line for line in qrels.read_text().splitlines() if line.split()[0] != record["qid"]]
     qrels.write_text("\n".join([*lines, f"{record['qid']} 0 9:1 1 0"]) + "\n")
     assert lint.check(own_root) == [f"{path}:3: no positive is of dataset 10, so the local pool holds none"]
-
-
-def record_image(root) -> str:
-    return next(c.image for c in root.pool("emoji_task0", "test") if c.image)
 
 
 def test_a_path_may_not_leave_the_root(own_root):
@@ -205,17 +194,15 @@ def test_a_path_may_not_leave_the_root(own_root):
         with pytest.raises(ElvaDataError, match="leaves the root"):
             own_root.image_path(outside)
     path = own_root.pool_path("emoji_task0", "test")
-    record = json.loads(path.read_text().splitlines()[0])
-    replace_line(path, 1, json.dumps(record | {"img_path": "../../x.png"}))
+    change_record(path, 1, img_path="../../x.png")
     assert any(f"{path}:1" in p and "leaves the root" in p for p in lint.check(own_root))
 
 
 def test_lint_finds_broken_rules_of_content(own_root):
     path = own_root.query_path("emoji_task0", "test")
-    first, second, third = (json.loads(line) for line in path.read_text().splitlines()[:3])
-    replace_line(path, 1, json.dumps(first | {"query_txt": None}))
-    replace_line(path, 2, json.dumps(second | {"task_id": 7}))
-    replace_line(path, 3, json.dumps(third | {"neg_cand_list": third["pos_cand_list"]}))
+    change_record(path, 1, query_txt=None)
+    change_record(path, 2, task_id=7)
+    change_record(path, 3, neg_cand_list=change_record(path, 3)["pos_cand_list"])
     problems = "\n".join(lint.check(own_root))
     for message in ("modality text but text is None", "task_id 7 does not fit", "positive and negative at once"):
         assert message in problems
@@ -252,9 +239,10 @@ def test_a_qrels_line_must_have_the_task_of_its_query(own_root):
     assert any(f"{path}:1: task 7" in p for p in problems) and any(f"{path}:2: expected" in p for p in problems)
 
 
-def test_a_malformed_line_is_named_with_file_and_number_and_the_linter_goes_on(own_root):
+@pytest.mark.parametrize("line", ['{"did": "10:1", ', "\n"])
+def test_a_malformed_or_blank_line_is_named_with_file_and_number_and_the_linter_goes_on(own_root, line):
     path = own_root.pool_path("emoji_task0", "test")
-    replace_line(path, 2, '{"did": "10:1", ')
+    replace_line(path, 2, line)
     with pytest.raises(ElvaDataError, match=rf"{path.name}:2: not a JSON object"):
         own_root.pool("emoji_task0", "test")
     replace_line(path, 5, json.dumps({"did": "10:1", "modality": "text", "txt": None}))

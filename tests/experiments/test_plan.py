@@ -85,33 +85,25 @@ def test_flops_of_a_tower_with_windows_are_those_that_torch_counts():
     assert flops == sizes.of_config(model.config).vision(1, 24 * 40 / 4)
 
 
-@pytest.fixture
-def small() -> sizes.Sizes:
-    return sizes.of_config(CONFIG)
+SMALL = sizes.of_config(CONFIG)
 
 
-@pytest.fixture
-def saving(smoke):
-    """Runs forwards of a small model in one dtype and measures what autograd saves, in bytes without the weights."""
+def saved_bytes(smoke, dtype, dropout, work) -> int:
+    """What autograd saves of forwards of a small model, without the weights."""
+    holder = object.__new__(encoder.Encoder)
+    holder.model, holder.ret_id = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype), 3
+    holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
+    holder.model.train()
+    weights, saved = {p.untyped_storage().data_ptr() for p in holder.model.parameters()}, {}
 
-    def run(dtype, dropout, work):
-        backbone = transformers.Qwen2VLForConditionalGeneration(CONFIG).to(dtype)
-        holder = object.__new__(encoder.Encoder)
-        holder.model, holder.ret_id = backbone, 3
-        holder.add_lora(smoke.stage2.lora.model_copy(update={"dropout": dropout}), seed=0)
-        holder.model.train()
-        weights, saved = {p.untyped_storage().data_ptr() for p in holder.model.parameters()}, {}
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+        return tensor
 
-        def pack(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            kept = work(holder)  # alive until it is counted
-            assert kept is not None
-        return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)
-
-    return run
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = work(holder)  # alive until it is counted
+        assert kept is not None
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in weights)
 
 
 MASK = torch.ones(2, 40, dtype=torch.long)
@@ -128,17 +120,17 @@ def prompt(holder) -> encoder.Batch:
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_autograd_saves(smoke, small, saving, dtype, width, dropout):
-    measured = saving(dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
-    planned = small.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
+def test_activations_are_what_autograd_saves(smoke, dtype, width, dropout):
+    measured = saved_bytes(smoke, dtype, dropout, lambda h: h.states(prompt(h))) / MASK.numel()
+    planned = SMALL.activation_bytes(width, smoke.stage2.lora.rank, dropout=dropout > 0)
     if dropout:  # on a CPU the mask has the dtype of the input, on a GPU it is a byte
-        planned += (width - 1) * small.layers * (6 * small.hidden + small.intermediate)
+        planned += (width - 1) * SMALL.layers * (6 * SMALL.hidden + SMALL.intermediate)
     if width < 4:  # what autocast makes of the adapter does not grow with tokens
-        planned += 2 * small.adapter(smoke.stage2.lora.rank) / MASK.numel()
+        planned += 2 * SMALL.adapter(smoke.stage2.lora.rank) / MASK.numel()
     assert measured == pytest.approx(planned, rel=0.04)  # the last norm and a layer's mask are not planned
 
 
-def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke, small, saving):
+def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repeated_for_every_head(smoke):
     rollouts, ending, rank = 5, 10, smoke.stage2.lora.rank
 
     def scored(h):
@@ -149,9 +141,9 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
         return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
 
-    kept = small.activation_bytes(4, rank, dropout=False)
-    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * small.kv_bytes(4, repeated=True)
-    assert saving(torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
+    kept = SMALL.activation_bytes(4, rank, dropout=False)
+    planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)
+    assert saved_bytes(smoke, torch.float32, 0.0, scored) == pytest.approx(planned, rel=0.04)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +183,11 @@ def load(tiny, smoke, monkeypatch) -> Workload:
     return dataclasses.replace(made, data=data, settings=changed, sizes=sizes.of_config(tiny.backbone.config))
 
 
+def changed(load: Workload, **sections) -> Workload:
+    """Of the same profile with other sections."""
+    return dataclasses.replace(load, settings=load.settings.model_copy(update=sections))
+
+
 @pytest.fixture
 def rows(monkeypatch) -> dict[str, int]:
     """Counts what passes through the encoder while a test runs."""
@@ -211,61 +208,58 @@ def rows(monkeypatch) -> dict[str, int]:
     return seen
 
 
-def lengths(monkeypatch, tiny, picture):
-    """The plan takes the true length of these prompts instead of its estimate."""
-    requests = tiny.settings.eol_request, tiny.settings.summary_request
-    exact = {request: tiny.batch([picture], request).input_ids.shape[1] for request in requests}
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[request])
+def agrees(rows, planned, work, rel=0.02) -> None:
+    """What `work` passes through the encoder and computes is as planned; the loss, rewards and merging of adapters are not."""
+    rows.update(prompts=0, rollouts=0)
+    assert counted(work) == pytest.approx(sum(p.flops for p in planned), rel=rel)
+    assert rows == {"prompts": sum(p.prompts for p in planned), "rollouts": sum(p.rollouts for p in planned)}
 
 
-@pytest.fixture
+def lengths(monkeypatch, tiny, item_of) -> None:
+    """The plan takes the true length of the item that stands for a side and a request, instead of its estimate."""
+    exact = lambda self, side, request: tiny.batch([item_of(side, request)], request).input_ids.shape[1]  # noqa: E731
+    monkeypatch.setattr(Workload, "length", exact)
+
+
 def bare(tiny, load) -> Workload:
     """The same where candidates write no summaries."""
     tiny.settings = tiny.settings.model_copy(update={"candidate_summaries": False})
-    return dataclasses.replace(load, settings=load.settings.model_copy(update={"encoder": tiny.settings}))
+    return changed(load, encoder=tiny.settings)
 
 
 @pytest.mark.parametrize("tokens", [None, 70])
 @pytest.mark.parametrize(
-    ("ret_share", "cache", "negatives", "written"),
-    [(0.0, False, 0, "load"), (0.0, True, 0, "load"), (1.0, False, 0, "load"), (1.0, True, 1, "load"), (1.0, True, 1, "bare")],
+    ("ret_share", "cache", "negatives", "of"),
+    [(0.0, False, 0, None), (0.0, True, 0, None), (1.0, False, 0, None), (1.0, True, 1, None), (1.0, True, 1, bare)],
 )
 def test_a_contrastive_step_is_what_the_plan_counts(
-    request, tiny, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives, written, tokens
+    tiny, load, pictures, rows, monkeypatch, tmp_path, ret_share, cache, negatives, of, tokens
 ):
-    load = request.getfixturevalue(written)
+    load = of(tiny, load) if of else load
     changes = {"steps": 1, "batch": 4, "chunk": 3, "chunk_tokens": tokens, "ret_share": ret_share, "gradient_cache": cache}
     s = load.settings.stage2.model_copy(update=changes)
-    lengths(monkeypatch, tiny, pictures[0])
-    rows.update(prompts=0)
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0])
     distinct = iter(pictures)
     pairs = [contrastive.Pair(next(distinct), next(distinct), str(i), (str(i),), tuple(islice(distinct, negatives))) for i in range(4)]
-    flops = counted(lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
-    train, made = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
-    assert rows == {"prompts": train.prompts + made.prompts, "rollouts": made.rollouts}
-    assert flops == pytest.approx(train.flops + made.flops, rel=0.02)  # merging the adapter and the loss are not planned
+    planned = load.contrastive(s, load.side("query"), load.side("candidate"), negatives=negatives)
+    agrees(rows, planned, lambda: contrastive.train(tiny, lambda step, size: pairs, s, seed=0, folder=tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("sides", "candidates", "written"),
-    [("query", "step", "load"), ("query", "mined", "load"), ("all", "step", "load"), ("all", "mined", "load"), ("query", "step", "bare")],
+    ("sides", "candidates", "of"),
+    [("query", "step", None), ("query", "mined", None), ("all", "step", None), ("all", "mined", None), ("query", "step", bare)],
 )
-def test_a_step_of_stage_3_is_what_the_plan_counts(request, tiny, pictures, ranked, rows, monkeypatch, sides, candidates, written):
-    load = request.getfixturevalue(written)
+def test_a_step_of_stage_3_is_what_the_plan_counts(tiny, load, pictures, ranked, rows, monkeypatch, sides, candidates, of):
+    load = of(tiny, load) if of else load
     changes = {"queries": 2, "queries_per_step": 2, "num_generations": 3, "candidates": candidates, "rollout_sides": sides}
     s = load.settings.stage3.model_copy(update=changes)
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
     tiny.add_lora(s.lora, seed=0)
-    lengths(monkeypatch, tiny, pictures[0])
-    rows.update(prompts=0, rollouts=0)
-    noise = torch.rand(
-        2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0)
-    )
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0])
+    size = 2, len(grpo.sides(ranked[0], sides)), 3, tiny.settings.max_summary_tokens
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    planned = changed(load, stage3=s).rlvr(sides)
     with tiny.one_step():
-        flops = counted(lambda: grpo.step(tiny, ranked, s, noise))
-    planned = load.rlvr(sides)
-    assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
-    assert flops == pytest.approx(planned.flops, rel=0.02)  # the rewards are not planned
+        agrees(rows, [planned], lambda: grpo.step(tiny, ranked, s, noise))
 
 
 def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positives_among_queries(
@@ -280,16 +274,11 @@ def test_steps_in_turns_cost_what_the_loop_computes_for_queries_and_for_positive
     changes = {"queries": 6, "queries_per_step": 2, "num_generations": 3, "candidates": "step", "rollout_sides": "both"}
     negatives = {"negatives": load.settings.stage3.negatives.model_copy(update={"hard": 1, "random": 1})}
     s = load.settings.stage3.model_copy(update=changes | negatives)
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"stage3": s}))
+    load = changed(load, stage3=s)
     monkeypatch.setattr(Workload, "side", lambda self, which, weight=None: Side(0.0, float(which == "candidate")))
-    request = tiny.settings.summary_request
-    exact = [tiny.batch([item], request).input_ids.shape[1] for item in (asking[0].item, pictures[0])]
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact[int(side.image)])
-    rows.update(prompts=0, rollouts=0)
-    flops = counted(lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
+    lengths(monkeypatch, tiny, lambda side, request: pictures[0] if side.image else asking[0].item)
     planned = load.rlvr("both")
-    assert rows == {"prompts": planned.prompts, "rollouts": planned.rollouts}
-    assert flops == pytest.approx(planned.flops, rel=0.02)
+    agrees(rows, [planned], lambda: grpo.train(tiny, asking, s, seed=0, folder=tmp_path))
     assert planned.flops != pytest.approx(load.rlvr("query").flops, rel=0.02)
 
 
@@ -297,20 +286,16 @@ def test_the_rerankers_training_and_looks_are_what_the_plan_counts(tiny, load, r
     """A step of each kind, then looks at the answers to a query of MRBench and one of val; prompts of two or three items, all drawings."""
     s = load.settings.rerank.model_copy(update={"steps": 2, "batch": 2, "chunk": 3, "window": 2, "depth": 3, "validation": 1})
     one = load.settings.mrbench.model_copy(update={"queries": 1, "tasks": (), "units": tuple(load.data.units)[:1]})
-    load = dataclasses.replace(load, settings=load.settings.model_copy(update={"rerank": s, "mrbench": one}))
+    load = changed(load, rerank=s, mrbench=one)
     asked = [reranker.Asked(str(i), r.item, tuple("abc"), r.negatives[:3]) for i, r in enumerate(ranked)]
     shown = {"pointwise": ranked[0].negatives[:1], "listwise": ranked[0].negatives[:2]}
-    requests = {"pointwise": s.pointwise_request, "listwise": s.listwise_request}
-    exact = {requests[k]: tiny.batch([reranker.prompt(ranked[0].item, shown[k], k).item], requests[k]).input_ids.shape[1] for k in requests}
-    monkeypatch.setattr(Workload, "length", lambda self, side, request: exact.get(request, 1))
+    prompts = {getattr(s, f"{k}_request"): reranker.prompt(ranked[0].item, others, k).item for k, others in shown.items()}
+    lengths(monkeypatch, tiny, lambda side, request: prompts.get(request, ranked[0].item))
     train, _, _, looks = load.reranking()
-    rows.update(prompts=0)
-    flops = counted(lambda: reranker.train(tiny, ranked, s, seed=0, folder=tmp_path))
     # a drawing that is shown twice in a step is looked at once
-    assert rows["prompts"] == train.prompts and flops == pytest.approx(train.flops, rel=0.03)
-    rows.update(prompts=0)
-    flops = counted(lambda: [reranker.score(tiny, asked, kind, s, batch=1) for kind in reranker.KINDS])
-    assert rows["prompts"] == looks.prompts == 2 * (3 + 2) and flops == pytest.approx(looks.flops, rel=0.02)
+    agrees(rows, [train], lambda: reranker.train(tiny, ranked, s, seed=0, folder=tmp_path), rel=0.03)
+    agrees(rows, [looks], lambda: [reranker.score(tiny, asked, kind, s, batch=1) for kind in reranker.KINDS])
+    assert looks.prompts == 2 * (3 + 2)
 
 
 def test_recomputed_layers_cost_a_forward_and_save_memory(paper):
