@@ -408,6 +408,16 @@ def test_only_a_model_that_is_loaded_here_is_planned_to_annotate(paper):
         estimate.make(paper.changed({"mrbench": {"units": ["emoji_task0"]}})).annotation()
 
 
+def test_workers_open_images_while_the_card_computes():
+    """All but what so many cannot open in the time of the computing; the work itself is the same."""
+    alone, ahead = (
+        estimate.make(config.load("qwen2vl-7b").changed({"encoder": {"workers": workers}}), gpu="H100").embed(9999, "candidate")
+        for workers in (0, 4)
+    )
+    assert alone.flops == ahead.flops and alone.prompts == ahead.prompts
+    assert ahead.waiting < alone.waiting and alone.seconds - ahead.seconds == pytest.approx(alone.waiting - ahead.waiting)
+
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "qwen2vl-2b", "qwen2vl-7b"])
 def test_plan_prints_every_stage_and_the_papers_hours_beside_ours_and_writes_nothing(profile, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
