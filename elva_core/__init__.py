@@ -25,7 +25,7 @@ Where each item of the paper is; numbers it prints stand in params/reported.yaml
     Table 2, unseen sets                evaluation.captions.table2, notebooks/80_generalise.ipynb
     Table 3, held-out tasks             experiments.compare.on_units, notebooks/82_transfer.ipynb
     Table 4, reward weights             experiments.compare.differences, notebooks/60_ablate.ipynb
-    Table 5, another retriever          models.small_models.build_second, notebooks/82_transfer.ipynb
+    Table 5, another retriever          models.small_models.build_from, notebooks/82_transfer.ipynb
     Table 6, MRBench                    evaluation.benchmark.mrbench_table, notebooks/50_evaluate.ipynb
     Table 7, text to video              evaluation.video.measure, notebooks/82_transfer.ipynb
     Table 8, ablation                   experiments.compare.differences, notebooks/60_ablate.ipynb

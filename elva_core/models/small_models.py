@@ -125,7 +125,7 @@ def build(texts: Sequence[str], sizes: SmallModelSettings, *, seed: int):
     return _with_random_weights(Qwen2VLForConditionalGeneration, config, seed), processor
 
 
-def build_second(first: str, sizes: SmallModelSettings, *, seed: int):
+def build_from(first: str, sizes: SmallModelSettings, *, seed: int):
     """A backbone that goes on from another's words and weights: (model, processor).
 
     A Qwen2-VL is `first` itself, to be taught further. A Qwen2.5-VL is another start for stage 3 (Table 5).

@@ -97,7 +97,7 @@ def _untaught(
     settings: TeachSettings, prompts: config.EncoderSettings, root: mbeir.Root, first: str | None
 ) -> Encoder:
     if first:
-        model, processor = small_models.build_second(first, settings.sizes, seed=settings.seed)
+        model, processor = small_models.build_from(first, settings.sizes, seed=settings.seed)
     else:
         texts = [c.text for c in root.pool("", "train", "global") if c.text]
         texts += [query_item(root, q).text for q in root.union_train()]

@@ -38,7 +38,7 @@ def films(tmp_path_factory) -> list[Path]:
 def other_class(model_folder, smoke) -> encoder.Encoder:
     """A small Qwen2.5-VL with the vocabulary of the small Qwen2-VL."""
     sizes = settings.teaching("tiny").sizes.model_copy(update={"architecture": "qwen2_5_vl"})
-    model, processor = small_models.build_second(str(model_folder), sizes, seed=0)
+    model, processor = small_models.build_from(str(model_folder), sizes, seed=0)
     return encoder.Encoder(model.eval(), processor, smoke.encoder)
 
 

@@ -154,7 +154,7 @@ def test_both_lessons_lower_their_loss(root, lessons, smoke, tmp_path):
 
 def test_the_second_is_a_qwen25_vl_with_the_words_and_weights_of_the_first(model_folder, smoke, items, tmp_path):
     sizes = config.teaching("tiny").sizes.model_copy(update={"architecture": "qwen2_5_vl"})
-    model, processor = small_models.build_second(str(model_folder), sizes, seed=0)
+    model, processor = small_models.build_from(str(model_folder), sizes, seed=0)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert isinstance(AutoModelForImageTextToText.from_pretrained(tmp_path), Qwen2_5_VLForConditionalGeneration)
@@ -167,7 +167,7 @@ def test_the_second_is_a_qwen25_vl_with_the_words_and_weights_of_the_first(model
 
 
 def test_one_that_is_taught_further_begins_with_all_that_the_first_knows(model_folder, smoke):
-    model, processor = small_models.build_second(str(model_folder), config.teaching("tiny").sizes, seed=0)
+    model, processor = small_models.build_from(str(model_folder), config.teaching("tiny").sizes, seed=0)
     first = encoder.load(model_folder, smoke.encoder)
     kept = first.backbone.state_dict()
     assert all(torch.equal(weights, kept[name]) for name, weights in model.state_dict().items())
