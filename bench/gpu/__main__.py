@@ -56,6 +56,7 @@ SECTIONS = (
     Section("embedding texts with a summary", 30, lambda *given: speed.embedding(*given, "text", summary=True)),
     Section("stage 2, [RET] step", 150, lambda *given: speed.stage2(*given, ret=True)),
     Section("small backbone, three stages and search", 60, lambda place, _: correct.small_chain(place)),
+    Section("exact search, 1,000 in a million", 30, speed.searching),
     Section("TRL's GRPO step over ours", 90, speed.trl),
     Section("7B, stage 2 step of 120", 60, speed.seven),
 )

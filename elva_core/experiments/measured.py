@@ -123,7 +123,7 @@ def _of_card(result: dict, goals: dict[str, str]) -> str:
         elif "value" in entry:
             number = f"{entry['value']:.3g} {entry['unit']}"
             if "ratio" in entry:
-                number += f"; generate and a forward {entry['ratio']:.2g} times as long"
+                number += f"; {entry['against']} {entry['ratio']:.2g} times as long"
             rows.append((name, number, goals.get(name, ""), *_load(entry)))
         else:
             wrong = f"**differs from the CPU**: {', '.join(entry.get('differs', [])) or 'see the file'}"
