@@ -54,19 +54,33 @@ def direction(
     return words[0] if low > 0 else words[1] if high < 0 else neither
 
 
+def rounded(value: float, digits: int = 1) -> float:
+    """A value to so many digits, never -0.0, by one rounding for all that is printed.
+
+    NumPy's own makes 0.6 of 0.65, Python's 0.7, and a sum in another order 0.6 again.
+
+    >>> import numpy as np
+    >>> rounded(np.float64(0.65)), rounded(0.65), rounded(0.6499999999999999), rounded(-0.04)
+    (0.7, 0.7, 0.7, 0.0)
+    """
+    return round(round(float(value), 9), digits) + 0.0
+
+
+def signed(values: Iterable[float]) -> list[str]:
+    """Differences as people read them.
+
+    >>> signed((0.65, -2.0, -0.04))
+    ['+0.7', '-2.0', '+0.0']
+    """
+    return [f"{rounded(value):+.1f}" for value in values]
+
+
 def number(value: float, low: float, high: float, unit: str, *, sign: bool = False, digits: int = 1) -> str:
     """A value with its interval.
 
     >>> number(36.71, 34.1, 39.25, "%"), number(-0.04, -0.06, 0.1, "", sign=True)
     ('36.7 % [34.1, 39.2]', '+0.0 [-0.1, 0.1]')
-
-    One rounding for all: NumPy's own makes 0.6 of 0.65, Python's 0.7, and a sum in another order 0.6 again.
-
-    >>> import numpy as np
-    >>> number(np.float64(0.65), 0.65, 0.6499999999999999, "")
-    '0.7 [0.7, 0.7]'
     """
-    # no -0.0
-    value, low, high = (round(round(float(bound), 9), digits) + 0.0 for bound in (value, low, high))
+    value, low, high = (rounded(bound, digits) for bound in (value, low, high))
     said = f"{value:{'+' if sign else ''}.{digits}f}{f' {unit}' if unit else ''}"
     return f"{said} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -15,7 +15,7 @@ from elva_core.config import Settings
 from elva_core.evaluation import benchmark, grains, statistics
 from elva_core.experiments.results import NUMBERS, seed_label
 from elva_core.experiments.study import Arm, Study, arms
-from elva_core.tables import number
+from elva_core.tables import number, signed
 
 OTHER = "other arms of the study"  # experiment of what the paper has no figure for
 
@@ -97,16 +97,16 @@ def overview(study: Study, table: pd.DataFrame, samples: int) -> pd.DataFrame:
     """`differences` as people read them, with those at hit@1 beside the cut-off that they have.
 
     Returns:
-        arm; points and percent at each cut-off, with their intervals; points by seed at the table's own; n
-        queries; seed (in words).
+        arm, over (the two that are compared); points and percent at each cut-off, with their intervals;
+        points by seed at the table's own; n queries; seed (in words).
     """
-    cells = {"arm": list(table["arm"])}
+    cells = {"arm": list(table["new"]), "over": list(table["old"])}
     first = differences(study, list(zip(table["new"], table["old"], strict=True)), 1, samples)
     for rows in (first, table):
         for unit, names in {"points": NUMBERS, "%": ["relative", "relative low", "relative high"]}.items():
             said = [number(*row, "", sign=True) for row in rows[names].itertuples(index=False)]
             cells |= {f"{metric}, {unit}": said for metric in rows["metric"].unique()}
-    seeds = [" ".join(f"{value:+.1f}" for value in values) for values in table["by seed"]]
+    seeds = [" ".join(signed(values)) for values in table["by seed"]]
     return pd.DataFrame(cells | {"by seed": seeds, "n": list(table["n"]), "seed": list(table["seed"])})
 
 

@@ -256,7 +256,7 @@ def figure(rows: pd.DataFrame) -> Figure:
             axis.errorbar(place, value, ends, color="black", capsize=3, elinewidth=0.9)
             alone = row["by seed"] if len(row["by seed"]) > 1 else ()
             axis.plot([place - 0.17] * len(alone), alone, ".", color="black", markersize=4)
-            text = f"{value:+.1f}\n[{row['ci_low']:.1f}, {row['ci_high']:.1f}]"
+            text = interval(row).replace(" [", "\n[")
             style = {"ha": "center", "va": "bottom", "fontsize": 8, "textcoords": "offset points"}
             axis.annotate(text, (place, max(0.0, row["ci_high"], *alone)), (0, 3), **style)
         axis.set_xlim(-0.6, len(names) - 0.4)

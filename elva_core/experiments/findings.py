@@ -19,7 +19,7 @@ from elva_core.evaluation import headroom, statistics
 from elva_core.experiments import claims, decomposition, sentences
 from elva_core.experiments.decomposition import interval
 from elva_core.files import ElvaDataError
-from elva_core.tables import read_table
+from elva_core.tables import read_table, rounded, signed
 
 MEANING = {
     "reproduced": "above zero over queries, and reaching the paper's value",
@@ -121,15 +121,15 @@ def in_short(tables: Tables, reported: dict) -> str:
     of_reward = _growth(tables, reported, *decomposition.STEPS["ranking reward"])
     if of_reward is not None and of_reward["ci_high"] < 0:
         falls += "; the ranking reward alone raises it"
+    steps = ["generation", "ranking reward"]
+    (of_five, reward_five), (of_one, reward_one) = (signed(rows.loc[steps, "value"]) for rows in (five, one))
     return (
         f"**In short:** {IN_SHORT[whole['verdict']]}. Here hit@5 rises from {whole['old value']:.1f} to "
         f"{whole['new value']:.1f} %: {interval(whole)} points, or {relative} % of the baseline (paper: "
         f"{whole['paper']:+.1f} %). Training for a summary and reading after it, one step here, gives "
-        f"{five.loc['generation', 'value']:+.1f} points of it, the ranking reward {reward['value']:+.1f} "
-        f"(its interval over queries {words[0]}{over}). At hit@1 the whole gain is "
-        f"{interval(one.loc['all'])} points: {one.loc['generation', 'value']:+.1f} from the summary, "
-        f"{one.loc['ranking reward', 'value']:+.1f} from the reward (its interval {words[1]}). Grain "
-        f"blindness, the paper's reason, {falls}."
+        f"{of_five} points of it, the ranking reward {reward_five} (its interval over queries {words[0]}"
+        f"{over}). At hit@1 the whole gain is {interval(one.loc['all'])} points: {of_one} from the summary, "
+        f"{reward_one} from the reward (its interval {words[1]}). Grain blindness, the paper's reason, {falls}."
     )
 
 
@@ -190,8 +190,8 @@ def _over_seeds(row) -> str:
     """Points under each seed alone, and the interval over seeds."""
     if len(row["by seed"]) < 2:
         return ""
-    points = ", ".join(f"{round(round(value, 9), 1) + 0.0:+.1f}" for value in row["by seed"])
-    low, high = (round(end, 1) + 0.0 for end in statistics.over_seeds(row["by seed"]))
+    points = ", ".join(signed(row["by seed"]))
+    low, high = map(rounded, statistics.over_seeds(row["by seed"]))
     return points if low != low else f"{points}; [{low:.1f}, {high:.1f}]"
 
 

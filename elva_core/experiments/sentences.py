@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from elva_core import distributed
 from elva_core.evaluation import statistics
 from elva_core.retrieval import metrics
-from elva_core.tables import direction, number
+from elva_core.tables import direction, number, rounded
 
 SAMPLES = 1000  # of the bootstrap over training steps
 START = "**Answer.** "
@@ -177,9 +177,9 @@ def agreement(points: Sequence[float]) -> str:
     """
     if len(points) < 2:
         return " (one seed)" if points else ""
-    low, high = (round(end(points), 9) + 0.0 for end in (min, max))  # no -0.0, no noise of the last digit
+    low, high = (rounded(end(points), 9) for end in (min, max))  # no noise of the last digit
     word = "seeds disagree" if low < 0 < high else "every seed" if low > 0 or high < 0 else "single seeds"
-    low, high, *interval = (round(end, 1) + 0.0 for end in (low, high, *statistics.over_seeds(points)))
+    low, high, *interval = map(rounded, (low, high, *statistics.over_seeds(points)))
     over = "; over seeds [{:.1f}, {:.1f}]".format(*interval) if len(points) > 2 else ""
     return f" ({word}: {low:+.1f} to {high:+.1f}{over})"
 

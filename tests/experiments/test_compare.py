@@ -46,7 +46,7 @@ def test_an_overview_has_both_cut_offs_with_intervals_and_the_seeds(made_up):
     (row,) = compare.overview(made_up, table, 500).to_dict("records")
     assert row["hit@5, points"] == "+37.5 [0.0, 75.0]" and row["hit@5, %"].startswith("+100.0 [")
     assert row["hit@1, points"] == "+37.5 [0.0, 75.0]"  # every hit of these ranks is a first answer
-    assert row["by seed"] == "+25.0 +50.0" and (row["n"], row["seed"]) == (4, "2 (1, 2)")
+    assert (row["arm"], row["over"], row["by seed"]) == ("new", "old", "+25.0 +50.0") and (row["n"], row["seed"]) == (4, "2 (1, 2)")
     assert compare.overview(made_up, table[:0], 10).empty
 
 
