@@ -129,7 +129,8 @@ def in_short(tables: Tables, reported: dict) -> str:
         f"{whole['paper']:+.1f} %). Training for a summary and reading after it, one step here, gives "
         f"{of_five} points of it, the ranking reward {reward_five} (its interval over queries {words[0]}"
         f"{over}). At hit@1 the whole gain is {interval(one.loc['all'])} points: {of_one} from the summary, "
-        f"{reward_one} from the reward (its interval {words[1]}). Grain blindness, the paper's reason, {falls}."
+        f"{reward_one} from the reward (its interval {words[1]}). Grain "
+        f"blindness, the paper's reason, {falls}."
     )
 
 
