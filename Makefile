@@ -38,7 +38,7 @@ smoke: ## the chain at plumbing size
 
 test: .venv/ready ## unit tests, then every notebook at smoke size
 	rm -rf outputs/smoke
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax notebooks --nbval-cell-timeout 300 --nbval-current-env --no-header
 	$(BIN)/python -m pytest --no-header tests/experiments/test_keys.py -k smoke_run
 
