@@ -55,7 +55,7 @@ def direction(
 
 
 def rounded(value: float, digits: int = 1) -> float:
-    """A value to so many digits, never -0.0, by one rounding for all that is printed.
+    """A value to so many digits, never -0.0, by the one rounding of all intervals and differences.
 
     NumPy's own makes 0.6 of 0.65, Python's 0.7, and a sum in another order 0.6 again.
 

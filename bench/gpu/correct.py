@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from material import Place, embedder, items, mixed, pairs, ranked, stock
+from material import Place, embedder, items, mixed, pairs, ranked, stock, vectors
 
 from elva_core import config
 from elva_core.data.items import Item
@@ -189,8 +189,7 @@ def small_chain(place: Place) -> dict:
         step_s[device] = {name: round(min(row["step_time"] for row in made), 4) for name, made in rows.items()}
     off = {name: abs(losses[place.device][name] - loss) for name, loss in losses["cpu"].items()}
     wrong = [name for name, difference in off.items() if not difference < 1e-2]
-    pool, queries = (np.random.default_rng(n).standard_normal((n, 256), dtype=np.float32) for n in (20_000, 50))
-    pool, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (pool, queries))
+    pool, queries = vectors(20_000), vectors(50)
     there, here = (search.exact(queries, pool, 20, [[i] for i in range(50)], device=device) for device in (place.device, "cpu"))
     if not (np.array_equal(there.rows, here.rows) and there.ranks == here.ranks):
         wrong.append("search")

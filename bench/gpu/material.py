@@ -124,6 +124,12 @@ def embedder(place: Place, name: str, dtype: str, device: str | None = None) -> 
     return Encoder(*stock(place, name, dtype, device, ATTENTION), place.profile.encoder)
 
 
+def vectors(count: int) -> np.ndarray:
+    """(count, 256) float32 of unit length, in any direction."""
+    drawn = np.random.default_rng(count).standard_normal((count, 256), dtype=np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
 def pictures(place: Place, count: int) -> list[Path]:
     """Different noise in each, as JPEG; kept."""
     folder, (width, height) = place.folder / "pictures", (64, 48) if place.tiny else SIDES

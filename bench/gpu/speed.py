@@ -6,9 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from material import Place, counted, embedder, items, mixed, pairs, ranked, stock
+from material import Place, counted, embedder, items, mixed, pairs, ranked, stock, vectors
 from PIL import Image
 
 from elva_core.experiments import sizes
@@ -43,6 +42,17 @@ def seconds(place: Place, work: Callable[[], object]) -> float:
     work()
     place.synchronise()
     return time.perf_counter() - began
+
+
+def in_turns(place: Place, **sides: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each side, one round after another; a first round is not counted."""
+    took: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(ROUNDS + 1):
+        for name, work in sides.items():
+            once = seconds(place, work)
+            if turn:
+                took[name].append(once)
+    return took
 
 
 class Models:
@@ -118,7 +128,6 @@ def summaries(place: Place, models: Models) -> dict:
     """48 images embedded after a greedy summary each, ours and by `generate` and a second forward, in turns."""
     model, count = models.two(), 4 if place.tiny else 48
     processor, theirs, cap = model.processor, model.backbone, model.settings.max_summary_tokens
-    took: dict[str, list[float]] = {"ours": [], "generate": []}
     asked = items(place, "image", count)
 
     def by_generate() -> None:
@@ -131,11 +140,7 @@ def summaries(place: Place, models: Models) -> dict:
         full = model.batch(asked, model.settings.summary_request, [[*end, model.ret_id] for end in ends])
         encoders.normalised(model.states(full)[:, -1])
 
-    for turn in range(ROUNDS + 1):
-        for name, work in (("ours", lambda: generation.generate(model, asked)), ("generate", by_generate)):
-            once = seconds(place, work)
-            if turn:
-                took[name].append(once)
+    took = in_turns(place, ours=lambda: generation.generate(model, asked), generate=by_generate)
     ours, other = (statistics.median(took[name]) for name in ("ours", "generate"))
     layers = model.backbone.config.get_text_config().num_hidden_layers
     return {
@@ -150,21 +155,14 @@ def summaries(place: Place, models: Models) -> dict:
 
 def searching(place: Place, _: Models) -> dict:
     """The 50 nearest of a million vectors, exactly; FAISS's flat index on a card does the same product, and picks likewise."""
-    counts, generator = (1000, 20_000 if place.tiny else 1_000_000), np.random.default_rng(0)
-    queries, pool = (generator.standard_normal((n, 256), dtype=np.float32) for n in counts)
-    queries, pool = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, pool))
-    took: dict[str, list[float]] = {"ours": [], "plain": []}
+    queries, pool = vectors(1000), vectors(20_000 if place.tiny else 1_000_000)
 
     def plain() -> None:  # both begin with vectors that the host holds
         here = torch.from_numpy(pool).to(place.device)
         for part in torch.from_numpy(queries).to(place.device).split(100):
             (part @ here.T).topk(50)
 
-    for turn in range(ROUNDS + 1):
-        for name, work in (("ours", lambda: search.exact(queries, pool, 50, device=place.device)), ("plain", plain)):
-            once = seconds(place, work)
-            if turn:
-                took[name].append(once)
+    took = in_turns(place, ours=lambda: search.exact(queries, pool, 50, device=place.device), plain=plain)
     ours, other = (statistics.median(took[name]) for name in ("ours", "plain"))
     against = "a product and topk without ranks or checks"
     return {"value": len(queries) / ours, "unit": "queries a second", "against": against, "ratio": other / ours, "took": took}

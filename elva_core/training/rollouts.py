@@ -31,7 +31,7 @@ def candidates_once(
     distinct = list(dict.fromkeys(item for r in ranked for item in (r.positive, *r.negatives)))
     texts, images = [i for i in distinct if not i.image], [i for i in distinct if i.image]
     vectors = {}
-    for part in [*_parts(texts, rows or len(texts)), *_parts(images, rows or len(images))]:
+    for part in [*_parts(texts, rows), *_parts(images, rows)]:
         if encoder.settings.candidate_summaries:
             embedded = generation.generate(encoder, part).embeddings[:, 0]
         else:
@@ -151,8 +151,10 @@ def as_sampled(rows, sampled: Sequence[generation.Rollouts]) -> list:
     return [rows[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def _parts(rows, size: int) -> list:
-    return [rows[i : i + size] for i in range(0, len(rows), max(1, size))]
+def _parts(rows, size: int | None) -> list:
+    """Rows in parts of one size, at least one row each; None is a single part."""
+    size = max(1, len(rows) if size is None else size)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _chunks(rows, settings: RlvrSettings) -> list:
