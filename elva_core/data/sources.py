@@ -155,3 +155,25 @@ def unseen(root: mbeir.Root, queries: Sequence[mbeir.Query]) -> pd.Series:
     """Whether each query's composition of grains is in no training row."""
     trained = {tuple(mbeir.grains(c)) for c in root.pool("", "train", "global")}
     return pd.Series([tuple(mbeir.grains(q)) not in trained for q in queries], name="unseen composition")
+
+
+def seen_pictures(data: DataSettings, bench: mbeir.Root) -> pd.DataFrame:
+    """Whether a training vendor has a test query's picture, or that of a positive, byte for byte.
+
+    Returns:
+        unit, qid, seen; no rows where the data has no vendors.
+    """
+    columns = ["unit", "qid", "seen"]
+    if data.emoji is None:
+        return pd.DataFrame(columns=columns)
+    vendors, rows = data.emoji.vendors, []
+    others = (*vendors["val"], *vendors["test"])  # queries by picture are drawn by the former
+    shared = {vendor: emoji.shared_drawings(vendor, vendors["train"]) for vendor in others}
+    for unit in bench.units("test"):
+        pool = bench.pool(unit, "test")
+        for query in bench.queries(unit, "test"):
+            positives = [pool[row] for did in query.positives if (row := pool.row(did)) is not None]
+            pictures = {Path(record.image) for record in (query, *positives) if record.image}
+            seen = any(picture.stem in shared.get(picture.parent.name, ()) for picture in pictures)
+            rows.append((unit, query.qid, seen))
+    return pd.DataFrame(rows, columns=columns)

@@ -289,12 +289,13 @@ def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.
 
 
 def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
-    """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
+    """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest; n queries."""
     rows = []
     for unit in units:
         results = [searcher.evaluate(unit, pool=pool, prompt_index=i) for i in range(4)]
         values = [metrics.hit_rate_at_k(result.ranks, k).mean() for result in results]
-        rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
+        spread = {"mean": np.mean(values), "lowest": min(values), "highest": max(values)}
+        rows.append({"unit": unit} | spread | {"n": len(results[0].queries)})
     return pd.DataFrame(rows)
 
 
@@ -312,5 +313,5 @@ def side_by_side(
         result = one.bench[unit]
         top = [result.candidates[row] for row in result.top[index][:depth]]
         answers.append((one.model, [(mbeir.caption(c), image(c), c.did in query.positives) for c in top]))
-    text = f"{query.text or ''} [{mbeir.caption(query)}]".strip() if query.image else query.text or ""
-    return text, image(query), answers
+    wanted = f"wanted: {mbeir.caption(query)}" if query.image else ""
+    return "\n".join(filter(None, (f"task {query.task}: {query.text or ''}", wanted))), image(query), answers

@@ -275,7 +275,7 @@ def shifts(hits: pd.DataFrame, model: str, samples: int, seed: int) -> pd.DataFr
         parts = {
             "an unseen vendor": (1, losses),
             "an unseen composition": (2, [means[0], -means[1]]),  # a difference is twice its halves' mean
-            "an unseen vendor more than an unseen composition": (
+            "the vendor's change less the composition's": (
                 2,
                 [known["unseen vendor"], -unseen["trained vendor"]],
             ),

@@ -175,20 +175,22 @@ def sentence(rows: pd.DataFrame, shares: pd.DataFrame, samples: int) -> str:
     Args:
         rows: of `table`. shares: of `shares_taken`. samples: summaries of each query.
     """
-    words, at = [], rows[rows["unit"] == "average"].set_index(["metric", "model", "summaries"])["value"]
+    reached, taken, clear = [], [], []
+    at = rows[rows["unit"] == "average"].set_index(["metric", "model", "summaries"])["value"]
     for share in shares.to_dict("records"):
-        before, after = (100 * at[share["metric"], model, GREEDY] for model in ("stage 2", "stage 3"))
-        best, part = 100 * at[share["metric"], "stage 2", BEST], "a share that cannot be measured"
-        if share["value"] == share["value"]:
-            percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
-            part = "{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}] of that gain".format(**percent)
-            part += "" if share["ci_low"] > 0 or share["ci_high"] < 0 else ", which may be none"
-        words.append(
-            f"from {before:.1f} to {best:.1f} % {share['metric']}, where stage 3 has {after:.1f} %, {part}"
-        )
+        best, before = (100 * at[share["metric"], "stage 2", summaries] for summaries in (BEST, GREEDY))
+        reached.append(f"{best:.1f} % {share['metric']} ({before:.1f} with its own)")
+        if share["value"] != share["value"]:
+            taken.append("a share that cannot be measured")
+            continue
+        percent = {name: 100 * share[name] for name in ("value", "ci_low", "ci_high")}
+        taken.append("{value:.0f} % [{ci_low:.0f}, {ci_high:.0f}]".format(**percent))
+        clear.append(share["ci_low"] > 0 or share["ci_high"] < 0)
+    doubt = "" if all(clear) else ", and may take none" if not any(clear) else ", of which one may be none"
     return (
-        f"The best of {samples} sampled summaries, chosen with the answer known, would raise stage 2 "
-        f"{'; '.join(words)} (n = {shares['n'].iloc[0]:,} queries, one seed)."
+        f"With the best of {samples} sampled summaries, chosen knowing the answer, stage 2 would reach "
+        f"{' and '.join(reached)}. Stage 3 takes {' and '.join(taken)} of these gains{doubt} "
+        f"(n = {shares['n'].iloc[0]:,} queries, one seed)."
     )
 
 

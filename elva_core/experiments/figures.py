@@ -12,14 +12,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from elva_core.experiments import sentences
+from elva_core.experiments.claims import modalities
 from elva_core.experiments.pictures import PlainFigure
-from elva_core.training import rewards
-from elva_core.training_settings import RewardSettings
+from elva_core.experiments.sizes import task_of
 
 GREY, BLUE, AMBER, RED, GREEN = "#9aa0a6", "#4c78a8", "#e4a23a", "#c43d4b", "#2e8b57"
 MODEL_COLOURS = {"zero-shot": GREY, "stage 2": BLUE, "InfoNCE control": AMBER, "stage 3": RED}
@@ -77,11 +76,11 @@ def histogram(values: pd.Series, title: str, unit: str) -> Figure:
 
 
 def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str, window: int = 15) -> Figure:
-    """Training curves: each column of the step metrics with its running mean.
+    """Training curves: each column of the step metrics (thin) with its running mean (thick).
 
     Args:
         history: one row per step, with `step`, and `run` where several runs share a panel.
-        columns: (column, axis label with unit), a panel each. window: steps of the running mean.
+        columns: (column, axis label with unit), a panel each. window: steps of the running mean, centred.
     """
     width = 3 if len(columns) > 4 else min(2, len(columns))
     height = -(-len(columns) // width)
@@ -89,7 +88,7 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
     runs = history.groupby("run", sort=False) if "run" in history else [(None, history)]
     for axis, (column, label) in zip(axes.flat, columns, strict=False):
         for name, part in runs:
-            mean = part[column].rolling(window, min_periods=1).mean()
+            mean = part[column].rolling(window, min_periods=1, center=True).mean()
             (line,) = axis.plot(part["step"], mean, label=name, linewidth=1.6)
             axis.plot(part["step"], part[column], color=line.get_color(), alpha=0.25, linewidth=0.7)
         axis.set(xlabel="step", ylabel=textwrap.fill(label, 26))  # a panel is not higher
@@ -97,63 +96,11 @@ def curves(history: pd.DataFrame, columns: Sequence[tuple[str, str]], title: str
         axes.flat[0].legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(columns) :]:
         axis.remove()
-    figure.suptitle(f"{title} (n = {history['step'].nunique()} steps, mean of {window})", fontsize=11)
+    steps = " and ".join(dict.fromkeys(f"{len(part):,}" for _, part in runs))
+    each = f" in each of {len(runs)} runs" if len(runs) > 1 else ""
+    told = f"n = {steps} steps{each}; thin: each step, thick: centred mean of {window}"
+    figure.suptitle(f"{title}\n{told}", fontsize=10)
     return figure
-
-
-def rank_weights(ranks: Sequence[int], gamma: float) -> tuple[Figure, pd.DataFrame]:
-    """Weight of a negative in R_rank against its rank, as printed and corrected; discount of the positive."""
-    k = torch.tensor(ranks)
-    weights = {form: rewards.negative_weights(k, form) for form in ("printed", "corrected")}
-    table = pd.DataFrame({"rank": ranks, **weights, "positive": 1 / (1 + k.float().log())})
-    figure, ((left, right),) = axes_of(columns=2, size=(8, 3))
-    left.axhline(0, color="black", linewidth=0.8)
-    left.plot(k, table["printed"], "o-", markersize=3, label="printed: ln k - 1", color=RED)
-    left.plot(k, table["corrected"], ".--", label="corrected: max(0, ln k - 1)", color=BLUE)
-    left.set(xlabel="rank k of the negative", ylabel="weight of the penalty", xscale="log")
-    left.set_title(f"Below 0 a negative is rewarded (gamma = {gamma})", fontsize=10)
-    left.legend(frameon=False)
-    right.plot(k, table["positive"], "o-", markersize=3, color=BLUE)
-    right.set(xlabel="rank r of the positive", ylabel="1 / (1 + ln r)", xscale="log", ylim=(0, 1.05))
-    right.set_title("Discount of the positive", fontsize=10)
-    whole = [rank for rank in (1, 2, 3, 5, 10, 20, 50, 100) if rank <= max(ranks)]
-    for axis in (left, right):
-        axis.xaxis.set(ticks=whole, ticklabels=whole)
-        axis.minorticks_off()
-    return figure, table
-
-
-def hardest_negative(
-    settings: RewardSettings, positive: float, others: Sequence[float]
-) -> tuple[Figure, pd.DataFrame]:
-    """R_margin, R_rank and R_total, as printed and corrected, while one negative passes the positive.
-
-    Args:
-        positive: cosine of the positive. others: cosines of the other negatives, held fixed.
-    """
-    hardest = torch.linspace(0, 1, 201)
-    s_p = torch.full_like(hardest, positive)
-    s_n = torch.cat([hardest[:, None], torch.tensor(others).expand(201, -1)], dim=1)
-    margin = rewards.margin_reward(s_p, s_n, delta=settings.delta)
-    table = pd.DataFrame({"hardest": hardest, "R_margin": margin})
-    how = {"gamma": settings.gamma, "reduction": settings.penalty_reduction}
-    for form in ("printed", "corrected"):
-        rank = rewards.rank_reward(s_p, s_n, form=form, **how)
-        total = rewards.total_reward(margin, rank, alpha=settings.alpha, epsilon=settings.epsilon)
-        table[f"R_rank {form}"], table[f"R_total {form}"] = rank, total
-    figure, axes = axes_of(1, 3, (10, 3))
-    for axis, name in zip(axes.flat, ("R_margin", "R_rank", "R_total"), strict=True):
-        columns = [c for c in table.columns if c.startswith(name)]
-        for column, colour, dash in zip(columns, (RED, BLUE), ("-", "--"), strict=False):
-            label = column.removeprefix(name).strip() or None
-            axis.plot(table["hardest"], table[column], color=colour, linestyle=dash, label=label)
-        axis.axvline(positive, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="cosine of the hardest negative", title=name)
-    axes[0, 0].set_ylabel("reward")
-    axes[0, 2].legend(frameon=False, title=f"{len(others)} others fixed", fontsize=7, title_fontsize=7)
-    title = f"Reward while one negative passes the positive (dotted: cosine {positive:.2f})"
-    figure.suptitle(title, fontsize=10)
-    return figure, table
 
 
 def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
@@ -171,9 +118,12 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
         style = {"color": MODEL_COLOURS.get(model), "error_kw": {"elinewidth": 0.9}}
         axis.bar(x, bars["value"], width, yerr=spread(bars), label=model, **style)
     axis.set(ylabel=f"{metric}, % (higher is better)", ylim=(0, None))
-    axis.set_title(f"{title} (n = {table['n'].min():,} queries a bar, 95 % interval)")
-    axis.set_xticks(np.arange(len(units)), [u.replace("_", "\n", 1) for u in units])
-    axis.legend(frameon=False, ncols=len(models), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    sizes = [f"{n:,}" for n in sorted(set(table["n"]))]
+    n = " or ".join(sizes) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
+    axis.set_title(f"{title} (n = {n} queries a bar, 95 % interval)", fontsize=10)
+    labels = [f"{modalities(u)} (task {task_of(u)})" if "_task" in u else u for u in units]
+    axis.set_xticks(np.arange(len(units)), [textwrap.fill(label, 16) for label in labels], fontsize=8)
+    _legend_below(figure, axis, columns=len(models))
     return figure
 
 
@@ -186,7 +136,8 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     """
     figure, ((axis,),) = axes_of(size=(7.6, 0.34 * len(table) + 1.3))
     place = np.arange(len(table))
-    style = {"color": BLUE, "markersize": 5, "elinewidth": 1.4, "label": "mean, 95 % over queries"}
+    label = "mean over seeds, 95 % interval over queries"
+    style = {"color": BLUE, "markersize": 5, "elinewidth": 1.4, "label": label}
     axis.errorbar(table["value"], place, xerr=spread(table), fmt="o", **style)
     several = table.assign(place=place)[table["seeds"].map(len) > 1].explode("by seed")
     if len(several):
@@ -195,7 +146,11 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
         axis.plot(table["paper"], place, "D", color="#444444", markersize=4, label="paper")
     if (table["ci_low"] <= 0).any():
         axis.axvline(0, color="black", linewidth=0.8)
-    labels = [f"{r.arm}  ({len(r.seeds)} seeds)" if len(r.seeds) > 1 else r.arm for r in table.itertuples()]
+    alike = len(set(table["n"])) == 1
+    labels = [
+        f"{r.arm}  ({len(r.seeds)} seed{'s' * (len(r.seeds) > 1)}{'' if alike else f', n = {r.n:,}'})"
+        for r in table.itertuples()
+    ]
     axis.set_yticks(place, labels)
     axis.set_xlabel(unit)
     axis.set_ylim(len(table) - 0.5, -0.5)  # the first on top
@@ -276,6 +231,8 @@ def grain_distances(table: pd.DataFrame, paper: dict[str, float], title: str) ->
         axis.axhline(value, color="black", linestyle="--", linewidth=0.8)
         axis.text(axis.get_xlim()[1], value, f" paper, {name}: {value}", va="center", fontsize=7)
     axis.set(xlabel="grain taken away", ylabel="1 - cosine (0 = grain is not there)")
+    counts = table.groupby("kind", sort=False)["qid"].nunique()
+    axis.set_xticks(range(len(counts)), [f"{kind}\n{n} queries" for kind, n in counts.items()])
     axis.set_title(f"{title} (n = {table['qid'].nunique()} queries)")
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -363,11 +320,10 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
         style = {"fmt": "osD^vP"[place % 6], "color": colour, "capsize": 2, "label": r["way"]}
         rates = spread(r, "per second", "lowest", "highest")
         axis.errorbar(r["per second"], r["value"], spread(r), rates, **style)
-    axis.set_xscale("log")
-    axis.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
+    axis.set_xlim(0, 1.08 * table["highest"].max())
     rounds = f"median and range of {table['rounds'].min():.0f} rounds"
     axis.set(xlabel=f"queries per second, one process ({rounds})", ylabel="hit@5, % (higher is better)")
-    axis.set_title(f"{title} ({_queries(table)}, 95 % intervals)")
+    axis.set_title(f"{title} ({_queries(table)}; vertical: 95 % intervals over them)", fontsize=10)
     _legend_below(figure, axis, columns=2)
     return figure
 

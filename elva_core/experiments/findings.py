@@ -16,7 +16,7 @@ import pandas as pd
 
 from elva_core.config import Settings
 from elva_core.evaluation import headroom, statistics
-from elva_core.experiments import claims, decomposition, sentences
+from elva_core.experiments import claims, decomposition, reading, sentences
 from elva_core.experiments.decomposition import interval
 from elva_core.files import ElvaDataError
 from elva_core.tables import read_table, rounded, signed
@@ -53,12 +53,12 @@ MODELS = {  # arm -> its name here, how it is trained and read, what it is compa
     ),
     decomposition.CONTROL: (
         "InfoNCE control",
-        "stage 2 continued with InfoNCE on the queries of stage 3",
+        "stage 2 continued with InfoNCE, with {negatives} (chosen on validation), on {control} queries",
         "over stage 2",
     ),
     decomposition.STAGE3: (
         "stage 3",
-        "stage 2 continued with the ranking reward on these queries",
+        "stage 2 continued with the ranking reward on {stage3} queries",
         "over the control",
     ),
 }
@@ -75,8 +75,8 @@ class Tables:
     answers: pd.DataFrame  # stage, answer
     not_run: pd.DataFrame  # source, missing, needs, command
     decomposition: pd.DataFrame  # decomposition.table
-    reading: pd.DataFrame  # decomposition.against_reading
-    runs: pd.DataFrame  # a row for each training of the study: arm, seed, steps, train_s, wall_s (seconds)
+    reading: pd.DataFrame  # reading.against_reading
+    runs: pd.DataFrame  # a row for each training: arm, seed, hit@5, steps, train_s, wall_s (seconds)
     headroom: pd.DataFrame  # headroom.table
     shares: pd.DataFrame  # headroom.shares_taken
     environment: pd.DataFrame  # package, installed
@@ -121,21 +121,26 @@ def in_short(tables: Tables, reported: dict) -> str:
     of_reward = _growth(tables, reported, *decomposition.STEPS["ranking reward"])
     if of_reward is not None and of_reward["ci_high"] < 0:
         falls += "; the ranking reward alone raises it"
-    steps = ["generation", "ranking reward"]
-    (of_five, reward_five), (of_one, reward_one) = (signed(rows.loc[steps, "value"]) for rows in (five, one))
+    (of_five, more_five, reward_five), (of_one, more_one, reward_one) = (
+        signed(rows.loc[list(decomposition.STEPS), "value"]) for rows in (five, one)
+    )
     return (
         f"**In short:** {IN_SHORT[whole['verdict']]}. Here hit@5 rises from {whole['old value']:.1f} to "
         f"{whole['new value']:.1f} %: {interval(whole)} points, or {relative} % of the baseline (paper: "
         f"{whole['paper']:+.1f} %). Training for a summary and reading after it, one step here, gives "
-        f"{of_five} points of it, the ranking reward {reward_five} (its interval over queries {words[0]}"
-        f"{over}). At hit@1 the whole gain is {interval(one.loc['all'])} points: {of_one} from the summary, "
-        f"{reward_one} from the reward (its interval {words[1]}). Grain "
-        f"blindness, the paper's reason, {falls}."
+        f"{of_five} points of it, more InfoNCE {more_five}, the ranking reward in its place {reward_five} "
+        f"(its interval over queries {words[0]}{over}). At hit@1 the whole gain is "
+        f"{interval(one.loc['all'])} points: {of_one} from the summary, {more_one} from more InfoNCE, "
+        f"{reward_one} from the reward (its interval {words[1]}). Grain blindness, the paper's reason, "
+        f"{falls}."
     )
 
 
-def steps(tables: Tables) -> str:
+def steps(tables: Tables, settings: Settings) -> str:
     """The arms from the EOL baseline to stage 3, each beside the one before it, as a Markdown table."""
+    control = settings.control.steps * settings.control.batch
+    values = {"negatives": decomposition.negatives(settings), "control": f"{control:,}"}
+    values["stage3"] = f"{settings.stage3.queries:,}"
     one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
     lines = [
         "Gains are paired differences in percentage points, taken before rounding, with 95 % intervals over "
@@ -147,12 +152,12 @@ def steps(tables: Tables) -> str:
     ]
     begin = next(iter(decomposition.STEPS))
     first = [_level(rows.loc[begin, "old value"]) for rows in (one, five)]
-    lines.append(f"| {_arm(decomposition.EOL)} | {first[0]} | | {first[1]} | | |")
+    lines.append(f"| {_arm(decomposition.EOL, values)} | {first[0]} | | {first[1]} | | |")
     for step, (new, _) in decomposition.STEPS.items():
         before, row = one.loc[step], five.loc[step]
         levels = _level(before["new value"]), _level(row["new value"])
         cells = f"{levels[0]} | {interval(before)} | {levels[1]} | {interval(row)}"
-        lines.append(f"| {_arm(new)}; *{step}*, {MODELS[new][2]} | {cells} | {_over_seeds(row)} |")
+        lines.append(f"| {_arm(new, values)}; *{step}*, {MODELS[new][2]} | {cells} | {_over_seeds(row)} |")
     for step, (new, old) in decomposition.SUMS.items():
         what = f"**{MODELS[new][0]}** over {'the ' * (old == decomposition.EOL)}**{MODELS[old][0]}**"
         cells = f"| {interval(one.loc[step])} | | {interval(five.loc[step])}"
@@ -163,24 +168,25 @@ def steps(tables: Tables) -> str:
 def questions(tables: Tables, settings: Settings, reported: dict) -> list[str]:
     """The other results, a line for each question, negative ones among them."""
     left = headroom.sentence(tables.headroom, tables.shares, settings.evaluation.headroom_samples)
+    unseen = decomposition.unseen_told(tables.decomposition)
     return [
         f"**In every task?** {_tasks(tables)}",
+        *([f"**On drawings that no training saw?** {unseen}"] if unseen else []),
         f"**Less grain-blind?** {_distance(tables, reported)}",
-        f"**How much is left?** {left} This is the chain's own training, not one of the table's.",
-        "**On a backbone that reads less well?** "
-        f"{decomposition.reading_told(tables.reading) or 'Not measured.'}",
+        f"**How much is left?** {left} This is the chain's own training{_spread(tables)}.",
+        f"**On a backbone that reads less well?** {reading.told(tables.reading) or 'Not measured.'}",
         f"**How sure?** {_sure(tables)}",
     ]
 
 
 def _lies(low: float, high: float) -> str:
     """The side of zero on which an interval lies, in words."""
-    return sentences.direction(low, high, ("lies above zero", "lies below zero"), "holds zero")
+    return sentences.direction(low, high, ("lies above zero", "lies below zero"), "contains zero")
 
 
-def _arm(name: str) -> str:
+def _arm(name: str, values: dict[str, str]) -> str:
     label, how, _ = MODELS[name]
-    return f"**{label}**, {how}"
+    return f"**{label}**, {how.format(**values)}"
 
 
 def _level(value: float) -> str:
@@ -196,24 +202,44 @@ def _over_seeds(row) -> str:
     return points if low != low else f"{points}; [{low:.1f}, {high:.1f}]"
 
 
+def _spread(tables: Tables) -> str:
+    """The hit rates of the study's trainings of stage 3, in words, beside which the chain's stands."""
+    rates = 100 * tables.runs.loc[tables.runs["arm"] == decomposition.STAGE3, "hit@5"]
+    if rates.empty:
+        return ""
+    return f"; those of the table have {rates.min():.1f} to {rates.max():.1f} % hit@5 after stage 3"
+
+
 def _tasks(tables: Tables) -> str:
-    """Stage 3 over the EOL baseline on each task."""
+    """Stage 3 over the EOL baseline on each task, at every cut-off."""
     rows = tables.decomposition
-    rows = rows[(rows["step"] == "all") & (rows["metric"] == "hit@5") & (rows["unit"] != "")]
+    rows = rows[(rows["step"] == "all") & (rows["unit"] != "")]
     if rows.empty:
         return "Not run."
-    parts = [f"{claims.modalities(row['unit'])} {interval(row)}" for row in rows.to_dict("records")]
-    worse = [claims.modalities(row.unit) for row in rows.itertuples() if row.value < 0]
-    said = f"No, not in {' and '.join(worse)}" if worse else "Yes"
+    said, points = [], []
+    for metric, part in rows.groupby("metric", sort=False):
+        worse = [claims.modalities(row.unit) for row in part.itertuples() if row.value < 0]
+        said.append(f"at {metric} " + (f"not in {' and '.join(worse)}" if worse else "yes"))
+        each = (f"{claims.modalities(row['unit'])} {interval(row)}" for row in part.to_dict("records"))
+        points.append(f"{metric}: {', '.join(each)}")
+    told = "; ".join(said)
     n = f"n = {int(rows['n'].min()):,} each"
-    return f"{said}. Stage 3 over the EOL baseline, points of hit@5: {'; '.join(parts)} ({n})."
+    return (
+        f"{told[:1].upper()}{told[1:]}. Stage 3 over the EOL baseline, points of {'; '.join(points)} ({n})."
+    )
 
 
 def _sure(tables: Tables) -> str:
     """Numbers of seeds, and of the paper's claims by verdict, in words."""
     judged = tables.claims[tables.claims["verdict"].isin(MEANING) & tables.claims["ours"].notna()]
-    counts = judged["verdict"].value_counts()
-    words = [f"{counts[word]} *{word}* ({meaning})" for word, meaning in MEANING.items() if word in counts]
+    words = []
+    for word, meaning in MEANING.items():
+        seeds = sorted({int(text.partition(" ")[0]) for text in judged["seeds"][judged["verdict"] == word]})
+        if seeds:
+            each = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))) + " seeds"
+            each = "one seed each" if seeds[-1] == 1 else each
+            count = int((judged["verdict"] == word).sum())
+            words.append(f"{count} *{word}*, {each} ({meaning})")
     claimed = f"{len(judged)} claims of the paper were measured: {', '.join(words)}; the report names them"
     return f"{_seeds(tables)}. {claimed if words else 'No claim of the paper is judged here'}."
 
@@ -234,7 +260,7 @@ def _distance(tables: Tables, reported: dict) -> str:
     text = (
         "Without one of its grains a query should be embedded elsewhere (cosine distance; larger is less "
         f"blind). The paper: {values[eol]} for its {BASELINE}, {values[stage3]} for ELVA, of another model "
-        "and other data, so that directions alone compare."
+        "and other data."
     )
     if change is None or change["verdict"] not in BLIND:
         return f"Not run. {text}"

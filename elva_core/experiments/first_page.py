@@ -18,7 +18,7 @@ def result(tables: Tables, settings: Settings, reported: dict) -> str:
     parts = [
         findings.in_short(tables, reported),
         _setting(tables, settings, reported),
-        findings.steps(tables),
+        findings.steps(tables, settings),
     ]
     return "\n\n".join([*parts, listed(findings.questions(tables, settings, reported))])
 
@@ -39,7 +39,7 @@ def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
     not_run = figures & tables.claims["ours"].isna()
     scope = (
         f"{_setting(tables, settings, reported)} Profile {settings.profile}, seed {seed}, device "
-        f"{settings.device}. {int(not_run.sum())} figures of the paper need its data and GPUs and were not "
+        f"{settings.device}. {int(not_run.sum())} numbers of the paper need its data and GPUs and were not "
         "run."
     )
     said = findings.in_short(tables, reported).removeprefix("**In short:** ")
@@ -51,7 +51,7 @@ def page(tables: Tables, settings: Settings, seed: int, reported: dict) -> str:
 
 **What was measured.** {said[:1].upper()}{said[1:]}
 
-{findings.steps(tables)}
+{findings.steps(tables, settings)}
 
 {listed(findings.questions(tables, settings, reported))}
 
@@ -93,7 +93,8 @@ def _setting(tables: Tables, settings: Settings, reported: dict) -> str:
         vendors, apart = settings.data.emoji.vendors, 100 * settings.data.emoji.held_out_share
         data = (
             f"names of emoji and how {len(vendors['train'])} vendors draw them. The test has the drawings of "
-            f"a vendor that no training saw; {apart:.0f} % of the names are new, too"
+            "another vendor (some are files of a training vendor: below); "
+            f"{apart:.0f} % of the combinations of grains are in no training row"
         )
     bench = tables.mrbench
     scores = claims.main(tables.claims, reported).set_index(["claim", "metric"])["ours"]

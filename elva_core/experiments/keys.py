@@ -43,18 +43,18 @@ TABLE = {
     "60_ablate": Notebook(
         "10 20 30",
         RUNS_ON + "evidence data backbone encoder stage1 stage2 stage3 control mrbench evaluation study",
-        4,
+        5,
     ),
     "70_analyse_grains": Notebook("10 20 30 40", RUNS_ON + "data encoder evaluation", 3),
-    "80_generalise": Notebook("10 30 40", RUNS_ON + "data encoder evaluation unseen", 1),
+    "80_generalise": Notebook("10 30 40", RUNS_ON + "data encoder evaluation unseen", 2),
     "82_transfer": Notebook("10 30 40 50 60", RUNS_ON + "data encoder stage3 evaluation study video", 1),
     "85_trade_cost": Notebook(
         "10 20 30 40", RUNS_ON + "data encoder stage2 stage3 distil rerank evaluation", 2
     ),
     "90_report": Notebook(
         "00 10 20 30 40 50 60 70 80 82 85",
-        "evidence device threads data backbone stage2 stage3 mrbench evaluation study unseen video",
-        4,
+        "evidence device threads data backbone stage2 stage3 control mrbench evaluation study unseen video",
+        5,
     ),
 }
 STAGES = {

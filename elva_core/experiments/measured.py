@@ -80,13 +80,13 @@ def readme_block(table: Known) -> str:
         rows.append((what, f"{number(entry):.3g} {unit}", goals.get(what, ""), entry))
     stopped = run1()["stage stage1"]["error"].partition(";")[0]
     head = (
-        f"**Not measured on a card since {table.run1.date}** (run 1, commit {table.run1.commit}): "
+        f"**Last measured on a card on {table.run1.date}** (run 1, commit {table.run1.commit}): "
         f"one {start['gpu']}, torch {start['torch']}, transformers {start['transformers']}, bfloat16, "
         f"Qwen2-VL-2B at its real sizes with random weights. Stage 1 stopped ({stopped}). "
-        "`make gpu` on a machine with a card measures anew and replaces this table. Nor has a card been lent "
-        "to teaching, study or chain of the laptop profile (`device: cuda`); they pass the tests of a "
-        "simulated one. "
-        "No result in this repository comes from a GPU."
+        "`make gpu` on a machine with a card measures anew and replaces this table. This code has never "
+        "taught a backbone or run study or chain of the laptop profile on a card (`device: cuda`); it passes "
+        "the tests of a simulated one. "
+        "The small backbone was taught on an H100, as its card says; every other result comes from CPUs."
     )
     return f"{head}\n\n{markdown_rows(COLUMNS, [(a, b, c, *_load(d)) for a, b, c, d in rows])}"
 

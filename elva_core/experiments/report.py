@@ -22,7 +22,7 @@ from elva_core.config import Settings
 from elva_core.data import mbeir
 from elva_core.data.caption_sets import SETS
 from elva_core.evaluation import captions, headroom, statistics
-from elva_core.experiments import claims, decomposition, findings, first_page, study
+from elva_core.experiments import claims, decomposition, findings, first_page, reading, study
 from elva_core.experiments.arms import planned
 from elva_core.experiments.findings import Tables
 from elva_core.experiments.keys import STAGES, manifest, stage_folder
@@ -159,11 +159,11 @@ def gain(tables: Tables, settings: Settings) -> str:
 ![Points after each step](figures/decomposition.png)
 
 {markdown_table(decomposition.overview(steps))}
-![Points of each step by how well the backbone reads](figures/reading.png)
+![Points of each step under each backbone](figures/reading.png)
 
 What others report, each on its own benchmark:
 
-{markdown_table(decomposition.public_work())}
+{markdown_table(reading.public_work())}
 Summaries of another origin, in percent. {room_left}
 
 {markdown_table(cells.reset_index())}"""
@@ -228,7 +228,7 @@ def not_run(run: Stage, reported: dict, table: pd.DataFrame) -> pd.DataFrame:
     figures = table[table["ours"].isna() & table["paper"].notna()]
     for (source, needed), part in figures.groupby(["source", "baseline"], sort=False):
         needs, _, command = needed.partition(": ")
-        rows.append((source, f"{len(part)} figures", needs, command))
+        rows.append((source, f"{len(part)} numbers", needs, command))
     profile = f"{run.settings.profile} --seed {run.seed}"
     for section, stage, name, names in (
         (run.settings.unseen, "80_generalise", "unseen.csv", SETS),
@@ -320,12 +320,12 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
 ## What was not run
 {_table(tables.not_run.assign(command="`" + tables.not_run["command"] + "`"))}
 
-## Results without a figure in the paper
+## Results without a number in the paper
 What stage 3 reaches, and what it gains; {", ".join(name.rstrip(",") for name in PLAIN)} alone: claims.csv.
 
 {folded}
 
-## Figures of the paper that do not add up
+## Numbers of the paper that do not add up
 {_table(tables.audit[~tables.audit["agrees"]].drop(columns="agrees"))}
 
 ## Cost

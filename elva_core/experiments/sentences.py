@@ -87,7 +87,7 @@ def shares(table: pd.DataFrame) -> Markdown:
 
 
 def rewarded_ranks(weights: pd.DataFrame) -> Markdown:
-    """At which ranks a negative raises the reward; of `figures.rank_weights`."""
+    """At which ranks a negative raises the reward; of `reward_figures.rank_weights`."""
     paid = {form: weights[weights[form] < 0] for form in ("printed", "corrected")}
     told = ", ".join(
         f"rank {row['rank']:.0f} ({row['printed']:+.2f})" for _, row in paid["printed"].iterrows()
@@ -100,7 +100,11 @@ def rewarded_ranks(weights: pd.DataFrame) -> Markdown:
 
 
 def passing(table: pd.DataFrame, positive: float) -> Markdown:
-    """Change of the total reward as one negative passes the positive; of `figures.hardest_negative`."""
+    """Change of the total reward as one negative passes the positive.
+
+    Args:
+        table: `reward_figures.hardest_negative`. positive: its cosine.
+    """
     before, after = (
         table[side].iloc[end]
         for side, end in ((table["hardest"] < positive, -1), (table["hardest"] > positive, 0))

@@ -45,6 +45,32 @@ def test_twins_differ_in_exactly_one_grain_and_know_each_other(emojis):
             assert e in near[t.codes] and by_codes[t.codes] is t
 
 
+def test_a_drawing_is_shared_where_two_vendors_have_the_same_file(tmp_path, monkeypatch):
+    for path, content in {"a/x": b"1", "a/y": b"2", "a/z": b"3", "b/x": b"1", "b/y": b"3", "c/y": b"2"}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{path}.png").write_bytes(content)
+    monkeypatch.setattr(ec, "image_folder", lambda: tmp_path)
+    assert ec.shared_drawings("a", ["b"]) == {"x"} and ec.shared_drawings("a", ["b", "c"]) == {"x", "y"}
+
+
+def test_a_query_is_seen_where_its_picture_or_that_of_a_positive_is_shared(root, emojis, monkeypatch):
+    vendors = {"train": ["Appl", "Joy"], "val": ["Goog"], "test": ["Twtr"]}
+    data = config.DataSettings(name="emoji", emoji=config.EmojiSettings(language="de", vendors=vendors, held_out_share=0.15,
+        queries_per_unit={"train": 1, "val": 1, "test": 1}, up_sample=1))  # fmt: skip
+    shared = {e.codes for e in ec.sample(emojis, 60)[::2]}
+    monkeypatch.setattr(
+        ec, "shared_drawings", lambda vendor, others: shared if vendor == "Twtr" and tuple(others) == ("Appl", "Joy") else set()
+    )
+    table = sources.seen_pictures(data, root)
+    for unit, rows in table.groupby("unit"):
+        pool = {c.did: c.image for c in root.pool(unit, "test")}
+        pictures = {q.qid: [q.image, *(pool[did] for did in q.positives)] for q in root.queries(unit, "test")}
+        seen = {qid: any(f"/Twtr/{codes}.png" in (path or "") for path in paths for codes in shared) for qid, paths in pictures.items()}
+        assert dict(zip(rows["qid"], rows["seen"], strict=True)) == seen
+    assert table["seen"].any() and not table["seen"].all()
+    assert sources.seen_pictures(config.DataSettings(name="m", root="r", nli="n"), root).empty
+
+
 def test_held_out_compositions_are_in_no_training_row(root, emojis, tmp_path):
     unseen = ec.held_out(ec.sample(emojis, 60), 0.15)
     assert unseen

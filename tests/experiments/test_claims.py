@@ -87,7 +87,7 @@ def test_a_later_row_takes_the_place_of_an_earlier_one_of_the_same_backbone_only
 
 def test_models_of_two_backbones_are_never_in_one_table():
     table = assembled(score(0.30), score(0.31, backbone="bbbb", seed="2 (1, 2), sd 0.5"), gain(1, -1, 2))
-    first, second = claims.markdown(table, REPORTED, "note").split("Backbone ")[1:]
+    first, second = claims.markdown(table, REPORTED, "note").split("sha256 ")[1:]
     assert first.startswith("bbbb") and "31.0" in first and "30.0" not in first  # of most seeds first
     assert second.startswith("aaaa") and "30.0" in second and "stage 3 over stage 2" in second and second.endswith("note")
 
@@ -112,10 +112,10 @@ def test_claims_are_counted_apart_from_results_and_from_what_was_not_run():
     figures = len(claims._not_run(REPORTED))
     table = assembled(gain(14, 9, 19, "stage 2, EOL only"), gain(1, 0, 2), score(0.3))
     said = "1 claim compared: 1 reproduced. 2 results without a counterpart in the paper. "
-    assert claims.counted(table) == f"{said}{figures} figures of the paper not run."
+    assert claims.counted(table) == f"{said}{figures} numbers of the paper not run."
     far = pd.DataFrame([{"metric": claims.DISTANCE, "n": 9, "model": "stage 3", "value": 0.4, "ci_low": 0.3, "ci_high": 0.5}])
     beside = claims.counted(assembled(results.scores(far, scale=1.0, **CHAIN)))
-    assert beside.startswith("0 claims compared. 0 results without a counterpart in the paper. 1 result beside a figure of another")
+    assert beside.startswith("0 claims compared. 0 results without a counterpart in the paper. 1 result beside a number of another")
 
 
 def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from elva_core.config import ProfileError
 from elva_core.evaluation import headroom, statistics
-from elva_core.experiments import claims, compare, decomposition, report, results, study
+from elva_core.experiments import claims, compare, decomposition, reading, report, results, study
 from elva_core.experiments.study import Study
 
 # ranks of eight queries, four in each of two tasks, under each arm and seed
@@ -106,7 +106,7 @@ def test_a_task_that_stage_3_makes_worse_is_named_with_its_values(settings):
     """Task 1 loses a query of four under one seed of two, task 0 gains."""
     worse = RANKS | {("stage 2, EOL only", 17): [9, 9, 9, 9, 1, 1, 1, 1], ("stage 2, EOL only", 18): [1, 1, 9, 9, 1, 9, 9, 9]}
     said = decomposition.sentence(decomposition.table(made(worse), None, settings), "cpu")
-    assert "lower on x_task1 (62.5 to 37.5 %, -25.0 [" in said and "points, inconclusive)" in said and "x_task0" not in said
+    assert "lower on text to text (62.5 to 37.5 %, -25.0 [" in said and "points, inconclusive)" in said and "text to image" not in said
 
 
 def test_the_controls_negatives_are_told_from_the_profile(smoke):
@@ -196,7 +196,7 @@ def test_the_report_reads_the_tables_back(table, settings, tmp_path):
 
 
 def test_public_work_has_sources_and_shares_computed_from_its_scores():
-    works = decomposition.public_work().set_index("work")
+    works = reading.public_work().set_index("work")
     assert works["source"].str.len().min() > 3 and works["benchmark"].notna().all()
     assert works.loc["Embed-RL-2B", "share of RL, %"] == pytest.approx(100 * 1.5 / 6.6)
     assert works.loc["LREM", "of generation, points"] < 0 < works.loc["LREM", "of RL, points"]
@@ -212,19 +212,20 @@ def test_steps_against_reading_have_a_point_for_each_backbone_and_name_what_was_
             raise ProfileError("absent holds no result; run: python -m elva_core study absent")
         return profiles[folder]
 
-    monkeypatch.setattr(decomposition.config, "load", lambda name: settings)
+    monkeypatch.setattr(reading.config, "load", lambda name: settings)
     monkeypatch.setattr(study, "folders", lambda name: (name, name))
     monkeypatch.setattr(study, "read", read)
-    rows, said = decomposition.against_reading(made(reading=0.5), asked)
+    rows, said = reading.against_reading(made(reading=0.5), asked)
     points = rows.query("step == 'generation' and metric == 'hit@5'").set_index("profile")
     assert points["reading"].to_dict() == {"smoke": 50.0, "worse": 25.0} and points["value"].tolist() == pytest.approx([12.5, 12.5])
     assert said == "Not run: absent: absent holds no result; run: python -m elva_core study absent."
-    told = decomposition.reading_told(rows)
-    assert told.startswith("Where stage 2 reads 25 % of the pictures exactly (worse): generation ") and "; all " in told
+    told = reading.told(rows)
+    assert told.startswith("Where stage 2 reads 25 % of the pictures exactly (worse, 2 seeds): generation ") and "; all " in told
     five = told.partition("generation ")[2].partition(";")[0].split(" / ")[1]
-    assert five.startswith("+12.5 [") and told.endswith("Points of hit@1 / hit@5, n = 8 queries; smoke reads 50 %.")
-    assert not decomposition.reading_told(rows[rows["profile"] == "worse"]) and not decomposition.reading_told(rows[:0])
-    drawn = [line.get_xdata() for line in decomposition.reading_figure(rows).axes[1].lines]
-    assert any(len(x) == 2 and x[0] == pytest.approx(25, abs=1) and x[1] == pytest.approx(50, abs=1) for x in drawn)
-    rows, said = decomposition.against_reading(made(), settings)
-    assert rows.empty and "no other backbone" in said and "no reading of stage 2" in said and decomposition.reading_figure(rows)
+    assert five.startswith("+12.5 [") and told.endswith("n = 8 queries; smoke reads 50 % and was taught other drawings, too.")
+    assert not reading.told(rows[rows["profile"] == "worse"]) and not reading.told(rows[:0])
+    axis = reading.figure(rows).axes[1]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["worse: 25 % read\n2 seeds", "smoke: 50 % read\n2 seeds"]
+    assert any(len(line.get_ydata()) == 2 and line.get_ydata() == pytest.approx([12.5, 12.5]) for line in axis.lines)
+    rows, said = reading.against_reading(made(), settings)
+    assert rows.empty and "no other backbone" in said and "no reading of stage 2" in said and reading.figure(rows)

@@ -74,7 +74,7 @@ def test_a_result_replaces_run_1_and_a_simulated_one_does_not(folder):
 def test_the_section_says_since_when_nothing_was_measured_or_what_was(folder):
     table = sizes.known()
     before = measured.readme_block(table)
-    assert "Not measured on a card since 2026-11-27" in before and "| stage 2, EOL step | 54.3 s | <= 15 s | 69 % |" in before
+    assert "Last measured on a card on 2026-11-27" in before and "| stage 2, EOL step | 54.3 s | <= 15 s | 69 % |" in before
     assert "gradient is not finite" in before
     (folder / "b.json").write_text(json.dumps(RESULT))
     block = measured.readme_block(table)
@@ -85,7 +85,7 @@ def test_the_section_says_since_when_nothing_was_measured_or_what_was(folder):
         "skipped, a library is missing: trl",
     ):
         assert text in block
-    assert "Not measured" not in block
+    assert "Last measured" not in block
 
 
 def test_readme_shows_the_section_of_the_committed_measurements():

@@ -7,7 +7,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elva_core.experiments import figures, sentences
+from elva_core.experiments import reward_figures, sentences
 
 ROW = {"new": "stage 3", "old": "stage 2", "metric": "hit@5", "n": 1200}
 
@@ -37,7 +37,7 @@ def test_the_grains_that_most_and_fewest_queries_name():
 
 
 def test_the_ranks_at_which_a_negative_is_rewarded_are_those_of_the_weights():
-    _, weights = figures.rank_weights(range(1, 9), 0.1)
+    _, weights = reward_figures.rank_weights(range(1, 9), 0.1)
     assert (
         sentences.rewarded_ranks(weights).data
         == "**Answer.** As printed the weight is below zero, so that a negative raises the reward, at rank 1 (-1.00), rank 2 (-0.31); "
