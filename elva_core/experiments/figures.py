@@ -121,8 +121,8 @@ def model_bars(table: pd.DataFrame, title: str, metric: str) -> Figure:
     sizes = [f"{n:,}" for n in sorted(set(table["n"]))]
     n = " or ".join(sizes) if len(sizes) < 3 else f"{sizes[0]} to {sizes[-1]}"
     axis.set_title(f"{title} (n = {n} queries a bar, 95 % interval)", fontsize=10)
-    labels = [f"{modalities(u)} (task {task_of(u)})" if "_task" in u else u for u in units]
-    axis.set_xticks(np.arange(len(units)), [textwrap.fill(label, 16) for label in labels], fontsize=8)
+    tasks = {u: f"{textwrap.fill(modalities(u), 16)}\n(task {task_of(u)})" for u in units if "_task" in u}
+    axis.set_xticks(np.arange(len(units)), [tasks.get(u, u) for u in units], fontsize=8)
     _legend_below(figure, axis, columns=len(models))
     return figure
 
