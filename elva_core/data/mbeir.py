@@ -334,6 +334,17 @@ class Root:
             )
         return self.folder.resolve() / name
 
+    def image_file(self, relative: str) -> Path:
+        """The same of an image that is there.
+
+        Raises:
+            ElvaDataError: it is missing, too.
+        """
+        path = self.image_path(relative)
+        if not path.is_file():
+            raise ElvaDataError(f"image {path} is missing; restore the file or drop the record")
+        return path
+
 
 def stable_hash(*parts: object) -> int:
     """A non-negative 60-bit integer that is the same in every process and on every machine."""

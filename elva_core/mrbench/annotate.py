@@ -281,12 +281,7 @@ def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
 
 
 def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> str:
-    image = None
-    if query.image:
-        path = root.image_path(query.image)
-        if not path.is_file():
-            raise files.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
-        image = files.file_hash(path)
+    image = files.file_hash(root.image_file(query.image)) if query.image else None
     model = (settings.kind, settings.model, settings.max_tokens)
     return files.digest(prompt_hash(), *model, query.modality, query.text, image, length=32)
 

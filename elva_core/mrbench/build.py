@@ -114,9 +114,7 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
     images = {c.image for c in union.values()}
     images |= {q.image for unit in bench.units(split) for q in bench.queries(unit, split)}
     for name in sorted(filter(None, images)):
-        source, target = root.image_path(name), bench.folder / name
-        if not source.is_file():
-            raise files.ElvaDataError(f"image {source} is missing; restore the file or drop the record")
+        source, target = root.image_file(name), bench.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         files.link(source, target)
