@@ -13,25 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
 from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, TASKS, Candidate, Query, Root
 from elva_core.files import ElvaDataError
-
-
-@dataclass
-class Known:
-    """The candidates of a pool: hashed ids, ascending, and the place of each one's modality in MODALITIES."""
-
-    ids: np.ndarray
-    kinds: np.ndarray
-
-    def modality(self, did: str) -> str | None:
-        """None if the pool lacks it."""
-        key = _hashed(did)
-        place = int(np.searchsorted(self.ids, key))
-        return MODALITIES[self.kinds[place]] if place < len(self.ids) and self.ids[place] == key else None
 
 
 @dataclass
@@ -76,8 +63,8 @@ def check(
             if split != "train":
                 path = root.pool_path(unit, split)
                 local = _pool(report, path)
-                if len(local.ids) < OFFICIAL_UNITS.get(unit, 5):
-                    report.wrong(path, f"{len(local.ids)} candidates are fewer than the reported cut-off k")
+                if len(local) < OFFICIAL_UNITS.get(unit, 5):
+                    report.wrong(path, f"{len(local)} candidates are fewer than the reported cut-off k")
             judged = _queries(report, root.query_path(unit, split), local, everything)
             _qrels(report, unit, split, judged)
         if union:
@@ -93,24 +80,28 @@ def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple[int,
             yield line[0], record
 
 
-def _pool(report: Report, path: Path) -> Known:
+def _pool(report: Report, path: Path) -> pd.Series:
+    """Hashed id -> place of the modality in MODALITIES."""
     ids, kinds, numbers = array("q"), array("b"), array("q")
     for number, candidate in _records(report, path, mbeir.parse_candidate):
-        where = f"{path}:{number}"
-        _content(report, where, candidate.text, candidate.image, candidate.modality)
-        try:
-            ids.append(mbeir.hashed_candidate_id(candidate.did))
-        except ElvaDataError as error:
-            report.wrong(where, error)
-            continue
+        _content(report, f"{path}:{number}", candidate.text, candidate.image, candidate.modality)
+        ids.append(mbeir.hashed_candidate_id(candidate.did))
         kinds.append(MODALITIES.index(candidate.modality))
         numbers.append(number)
-    order = np.argsort(np.asarray(ids), kind="stable")
-    known = Known(np.asarray(ids)[order], np.asarray(kinds)[order])
-    for place in np.flatnonzero(known.ids[1:] == known.ids[:-1]) + 1:
-        did = mbeir.unhashed_candidate_id(int(known.ids[place]))
-        report.wrong(f"{path}:{numbers[order[place]]}", f"did {did} occurs twice in one pool")
-    return known
+    pool = pd.Series(np.asarray(kinds), np.asarray(ids))
+    again = pool.index.duplicated()
+    for place in np.flatnonzero(again):
+        did = mbeir.unhashed_candidate_id(ids[place])
+        report.wrong(f"{path}:{numbers[place]}", f"did {did} occurs twice in one pool")
+    return pool[~again]
+
+
+def _modality(pool: pd.Series, did: str) -> str | None:
+    """None if the pool lacks it; an id that is out of bounds is reported where it is defined."""
+    try:
+        return MODALITIES[pool[mbeir.hashed_candidate_id(did)]]
+    except (KeyError, ElvaDataError):
+        return None
 
 
 def _content(report: Report, where: str, text: str | None, image: str | None, modality: str) -> None:
@@ -121,17 +112,15 @@ def _content(report: Report, where: str, text: str | None, image: str | None, mo
     if image and hash(image) not in report.images:
         report.images.add(hash(image))
         try:
-            path = report.root.image_path(image)
+            path = report.root.image_file(image)
             if report.decode_images:
                 open_image(path)
-            elif not path.is_file():
-                raise ElvaDataError(f"image {path} is missing; restore the file or drop the record")
         except (ElvaDataError, OSError) as error:
             report.wrong(where, error)
 
 
 def _queries(
-    report: Report, path: Path, local: Known | None, everything: Known
+    report: Report, path: Path, local: pd.Series | None, everything: pd.Series
 ) -> dict[tuple[str, str], int]:
     """Checks a query file; returns the task of every (qid, positive).
 
@@ -146,28 +135,24 @@ def _queries(
         if query.qid in seen and local is not None:
             report.wrong(where, f"qid {query.qid} occurs twice in one file")
         seen.add(query.qid)
-        try:
-            mbeir.hashed_query_id(query.qid)
-        except ElvaDataError as error:
-            report.wrong(where, error)
         _content(report, where, query.text, query.image, query.modality)
-        for message in _judge(query, local or everything, everything, report.prompts):
+        for message in _judge(query, everything if local is None else local, everything, report.prompts):
             report.wrong(where, message)
         if local is not None:
             judged |= {(query.qid, did): query.task for did in query.positives}
     return judged
 
 
-def _judge(query: Query, local: Known, everything: Known, prompts: dict) -> Iterator[str]:
+def _judge(query: Query, local: pd.Series, everything: pd.Series, prompts: dict) -> Iterator[str]:
     dataset = mbeir.split_id(query.qid)[0]
     if not query.positives:
         yield "pos_cand_list is empty"
         return
     if both := set(query.positives) & set(query.negatives):
         yield f"{sorted(both)} are positive and negative at once"
-    modalities = {did: everything.modality(did) for did in query.positives}
+    modalities = {did: _modality(everything, did) for did in query.positives}
     for did, modality in modalities.items():
-        if did.startswith(f"{dataset}:") and local.modality(did) is None:
+        if did.startswith(f"{dataset}:") and _modality(local, did) is None:
             yield f"positive {did} is not in the local pool"
         if modality is None:
             yield f"positive {did} is not in the global pool"
@@ -199,11 +184,3 @@ def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], 
     for qid, did in listed:
         if (qid, did) not in judged:
             report.wrong(path, f"{qid} {did} is only in pos_cand_list")
-
-
-def _hashed(did: str) -> int:
-    """-1, which no candidate has, for an id that is out of bounds; that is reported where it is defined."""
-    try:
-        return mbeir.hashed_candidate_id(did)
-    except ElvaDataError:
-        return -1

@@ -121,16 +121,17 @@ class Records(Sequence[R], Generic[R]):
     Opening reads the file once and fails on the first line that is no record.
     """
 
-    def __init__(self, path: Path, parse: Callable[[dict], R], hashed: Callable[[str], int]) -> None:
+    def __init__(self, path: Path, parse: Callable[[dict], R]) -> None:
         self.path, self._parse = path, parse
         ids, kinds, offsets = array("q"), array("b"), array("q", [0])
         for number, offset, line in read_lines(path):
             record = parsed(path, number, line, parse)
-            try:
-                ids.append(hashed(record.qid if isinstance(record, Query) else record.did))
-            except ElvaDataError as error:
-                raise ElvaDataError(f"{path}:{number}: {error}") from None
-            kinds.append(record.task if isinstance(record, Query) else MODALITIES.index(record.modality))
+            if isinstance(record, Query):
+                ids.append(hashed_query_id(record.qid))
+                kinds.append(record.task)
+            else:
+                ids.append(hashed_candidate_id(record.did))
+                kinds.append(MODALITIES.index(record.modality))
             offsets.append(offset + len(line))
         self.ids, self.kinds, self._offsets = (np.asarray(x) for x in (ids, kinds, offsets))
 
@@ -155,7 +156,7 @@ class Pool(Records[Candidate]):
     """The candidates of a pool; every did occurs once."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, parse_candidate, hashed_candidate_id)
+        super().__init__(path, parse_candidate)
         self._order = np.argsort(self.ids, kind="stable")
         ranked = self.ids[self._order]
         again = self._order[1:][ranked[1:] == ranked[:-1]]
@@ -232,11 +233,11 @@ class Root:
 
     def queries(self, unit: str, split: str) -> Records[Query]:
         """Queries of one unit in file order."""
-        return Records(self.query_path(unit, split), parse_query, hashed_query_id)
+        return Records(self.query_path(unit, split), parse_query)
 
     def union_train(self) -> Records[Query]:
         """The default training file; up-sampled sets repeat whole rows, so qids repeat."""
-        return Records(self.union_train_path(), parse_query, hashed_query_id)
+        return Records(self.union_train_path(), parse_query)
 
     def matching(self, patterns: Sequence[str], split: str) -> list[str]:
         """Units of a split by name or pattern ("*_task4"), in the order of `units`.
