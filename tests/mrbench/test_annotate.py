@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from elva_core import config as settings
 from elva_core import files
@@ -248,36 +248,12 @@ def test_the_annotator_section_refuses_what_does_not_fit():
 
 
 @pytest.fixture(scope="module")
-def qwen25(root, smoke, tmp_path_factory):
-    """A tiny Qwen2.5-VL of the real class with random weights, saved as a pretrained folder."""
-    tiny = settings.teaching("tiny").sizes
-    frame = [annotate.request(text_query(1)), annotate.REPAIR, GOOD, "user assistant"]
-    built, parts = small_models.build([c.text for c in root.pool("", "train", "global") if c.text] + frame * 5, tiny, seed=5)
-    config = built.config.to_dict()
-    text = {key: config["text_config"][key] for key in config["text_config"] if key not in ("model_type", "dtype", "layer_types")}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": tiny.hidden,
-        "patch_size": tiny.patch,
-    }
-    tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text,
-                vision_config=vision | {"window_size": 4 * tiny.patch, "fullatt_block_indexes": [1]},
-                tie_word_embeddings=True,
-                **tokens,
-            )
-        )
-    processor = Qwen2_5_VLProcessor(parts.image_processor, parts.tokenizer, parts.video_processor, chat_template=parts.chat_template)
+def qwen25(model_folder, tmp_path_factory):
+    """A tiny Qwen2.5-VL of the real class without training, saved as a pretrained folder."""
+    sizes = settings.teaching("tiny").sizes.model_copy(update={"architecture": "qwen2_5_vl"})
     folder = tmp_path_factory.mktemp("qwen25")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in small_models.build_from(str(model_folder), sizes, seed=5):
+        part.save_pretrained(folder)
     return folder
 
 
