@@ -306,13 +306,13 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
     (test: val's, val: the first training vendor's) for the drawing of its own vendor.
     """
     vendors = settings.vendors
-    every_vendor = tuple(v for split in ("train", "val", "test") for v in vendors[split])
+    every_vendor = tuple(v for split in mbeir.SPLITS for v in vendors[split])
     dids = _dids(emojis, every_vendor)
     for vendor in every_vendor:
         copy_drawings(vendor, emojis, folder / "mbeir_images/emoji_images" / vendor)
     root, unseen = mbeir.Root(folder), held_out(emojis, settings.held_out_share)
     asks_with = {"train": vendors["train"], "val": vendors["train"][:1], "test": vendors["val"]}
-    for split in ("train", "val", "test"):
+    for split in mbeir.SPLITS:
         training = split == "train"
         visible = [e for e in emojis if not training or e.codes not in unseen]
         rng = random.Random(mbeir.stable_hash(seed, "emoji", split))
@@ -338,8 +338,8 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
     table.parent.mkdir(parents=True, exist_ok=True)
     header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
     header += [f"prompt_{n}" for n in range(1, 5)]
-    lines = [header, *([*pair, "emoji", str(DATASET_ID), *prompts] for pair, prompts in INSTRUCTIONS.items())]
-    table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    rows = [[*pair, "emoji", DATASET_ID, *prompts] for pair, prompts in INSTRUCTIONS.items()]
+    pd.DataFrame(rows, columns=header).to_csv(table, sep="\t", index=False)
     return root
 
 

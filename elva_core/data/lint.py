@@ -8,7 +8,7 @@ Files are streamed; of a pool only ids and modalities are kept.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
-from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, TASKS, Candidate, Query, Root
+from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, SPLITS, TASKS, Candidate, Query, Root
 from elva_core.files import ElvaDataError
 
 
@@ -43,16 +43,14 @@ class Report:
             return None
 
 
-def check(
-    root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decode_images: bool = True
-) -> list[str]:
+def check(root: Root, *, decode_images: bool = True) -> list[str]:
     """Every violation, as "file:line: what is wrong". An empty list is a clean root."""
     report = Report(root, decode_images)
-    if not any(root.units(split) for split in splits):
-        names = ", ".join(splits)
+    if not any(root.units(split) for split in SPLITS):
+        names = ", ".join(SPLITS)
         return [f"{root.folder}/query has no file of {names}; is this the root of an M-BEIR folder?"]
     report.prompts = report.attempt(lambda: root.instructions) or {}
-    for split in splits:
+    for split in SPLITS:
         units, union = root.units(split), split == "train" and root.union_train_path().is_file()
         if not units and not union:
             continue

@@ -42,6 +42,7 @@ OFFICIAL_UNITS = {
     "fashion200k_task3": 10, "nights_task4": 5, "oven_task6": 5, "infoseek_task6": 5,
     "fashioniq_task7": 10, "cirr_task7": 5, "oven_task8": 5, "infoseek_task8": 5,
 }  # fmt: skip
+SPLITS = ("train", "val", "test")
 MAX_LINE = 16 * 2**20  # bytes; the longest candidate of M-BEIR has 60,546 characters
 QRELS_LINE = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d{1,9})(?:\s+(\d{1,9}))?", re.ASCII)
 

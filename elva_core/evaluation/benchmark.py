@@ -58,7 +58,6 @@ def measure(
     settings: EvaluationSettings,
     *,
     seed: int,
-    split: str = "test",
     template: str = "summary",
     pools: Sequence[str] = ("local", "global"),
     embed_pool: Vectors | None = None,
@@ -69,12 +68,12 @@ def measure(
         embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its
             searcher.
     """
-    searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
+    searcher = searcher_of(encoder, root, "test", settings, template, embed_pool)
     rows = []
     for pool in pools:
-        for unit in root.units(split):
+        for unit in root.units("test"):
             rows += searcher.evaluate(unit, pool=pool).table(settings.cutoffs, settings.bootstrap, seed)
-    ranked = {unit: searcher.evaluate(unit, root=bench) for unit in bench.units(split)}
+    ranked = {unit: searcher.evaluate(unit, root=bench) for unit in bench.units("test")}
     hits = []
     for unit, result in ranked.items():
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
@@ -288,11 +287,11 @@ def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.
     return pd.DataFrame(rows, columns=["new", "old", "metric", "value", "ci_low", "ci_high", "n"])
 
 
-def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
+def prompt_spread(searcher: Searcher, units: Sequence[str], k: int) -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest."""
     rows = []
     for unit in units:
-        results = [searcher.evaluate(unit, pool=pool, prompt_index=i) for i in range(4)]
+        results = [searcher.evaluate(unit, prompt_index=i) for i in range(4)]
         values = [metrics.hit_rate_at_k(result.ranks, k).mean() for result in results]
         rows.append({"unit": unit, "mean": np.mean(values), "lowest": min(values), "highest": max(values)})
     return pd.DataFrame(rows)

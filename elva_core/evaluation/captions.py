@@ -84,9 +84,9 @@ def profile_sets(settings: Settings, folder: Path) -> list[CaptionSet]:
     ]
 
 
-def load(source: CaptionSet, encoding: str = "by direction") -> list[Task]:
-    """The tasks of a set; arguments and errors as `caption_sets.load` has them."""
-    tasks = caption_sets.load(source.kind, source.folder, source.prompts, encoding)
+def load(source: CaptionSet) -> list[Task]:
+    """The tasks of a set; errors as `caption_sets.load` has them."""
+    tasks = caption_sets.load(source.kind, source.folder, source.prompts)
     return [task for task in tasks if not source.tasks or task.name in source.tasks]
 
 
