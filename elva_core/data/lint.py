@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
-from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, SPLITS, TASKS, Candidate, Query, Root
+from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, SPLITS, TASKS, Query, Root
 from elva_core.files import ElvaDataError
 
 
@@ -70,18 +71,22 @@ def check(root: Root, *, decode_images: bool = True) -> list[str]:
     return report.problems
 
 
-def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple[int, Query | Candidate]]:
-    """(line number, record) of the lines that are one; any other is a problem and is passed over."""
+def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple]:
+    """(line number, record) of the lines that are one; any other is a problem and is passed over.
+
+    Args:
+        parse: (path, line number, line) -> record.
+    """
     lines = mbeir.read_lines(path)
     while line := report.attempt(next, lines, None):
-        if record := report.attempt(mbeir.parsed, path, line[0], line[2], parse):
+        if record := report.attempt(parse, path, line[0], line[2]):
             yield line[0], record
 
 
 def _pool(report: Report, path: Path) -> pd.Series:
     """Hashed id -> place of the modality in MODALITIES."""
     ids, kinds, numbers = array("q"), array("b"), array("q")
-    for number, candidate in _records(report, path, mbeir.parse_candidate):
+    for number, candidate in _records(report, path, partial(mbeir.parsed, parse=mbeir.parse_candidate)):
         _content(report, f"{path}:{number}", candidate.text, candidate.image, candidate.modality)
         ids.append(mbeir.hashed_candidate_id(candidate.did))
         kinds.append(MODALITIES.index(candidate.modality))
@@ -128,7 +133,7 @@ def _queries(
     """
     seen: set[str] = set()
     judged = {}
-    for number, query in _records(report, path, mbeir.parse_query):
+    for number, query in _records(report, path, partial(mbeir.parsed, parse=mbeir.parse_query)):
         where = f"{path}:{number}"
         if query.qid in seen and local is not None:
             report.wrong(where, f"qid {query.qid} occurs twice in one file")
@@ -165,12 +170,7 @@ def _judge(query: Query, local: pd.Series, everything: pd.Series, prompts: dict)
 
 def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], int]) -> None:
     path, judged = report.root.qrels_path(unit, split), set()
-    lines = mbeir.read_lines(path)
-    while line := report.attempt(next, lines, None):
-        number = line[0]
-        if not (judgement := report.attempt(mbeir.judgement, path, number, line[2])):
-            continue
-        qid, did, relevance, task = judgement
+    for number, (qid, did, relevance, task) in _records(report, path, mbeir.judgement):
         if relevance <= 0:
             continue
         judged.add((qid, did))

@@ -94,8 +94,6 @@ def parsed(path: Path, number: int, line: bytes, parse: Callable[[dict], R]) -> 
         raise ElvaDataError(f"{where}: {type(record).__name__} instead of a JSON object")
     try:
         return parse(record)
-    except ElvaDataError as error:
-        raise ElvaDataError(f"{where}: {error}") from None
     except KeyError as error:
         raise ElvaDataError(f"{where}: key {error} is missing") from None
     except (TypeError, ValueError, RecursionError) as error:
