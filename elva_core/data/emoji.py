@@ -321,19 +321,17 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
         queries = _queries(dids, drawn_by, asked_by, visible, limit, rng, multi_grain_only=not training)
         if training:
             union = [q for rows in queries.values() for q in rows]
-            _write_queries(root, "emoji", split, union)
+            root.write_queries("emoji", split, union)
             for rows in queries.values():
                 union += rng.choices(rows, k=max(0, settings.up_sample - len(rows)))
             rng.shuffle(union)
-            mbeir.write_jsonl(root.union_train_path(), map(mbeir.query_record, union))
+            mbeir.write_records(root.union_train_path(), union)
         else:
             for task, rows in queries.items():
-                _write_queries(root, f"emoji_task{task}", split, rows)
+                root.write_queries(f"emoji_task{task}", split, rows)
                 local = folder / f"cand_pool/local/mbeir_emoji_task{task}_{split}_cand_pool.jsonl"
-                mbeir.write_jsonl(local, map(mbeir.candidate_record, pools[task]))
-        union_pool = {c.did: c for rows in pools.values() for c in rows}
-        ordered = sorted(union_pool.values(), key=lambda c: mbeir.split_id(c.did))
-        mbeir.write_jsonl(root.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
+                mbeir.write_records(local, pools[task])
+        root.write_global_pool(split, (c for rows in pools.values() for c in rows))
     table = folder / "instructions/query_instructions.tsv"
     table.parent.mkdir(parents=True, exist_ok=True)
     header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
@@ -341,11 +339,6 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
     rows = [[*pair, "emoji", DATASET_ID, *prompts] for pair, prompts in INSTRUCTIONS.items()]
     pd.DataFrame(rows, columns=header).to_csv(table, sep="\t", index=False)
     return root
-
-
-def _write_queries(root: mbeir.Root, unit: str, split: str, queries: Sequence[mbeir.Query]) -> None:
-    mbeir.write_jsonl(root.query_path(unit, split), map(mbeir.query_record, queries))
-    mbeir.write_qrels(root.qrels_path(unit, split), queries)
 
 
 def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float) -> None:

@@ -184,18 +184,16 @@ class Pool(Records[Candidate]):
         return np.flatnonzero(self.kinds == MODALITIES.index(modality))
 
 
-def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+def write_records(path: Path, records: Iterable[Query | Candidate]) -> None:
     """ASCII-escaped JSON, one object per line, each ended by a newline."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="ascii", newline="\n") as out:
-        out.writelines(json.dumps(record) + "\n" for record in records)
+    rows = (query_record(r) if isinstance(r, Query) else candidate_record(r) for r in records)
+    _write(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def write_qrels(path: Path, queries: Iterable[Query]) -> None:
-    """Five columns "qid 0 did 1 task", positives only, in the order of pos_cand_list."""
+def _write(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="ascii", newline="\n") as out:
-        out.writelines(f"{q.qid} 0 {did} 1 {q.task}\n" for q in queries for did in q.positives)
+        out.writelines(lines)
 
 
 @dataclass(frozen=True)
@@ -275,6 +273,20 @@ class Root:
             if relevance > 0:
                 out.setdefault(qid, {})[did] = relevance
         return out
+
+    def write_queries(self, unit: str, split: str, queries: Sequence[Query]) -> None:
+        """Query file and qrels of a unit.
+
+        Five columns "qid 0 did 1 task", positives only, in the order of pos_cand_list.
+        """
+        write_records(self.query_path(unit, split), queries)
+        lines = (f"{q.qid} 0 {did} 1 {q.task}\n" for q in queries for did in q.positives)
+        _write(self.qrels_path(unit, split), lines)
+
+    def write_global_pool(self, split: str, candidates: Iterable[Candidate]) -> None:
+        """Every candidate once, in the order of the dids."""
+        once = {c.did: c for c in candidates}
+        write_records(self.pool_path("", split, "global"), (once[did] for did in sorted(once, key=split_id)))
 
     @cached_property
     def instructions(self) -> dict[tuple[int, str, str], tuple[str, ...]]:

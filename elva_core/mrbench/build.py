@@ -75,8 +75,7 @@ def build(
             )
         chosen = sorted(multi[:share], key=lambda pair: mbeir.split_id(pair[0].qid))
         drawn = [replace(q, source=q.source | {"grains": [list(g) for g in grains]}) for q, grains in chosen]
-        mbeir.write_jsonl(bench.query_path(unit, SPLIT), map(mbeir.query_record, drawn))
-        mbeir.write_qrels(bench.qrels_path(unit, SPLIT), drawn)
+        bench.write_queries(unit, SPLIT, drawn)
         pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{SPLIT}_cand_pool.jsonl"
         pool.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root.pool_path(unit, SPLIT), pool)
@@ -101,10 +100,8 @@ def complete(bench: mbeir.Root, root: mbeir.Root) -> None:
     (bench.folder / "instructions").mkdir(exist_ok=True)
     instructions = "instructions/query_instructions.tsv"
     shutil.copyfile(root.folder / instructions, bench.folder / instructions)
-    union = {c.did: c for unit in bench.units(SPLIT) for c in bench.pool(unit, SPLIT)}
-    ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
-    mbeir.write_jsonl(bench.pool_path("", SPLIT, "global"), map(mbeir.candidate_record, ordered))
-    images = {c.image for c in union.values()}
+    bench.write_global_pool(SPLIT, (c for unit in bench.units(SPLIT) for c in bench.pool(unit, SPLIT)))
+    images = {c.image for c in bench.pool("", SPLIT, "global")}
     images |= {q.image for unit in bench.units(SPLIT) for q in bench.queries(unit, SPLIT)}
     for name in sorted(filter(None, images)):
         source, target = root.image_file(name), bench.folder / name

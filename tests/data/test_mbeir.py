@@ -70,7 +70,7 @@ def test_the_card_form_of_positives_and_the_swapped_modality_are_read():
 def test_official_units_come_first_and_in_the_papers_order(tmp_path):
     root = mbeir.Root(tmp_path)
     for unit in ("zoo_task0", "cirr_task7", "mscoco_task0", "visualnews_task0"):
-        mbeir.write_jsonl(root.query_path(unit, "test"), [])
+        root.write_queries(unit, "test", [])
     assert root.units("test") == ["visualnews_task0", "mscoco_task0", "cirr_task7", "zoo_task0"]
 
 
@@ -214,7 +214,7 @@ def test_a_pool_is_read_by_offset_and_in_any_order(root):
 def test_a_large_pool_takes_few_bytes_a_candidate(tmp_path):
     path, count = tmp_path / "pool.jsonl", 50_000
     text = "a passage of some length " * 10
-    mbeir.write_jsonl(path, ({"did": f"9:{n}", "txt": text, "modality": "text"} for n in range(1, count + 1)))
+    mbeir.write_records(path, (mbeir.Candidate(f"9:{n}", text, None, "text") for n in range(1, count + 1)))
     tracemalloc.start()
     pool = mbeir.Pool(path)
     held, peak = tracemalloc.get_traced_memory()
