@@ -27,6 +27,7 @@ GENECIS = ("focus_attribute", "change_attribute", "focus_object", "change_object
 CAPTIONS = 5  # of each image of Flickr30K
 Prompts = Mapping[str, str]
 Groups = Sequence[str] | None
+Encoding = Literal["by direction", "once"]
 
 
 @dataclass(frozen=True)
@@ -342,11 +343,10 @@ SETS = {
     "ccneg": Format("ccneg", ccneg, {"pairs": "CC-Neg accuracy"}, FALSE),
     "sugarcrepe": Format("sugar-crepe", sugarcrepe, {"pairs": "SugarCrepe accuracy"}, FALSE),
 }
-ENCODINGS = ("by direction", "once")
 
 
 def load(
-    name: str, folder: Path, prompts: Prompts | None = None, encoding: str = "by direction"
+    name: str, folder: Path, prompts: Prompts | None = None, encoding: Encoding = "by direction"
 ) -> list[Task]:
     """The tasks of a set.
 
@@ -359,8 +359,6 @@ def load(
     Raises:
         ElvaDataError: the first problem, with file and entry, and what to do.
     """
-    if encoding not in ENCODINGS:
-        raise ElvaDataError(f"encoding {encoding!r} is none of {ENCODINGS}")
     words = dict(prompts or SETS[name].prompts)
     if encoding == "once" and {"t2i", "i2t"} <= words.keys():
         words |= {"t2i": "", "images": words["i2t"]}

@@ -77,8 +77,6 @@ def test_lamras_way_encodes_each_item_once_for_both_directions(sets):
         t2i, i2t = load(sets, name, encoding="once")
         assert list(t2i.queries) == list(i2t.candidates) and list(t2i.candidates) == list(i2t.queries) and t2i.candidates[0].text
     assert load(sets, "visdial", encoding="once") == load(sets, "visdial")
-    with pytest.raises(ElvaDataError, match="is none of"):
-        load(sets, "flickr30k", encoding="both")
 
 
 SHARE, VAL, TEST, FOCUS = "datas_for_validation.json", "annotations/val.json", "annotations/test.json", "annotations/focus_object.json"
