@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import threading
@@ -96,40 +94,26 @@ def asking(smoke, root, tmp_path):
     return make
 
 
-def test_a_request_carries_model_schema_and_temperature_zero_and_the_key(asking, monkeypatch):
+def test_a_request_carries_model_schema_temperature_zero_key_and_the_image_before_the_question(asking, pictures, monkeypatch):
     monkeypatch.setenv("ELVA_TEST_KEY", "abc")
+    data, (shown, _) = pictures
     with server() as (url, seen):
-        assert asking(url, key_variable="ELVA_TEST_KEY", max_tokens=77)([text_query(1)]) == [GRAINS]
-    (sent,) = seen
+        assert asking(url, data, key_variable="ELVA_TEST_KEY", max_tokens=77, batch=1)([text_query(1), shown]) == [GRAINS] * 2
+    sent, with_image = seen
     assert (sent["path"], sent["key"], sent["model"]) == ("/v1/chat/completions", "Bearer abc", "m")
     assert (sent["temperature"], sent["max_tokens"]) == (0, 77)
     assert sent["response_format"]["type"] == "json_schema"
     assert sent["response_format"]["json_schema"]["schema"] == annotate.Answer.model_json_schema()
     assert sent["messages"][0]["content"][-1]["text"].endswith("The text: A brown dog.")
+    picture, question = with_image["messages"][0]["content"]
+    assert picture == annotate._data_url(data.image_path(shown.image)) and "the image above" in question["text"]
 
 
-def test_an_image_is_sent_as_the_pixels_it_has_and_stands_before_the_question(asking, pictures):
-    data, queries = pictures
-    with server() as (url, seen):
-        asking(url, data)(queries[:1])
-    picture, question = seen[0]["messages"][0]["content"]
-    kind, _, payload = picture["image_url"]["url"].partition(",")
-    sent = Image.open(io.BytesIO(base64.b64decode(payload)))
-    assert kind == "data:image/png;base64" and sent.size == (40, 30) and sent.getpixel((3, 3)) == (255, 0, 0)
-    assert "the image above" in question["text"]
-
-
-def test_failed_requests_are_sent_again_until_one_succeeds(asking):
+def test_failed_and_late_requests_are_sent_again_until_one_succeeds(asking):
     failures = [Reply(status=500), Reply(status=429, headers={"Retry-After": "0"}), Reply(raw="not json"), Reply(raw='{"choices": []}')]
-    for failure in failures:
+    for number, failure in enumerate([*failures, Reply(GOOD, delay=30)]):
         with server(failure) as (url, seen):
-            query = text_query(1, f"A brown dog {failures.index(failure)}.")
-            assert asking(url)([query]) == [GRAINS] and len(seen) == 2
-
-
-def test_a_request_that_takes_too_long_is_given_up_and_sent_again(asking):
-    with server(Reply(GOOD, delay=30)) as (url, seen):
-        assert asking(url, timeout=1)([text_query(1)]) == [GRAINS] and len(seen) == 2
+            assert asking(url, timeout=1)([text_query(1, f"A brown dog {number}.")]) == [GRAINS] and len(seen) == 2
 
 
 def test_pauses_double_and_follow_the_server_where_it_asks_for_longer(asking, monkeypatch):
