@@ -241,19 +241,17 @@ def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed
         columns model, unit, metric, value, ci_low, ci_high, n.
     """
 
-    def of_unit(model: str, unit: str, metric: str) -> tuple:
-        return seed, "mrbench", unit, metric.removeprefix("hit@")
-
-    def of_average(model: str, unit: str, metric: str) -> tuple:
-        return seed, "mrbench average", metric.removeprefix("hit@")
+    def scope(model: str, unit: str, metric: str) -> tuple:
+        names = ("mrbench average",) if unit == "average" else ("mrbench", unit)
+        return seed, *names, metric.removeprefix("hit@")
 
     by, parts = ["model", "unit", "metric"], []
     for _, rows in hits.groupby("model", sort=False):
         for metric in (f"hit@{k}" for k in cutoffs):
             values = rows.sort_values("unit", kind="stable").assign(metric=metric, value=rows[metric])
-            parts.append(statistics.scores(values, by, samples, of_unit))
+            parts.append(statistics.scores(values, by, samples, scope))
             values = values.assign(task=values["unit"], unit="average")
-            parts.append(statistics.scores(values, by, samples, of_average, "task"))
+            parts.append(statistics.scores(values, by, samples, scope, "task"))
     return pd.concat(parts, ignore_index=True)
 
 
