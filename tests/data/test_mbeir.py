@@ -55,12 +55,6 @@ def test_a_written_root_is_clean(root):
     assert lint.check(root) == []
 
 
-def test_records_survive_writing_and_reading(root):
-    for unit in root.units("test"):
-        for q in root.queries(unit, "test"):
-            assert mbeir.parse_query(json.loads(json.dumps(mbeir.query_record(q)))) == q
-
-
 def test_the_card_form_of_positives_and_the_swapped_modality_are_read():
     row = {"qid": "8:1", "query_modality": "text,image", "query_txt": "a", "query_img_path": "b", "pos_cand_list": [{"did": "8:3"}]}
     q = mbeir.parse_query(row | {"task_id": 7})
@@ -102,7 +96,6 @@ def change_record(path, number, **changes):
         ("query_txt", 7, "query_txt is int"),
         ("task_id", "x", "expected 0 to 8"),
         ("pos_cand_list", "10:1", "expected a list"),
-        ("pos_cand_list", ["10:1", None], "pos_cand_list is NoneType"),
         ("query_modality", "sound", "is none of"),
         ("query_txt", "\ud800", "surrogates not allowed"),
         ("query_src_content", "[" * 100_000, "recursion"),
