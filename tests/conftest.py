@@ -19,6 +19,7 @@ from elva_core.data import emoji, mbeir
 from elva_core.data import items as data_items
 from elva_core.experiments import lock
 from elva_core.models import encoder, small_models
+from elva_core.mrbench import annotate, build
 from elva_core.training import hard_negatives
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
@@ -52,6 +53,17 @@ def root(emojis, tmp_path_factory) -> mbeir.Root:
 def own_root(emojis, tmp_path) -> mbeir.Root:
     """A root the test may damage."""
     return write_tiny_root(emojis, tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def built(root, smoke, tmp_path_factory):
+    """(benchmark, counts, sheet) that MRBench is made of; no test may damage it."""
+    return build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path_factory.mktemp("bench"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def bench(built) -> mbeir.Root:
+    return built[0]
 
 
 @pytest.fixture(scope="session")

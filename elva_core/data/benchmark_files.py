@@ -3,7 +3,7 @@
 It stops at the first problem, or goes on and keeps all of them.
 
 files = Files(folder, strict=False)
-path, records = files.json("data.json")
+path, records = files.read("data.json")
 rows = files.rows(path, records, lambda number, record: text(record["caption"], "caption"))
 files.problems
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,7 +24,6 @@ import torch
 from elva_core.data import images, mbeir
 from elva_core.files import ElvaDataError
 
-MAX_BYTES = 2**31  # of one file; the largest, CC-Neg's, has some hundred million
 R = TypeVar("R")
 
 
@@ -36,29 +36,43 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """
     if not path.is_file():
         raise ElvaDataError(f"{path} is missing; put it there")
-    lines, rows = [], []
+    rows: dict[int, list[str]] = {}  # by the line where they end
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             for row in reader:
                 if len(row) > 1 or "".join(row).strip():
-                    lines.append(reader.line_num)
-                    rows.append(row)
+                    rows[reader.line_num] = row
         except (ValueError, csv.Error) as error:
-            place = f"{path}: not readable as CSV behind line {lines[-1] if lines else 0}"
+            place = f"{path}: not readable as CSV behind line {max(rows, default=0)}"
             raise ElvaDataError(f"{place} ({error}); repair it") from None
-    header = rows[0] if rows else []
+    header = rows.pop(min(rows, default=0), [])
     if missing := [column for column in columns if column not in header]:
         raise ElvaDataError(
             f"{path}: {missing} is missing; expected columns {list(columns)}, repair the header"
         )
-    for line, row in zip(lines, rows, strict=True):
+    for line, row in rows.items():
         if len(row) != len(header):
             cells = f"{len(row)} cells, the header has {len(header)}"
             raise ElvaDataError(f"{path}:{line}: {cells}; quote commas in texts, or remove the row")
-    places = [header.index(column) for column in columns]
-    texts = [[row[place] for place in places] for row in rows[1:]]
-    return pd.DataFrame(texts, index=lines[1:], columns=list(columns), dtype=str)
+    table = pd.DataFrame(list(rows.values()), index=list(rows), columns=header, dtype=str)
+    return table[list(columns)]
+
+
+class _Plain(pickle.Unpickler):
+    """Lists, dictionaries and texts only: a pickle may otherwise call whatever it names."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, and captions are lists of words")
+
+
+# by suffix; nothing but lists, dictionaries, texts, numbers and tensors is loaded
+FORMATS: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda path: json.loads(path.read_bytes()),
+    ".pkl": lambda path: _Plain(path.open("rb")).load(),
+    ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True),
+    ".txt": lambda path: path.read_text(encoding="utf-8-sig").rstrip().splitlines(),
+}
 
 
 class Files:
@@ -87,16 +101,9 @@ class Files:
             ElvaDataError: it is missing, broken or outside.
         """
         if relative not in self._seen:
-            path = self.root.image_path(relative)
-            try:
-                if self.decode:
-                    images.open_image(path)
-                elif not path.is_file():
-                    raise ElvaDataError(f"image {path} is missing; unpack the images of the set there")
-            except OSError as error:  # a name that no file can have
-                raise ElvaDataError(
-                    f"image {relative[:80]!r} cannot be opened ({error.strerror}); correct the name"
-                ) from None
+            path = self.root.image_file(relative)
+            if self.decode:
+                images.open_image(path)
             self._seen[relative] = path
         return self._seen[relative]
 
@@ -108,55 +115,30 @@ class Files:
         paths = sorted((self.root.folder / folder).glob("[!.]*"))
         return {p.stem: f"{folder}/{p.name}" for p in paths if p.suffix.lower() == suffix}
 
-    def path(self, relative: str) -> Path | None:
-        """A file that is there and not too large, else None."""
-        path = self.root.folder / relative
-        if not path.is_file():
-            return self.wrong(path, "is missing; unpack the set so that it is there")
-        if path.stat().st_size > MAX_BYTES:
-            return self.wrong(path, f"has more than {MAX_BYTES:,} bytes; is it the right file?")
-        return path
-
-    def json(self, relative: str, *keys: str, kind: type = list) -> tuple[Path, list | dict]:
-        """The path, and what stands under some keys of a JSON file.
+    def read(self, relative: str, *keys: str, kind: type = list) -> tuple[Path, Any]:
+        """The path, and what stands under some keys of a file of FORMATS.
 
         That is a list or a dictionary (`kind`) with entries, empty where the file has another thing there.
         """
-        return self._opened(relative, lambda path: json.loads(path.read_bytes()), keys, kind)
-
-    def tensors(self, relative: str, *keys: str) -> tuple[Path, list]:
-        """The same of a list in a file of torch.save.
-
-        Nothing but lists, dictionaries, texts, numbers and tensors is loaded.
-        """
-
-        def read(path: Path) -> Any:
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-        return self._opened(relative, read, keys, list)
-
-    def _opened(
-        self, relative: str, read: Callable[[Path], Any], keys: tuple[str, ...], kind: type
-    ) -> tuple[Path, Any]:
-        where = self.root.folder / relative
+        path = self.root.folder / relative
         try:
             if relative not in self._read:
-                path = self.path(relative)
                 with warnings.catch_warnings(action="ignore"):
-                    self._read = {relative: read(path) if path else None}  # the last one only
-            if (value := self._read[relative]) is not None:
-                for key in keys:
-                    value = value[key]
-                if isinstance(value, kind) and value:
-                    return where, value
-                under = f" under {keys}" if keys else ""
-                self.wrong(where, f"expected a {kind.__name__} with entries{under}; is it the right file?")
-        except ElvaDataError:
-            raise
+                    self._read = {relative: FORMATS[path.suffix](path)}  # the last one only
+            value = self._read[relative]
+            for key in keys:
+                value = value[key]
+        except FileNotFoundError:
+            self.wrong(path, "is missing; unpack the set so that it is there")
         except Exception as error:  # an unpickler given random bytes raises whatever it stumbles over
             reason = f"{type(error).__name__}: {str(error)[:200]}"
-            self.wrong(where, f"cannot be read as expected ({reason}); download it again")
-        return where, kind()
+            self.wrong(path, f"cannot be read as expected ({reason}); download it again")
+        else:
+            if isinstance(value, kind) and value:
+                return path, value
+            under = f" under {keys}" if keys else ""
+            self.wrong(path, f"expected a {kind.__name__} with entries{under}; is it the right file?")
+        return path, kind()
 
     def rows(self, path: Path, rows: Iterable, parse: Callable[[int, object], R]) -> list[R]:
         """parse(row number from 0, row) of every row that is as it should be; others are problems, from 1."""
@@ -169,15 +151,9 @@ class Files:
                 self.wrong(where, f"key {error} is missing")
             except ElvaDataError as error:
                 self.wrong(where, error)
-            except (TypeError, ValueError, IndexError, AttributeError) as error:
+            except (TypeError, ValueError, IndexError, AttributeError, OSError) as error:
                 self.wrong(where, f"{error}; repair or remove it")
         return out
-
-    def columns(
-        self, path: Path, rows: Iterable, parse: Callable[[int, object], tuple], count: int
-    ) -> list[list]:
-        """`rows` where `parse` gives tuples of `count` values, as so many lists."""
-        return transposed(self.rows(path, rows, parse), count)
 
     def repeated(self, path: Path, what: str, values: Iterable[object]) -> None:
         """A note for every value that was there before."""
@@ -215,18 +191,3 @@ def entries(value: object, name: str) -> list:
     if not isinstance(value, list) or not value:
         raise ElvaDataError(f"{name} is {str(value)[:40]!r}, expected a list with entries")
     return value
-
-
-def text_of(record: Any, key: str) -> str:
-    """The `text` that a record has under a key."""
-    return text(record[key], key)
-
-
-def number_of(record: Any, key: str) -> int:
-    """The `number` that a record has under a key."""
-    return number(record[key], key)
-
-
-def entries_of(record: Any, key: str) -> list:
-    """The `entries` that a record has under a key."""
-    return entries(record[key], key)

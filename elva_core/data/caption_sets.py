@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from elva_core.data import mbeir
-from elva_core.data.benchmark_files import (
-    Files,
-    entries,
-    entries_of,
-    number,
-    number_of,
-    text,
-    text_of,
-    transposed,
-)
+from elva_core.data.benchmark_files import Files, entries, number, text, transposed
 from elva_core.data.items import Item
 from elva_core.files import ElvaDataError
 
@@ -36,6 +27,7 @@ GENECIS = ("focus_attribute", "change_attribute", "focus_object", "change_object
 CAPTIONS = 5  # of each image of Flickr30K
 Prompts = Mapping[str, str]
 Groups = Sequence[str] | None
+Encoding = Literal["by direction", "once"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +88,13 @@ def sharegpt4v(files: Files, prompts: Prompts) -> list[Task]:
 
     A key `group` (ours) parts the queries.
     """
-    path, records = files.json("datas_for_validation.json")
+    path, records = files.read("datas_for_validation.json")
 
     def parse(_, record):
-        image = files.image(f"val_data/{text_of(record, 'image_name')}")
-        return image, text_of(record, "caption"), record.get("group")
+        image = files.image(f"val_data/{text(record['image_name'], 'image_name')}")
+        return image, text(record["caption"], "caption"), record.get("group")
 
-    images, captions, groups = files.columns(path, records, parse, 3)
+    images, captions, groups = transposed(files.rows(path, records, parse), 3)
     files.repeated(path, "image", [i.name for i in images])
     files.repeated(path, "caption", captions)
     named = [str(g) for g in groups] if any(g is not None for g in groups) else None
@@ -128,14 +120,14 @@ def urban1k(files: Files, prompts: Prompts) -> list[Task]:
         return files.image(image_of[name]), text(first, f"first line of {name}.txt")
 
     names = sorted(pairs, key=lambda n: (len(n), n))
-    images, captions = files.columns(folder, names, parse, 2)
+    images, captions = transposed(files.rows(folder, names, parse), 2)
     files.repeated(folder, "caption", captions)
     return both_ways(images, captions, range(len(images)), prompts)
 
 
 def flickr30k(files: Files, prompts: Prompts) -> list[Task]:
     """flickr_text.json, a list of captions, five for each of images/{n}.png."""
-    path, captions = files.json("flickr_text.json")
+    path, captions = files.read("flickr_text.json")
     named = files.named("images", ".png")
     if len(named) * CAPTIONS != len(captions):
         problem = f"{len(captions):,} captions for {len(named):,} images, expected {CAPTIONS} each"
@@ -151,34 +143,34 @@ def flickr30k(files: Files, prompts: Prompts) -> list[Task]:
 def circo(files: Files, prompts: Prompts) -> list[Task]:
     """annotations/val.json or test.json, or both; the pool is all of COCO's unlabeled2017, references too."""
     coco = "COCO2017_unlabeled"
-    path, records = files.json(f"{coco}/annotations/image_info_unlabeled2017.json", "images")
+    path, records = files.read(f"{coco}/annotations/image_info_unlabeled2017.json", "images")
 
     def parse_image(_, record):
-        image_id = number_of(record, "id")
-        return image_id, files.image(f"{coco}/unlabeled2017/{text_of(record, 'file_name')}")
+        image_id = number(record["id"], "id")
+        return image_id, files.image(f"{coco}/unlabeled2017/{text(record['file_name'], 'file_name')}")
 
     pool = dict(files.rows(path, records, parse_image))
     rows = {image_id: row for row, image_id in enumerate(pool)}
     candidates = [Item("", image) for image in pool.values()]
 
     def row_of(image_id, name):
-        if number(image_id, name) not in rows:
+        if (row := rows.get(number(image_id, name))) is None:
             raise ElvaDataError(f"{name} {image_id} is not among the images of {coco}")
-        return rows[number(image_id, name)]
+        return row
 
     def parse(_, record):
         reference = candidates[row_of(record["reference_img_id"], "reference_img_id")].image
-        query = asked(prompts[""], text_of(record, "relative_caption"), reference)
-        labels = dict.fromkeys(entries_of(record, "gt_img_ids")) if split == "val" else ()
-        return number_of(record, "id"), query, [row_of(i, "gt_img_ids") for i in labels]
+        query = asked(prompts[""], text(record["relative_caption"], "relative_caption"), reference)
+        labels = dict.fromkeys(entries(record["gt_img_ids"], "gt_img_ids")) if split == "val" else ()
+        return number(record["id"], "id"), query, [row_of(i, "gt_img_ids") for i in labels]
 
     tasks, annotations = [], files.root.folder / "annotations"
     splits = [s for s in ("val", "test") if (annotations / f"{s}.json").is_file()]
     if not splits:
         files.wrong(annotations, "neither val.json nor test.json is there; copy at least one")
     for split in splits:
-        path, records = files.json(f"annotations/{split}.json")
-        ids, queries, positives = files.columns(path, records, parse, 3)
+        path, records = files.read(f"annotations/{split}.json")
+        ids, queries, positives = transposed(files.rows(path, records, parse), 3)
         if twice := [i for i, n in Counter(ids).items() if n > 1]:
             files.wrong(path, f"id {twice[0]} occurs twice; a submission has each once")
         metric = {"metric": "map", "cutoffs": (5, 10, 25, 50), "ids": (ids, list(pool))}
@@ -196,12 +188,13 @@ def genecis(files: Files, prompts: Prompts) -> list[Task]:
 
     def image(record: dict, row: int, slot: int) -> Path:
         if name.endswith("object"):
-            return files.image(f"val2017/{number_of(record, 'val_image_id'):012}.jpg")
-        return files.image(f"vg/{name}/{number_of(record, 'image_id')}_{row}_{slot}.jpg")
+            return files.image(f"val2017/{number(record['val_image_id'], 'val_image_id'):012}.jpg")
+        return files.image(f"vg/{name}/{number(record['image_id'], 'image_id')}_{row}_{slot}.jpg")
 
     def parse(row, record):
-        query = asked(prompts[name], text_of(record, "condition"), image(record["reference"], row, 0))
-        ranked = [record["target"], *entries_of(record, "gallery")]
+        condition = text(record["condition"], "condition")
+        query = asked(prompts[name], condition, image(record["reference"], row, 0))
+        ranked = [record["target"], *entries(record["gallery"], "gallery")]
         target, *others = (
             rows.setdefault(image(x, row, slot), len(rows)) for slot, x in enumerate(ranked, start=1)
         )
@@ -212,7 +205,7 @@ def genecis(files: Files, prompts: Prompts) -> list[Task]:
 
     parsed = []
     for name in GENECIS:
-        path, records = files.json(f"annotations/{name}.json")
+        path, records = files.read(f"annotations/{name}.json")
         parsed += files.rows(path, records, parse)
     queries, targets, galleries, groups = transposed(parsed, 4)
     candidates = [Item("", i) for i in rows]
@@ -222,9 +215,9 @@ def genecis(files: Files, prompts: Prompts) -> list[Task]:
 def visdial(files: Files, prompts: Prompts) -> list[Task]:
     """visdial_1.0_val.json and VisualDialog_val2018/; a query is the dialogue without the image's caption."""
     name = "visdial_1.0_val.json"
-    _, questions = files.json(name, "data", "questions")
-    _, answers = files.json(name, "data", "answers")
-    path, dialogs = files.json(name, "data", "dialogs")
+    _, questions = files.read(name, "data", "questions")
+    _, answers = files.read(name, "data", "answers")
+    path, dialogs = files.read(name, "data", "dialogs")
 
     def said(texts: list, turn: dict, key: str) -> str:
         return text(texts[number(turn[key], key, len(texts))], key)
@@ -232,13 +225,13 @@ def visdial(files: Files, prompts: Prompts) -> list[Task]:
     def parse(_, dialog):
         rounds = [
             f"Q: {said(questions, turn, 'question')}? A: {said(answers, turn, 'answer')}."
-            for turn in entries_of(dialog, "dialog")
+            for turn in entries(dialog["dialog"], "dialog")
         ]
-        name = f"VisualDialog_val2018_{number_of(dialog, 'image_id'):012}.jpg"
+        name = f"VisualDialog_val2018_{number(dialog['image_id'], 'image_id'):012}.jpg"
         image = files.image(f"VisualDialog_val2018/{name}")
-        return asked(prompts[""], text(" ".join(rounds), "dialog")), image
+        return asked(prompts[""], " ".join(rounds)), image
 
-    queries, images = files.columns(path, dialogs, parse, 2)
+    queries, images = transposed(files.rows(path, dialogs, parse), 2)
     files.repeated(path, "image", [image.name for image in images])
     rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
     return [Task("t2i", queries, [Item("", i) for i in rows], [[rows[i]] for i in images])]
@@ -249,25 +242,25 @@ def mt_fashioniq(files: Files, prompts: Prompts) -> list[Task]:
 
     A query is rounds of image and captions, in order.
     """
-    path, names = files.json("image_splits/split.all.val.json")
+    path, names = files.read("image_splits/split.all.val.json")
     folder = "fashioniq_images"
     named = files.rows(path, names, lambda _, n: (text(n, "name"), files.image(f"{folder}/{n}.jpg")))
     files.repeated(path, "image", [name for name, _ in named])
     pool = dict(named)
     rows = {name: row for row, name in enumerate(pool)}
-    path, records = files.json("data/all.val.json")
+    path, records = files.read("data/all.val.json")
 
     def parse(_, record):
         target, parts = text(record["target"][1], "target"), [mbeir.normalise(prompts[""])]
         if target not in rows:
             raise ElvaDataError(f"target {target} is not in image_splits/split.all.val.json")
-        for turn in entries_of(record, "reference"):
+        for turn in entries(record["reference"], "reference"):
             captions = [text(c, "caption") for c in entries(turn[1], "captions") if c != ""]
             image = files.image(f"{folder}/{text(turn[2], 'reference')}.jpg")
             parts += [image, mbeir.normalise(" and ".join(captions))]
         return Item(str(parts[-1]), None, tuple(parts[:-1])), [rows[target]]
 
-    queries, targets = files.columns(path, records, parse, 2)
+    queries, targets = transposed(files.rows(path, records, parse), 2)
     return [Task("all", queries, [Item("", i) for i in pool.values()], targets, cutoffs=(5, 8, 10))]
 
 
@@ -276,19 +269,19 @@ def ccneg(files: Files, prompts: Prompts) -> list[Task]:
 
     Images are below the folder as they were below CCNEG_ROOT.
     """
-    path, paths = files.tensors("ccneg_preprocessed.pt", "image_paths")
-    _, annotations = files.tensors("ccneg_preprocessed.pt", "annotations")
+    path, paths = files.read("ccneg_preprocessed.pt", "image_paths")
+    _, annotations = files.read("ccneg_preprocessed.pt", "annotations")
     if len(paths) != len(annotations):
         counts = f"{len(paths):,} image paths and {len(annotations):,} annotations"
         files.wrong(path, f"{counts}; download it again")
 
     def parse(_, pair):
         image = files.image(text(pair[0], "image path").removeprefix(CCNEG_ROOT))
-        false = text_of(pair[1]["sop_data"], "negative-prompt").replace(",", "")
-        return image, text_of(pair[1]["json"], "caption"), text(false, "negative-prompt")
+        false = text(pair[1]["sop_data"]["negative-prompt"], "negative-prompt").replace(",", "")
+        return image, text(pair[1]["json"]["caption"], "caption"), text(false, "negative-prompt")
 
     rows = list(zip(paths, annotations, strict=False))[-CCNEG_ROWS:]
-    return two_captions(*files.columns(path, rows, parse, 3), prompts)
+    return two_captions(*transposed(files.rows(path, rows, parse), 3), prompts)
 
 
 def sugarcrepe(files: Files, prompts: Prompts) -> list[Task]:
@@ -298,12 +291,12 @@ def sugarcrepe(files: Files, prompts: Prompts) -> list[Task]:
     """
 
     def parse(_, record):
-        image = files.image(f"val2017/{text_of(record, 'filename')}")
-        return image, text_of(record, "caption"), text_of(record, "negative_caption"), kind
+        image = files.image(f"val2017/{text(record['filename'], 'filename')}")
+        return image, *(text(record[key], key) for key in ("caption", "negative_caption")), kind
 
     parsed = []
     for kind in SUGARCREPE:
-        path, records = files.json(f"data/{kind}.json", kind=dict)
+        path, records = files.read(f"data/{kind}.json", kind=dict)
         parsed += files.rows(path, records.values(), parse)
     images, true, false, kinds = transposed(parsed, 4)
     return two_captions(images, true, false, prompts, kinds or None)
@@ -350,11 +343,10 @@ SETS = {
     "ccneg": Format("ccneg", ccneg, {"pairs": "CC-Neg accuracy"}, FALSE),
     "sugarcrepe": Format("sugar-crepe", sugarcrepe, {"pairs": "SugarCrepe accuracy"}, FALSE),
 }
-ENCODINGS = ("by direction", "once")
 
 
 def load(
-    name: str, folder: Path, prompts: Prompts | None = None, encoding: str = "by direction"
+    name: str, folder: Path, prompts: Prompts | None = None, encoding: Encoding = "by direction"
 ) -> list[Task]:
     """The tasks of a set.
 
@@ -367,8 +359,6 @@ def load(
     Raises:
         ElvaDataError: the first problem, with file and entry, and what to do.
     """
-    if encoding not in ENCODINGS:
-        raise ElvaDataError(f"encoding {encoding!r} is none of {ENCODINGS}")
     words = dict(prompts or SETS[name].prompts)
     if encoding == "once" and {"t2i", "i2t"} <= words.keys():
         words |= {"t2i": "", "images": words["i2t"]}
@@ -382,7 +372,7 @@ def lint(name: str, folder: Path, *, decode: bool = True) -> tuple[list[str], li
     """
     files = Files(folder, strict=False, decode=decode)
     SETS[name].read(files, SETS[name].prompts)
-    return files.problems, files.notes
+    return list(dict.fromkeys(files.problems)), files.notes
 
 
 def present(folder: Path, names: Sequence[str] = ()) -> list[str]:

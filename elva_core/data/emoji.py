@@ -318,13 +318,13 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
     (test: val's, val: the first training vendor's) for the drawing of its own vendor.
     """
     vendors = settings.vendors
-    every_vendor = tuple(v for split in ("train", "val", "test") for v in vendors[split])
+    every_vendor = tuple(v for split in mbeir.SPLITS for v in vendors[split])
     dids = _dids(emojis, every_vendor)
     for vendor in every_vendor:
         copy_drawings(vendor, emojis, folder / "mbeir_images/emoji_images" / vendor)
     root, unseen = mbeir.Root(folder), held_out(emojis, settings.held_out_share)
     asks_with = {"train": vendors["train"], "val": vendors["train"][:1], "test": vendors["val"]}
-    for split in ("train", "val", "test"):
+    for split in mbeir.SPLITS:
         training = split == "train"
         visible = [e for e in emojis if not training or e.codes not in unseen]
         rng = random.Random(mbeir.stable_hash(seed, "emoji", split))
@@ -333,31 +333,24 @@ def write_root(emojis: Sequence[Emoji], folder: Path, settings: EmojiSettings, *
         queries = _queries(dids, drawn_by, asked_by, visible, limit, rng, multi_grain_only=not training)
         if training:
             union = [q for rows in queries.values() for q in rows]
-            _write_queries(root, "emoji", split, union)
+            root.write_queries("emoji", split, union)
             for rows in queries.values():
                 union += rng.choices(rows, k=max(0, settings.up_sample - len(rows)))
             rng.shuffle(union)
-            mbeir.write_jsonl(root.union_train_path(), map(mbeir.query_record, union))
+            mbeir.write_records(root.union_train_path(), union)
         else:
             for task, rows in queries.items():
-                _write_queries(root, f"emoji_task{task}", split, rows)
+                root.write_queries(f"emoji_task{task}", split, rows)
                 local = folder / f"cand_pool/local/mbeir_emoji_task{task}_{split}_cand_pool.jsonl"
-                mbeir.write_jsonl(local, map(mbeir.candidate_record, pools[task]))
-        union_pool = {c.did: c for rows in pools.values() for c in rows}
-        ordered = sorted(union_pool.values(), key=lambda c: mbeir.split_id(c.did))
-        mbeir.write_jsonl(root.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
+                mbeir.write_records(local, pools[task])
+        root.write_global_pool(split, (c for rows in pools.values() for c in rows))
     table = folder / "instructions/query_instructions.tsv"
     table.parent.mkdir(parents=True, exist_ok=True)
     header = ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
     header += [f"prompt_{n}" for n in range(1, 5)]
-    lines = [header, *([*pair, "emoji", str(DATASET_ID), *prompts] for pair, prompts in INSTRUCTIONS.items())]
-    table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    rows = [[*pair, "emoji", DATASET_ID, *prompts] for pair, prompts in INSTRUCTIONS.items()]
+    pd.DataFrame(rows, columns=header).to_csv(table, sep="\t", index=False)
     return root
-
-
-def _write_queries(root: mbeir.Root, unit: str, split: str, queries: Sequence[mbeir.Query]) -> None:
-    mbeir.write_jsonl(root.query_path(unit, split), map(mbeir.query_record, queries))
-    mbeir.write_qrels(root.qrels_path(unit, split), queries)
 
 
 def write_triplets(emojis: Sequence[Emoji], path: Path, *, held_out_share: float) -> None:

@@ -16,22 +16,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from PIL import Image
 
 from elva_core.config import EmojiSettings, UnseenSettings, VideoSettings
 from elva_core.data import emoji, frames, mbeir
+from elva_core.data.caption_sets import SUGARCREPE
 from elva_core.data.emoji import Emoji
 from elva_core.data.images import open_image
 
 TONES = tuple(f"{shade} skin tone" for shade in ("light", "medium-light", "medium", "medium-dark", "dark"))
-_ONE_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
+_ONE_TONE = re.compile("|".join(TONES))
 _TWO = re.compile(r"\b(woman)( and | )(man)\b")
 PARTNER = {"man": "woman", "woman": "man", "boy": "girl", "girl": "boy"}
-FALSE = {
-    "add": ("att", "obj"),
-    "replace": ("att", "obj", "rel"),
-    "swap": ("att", "obj"),
-}  # SugarCrepe's files
 COMPOSITIONS = ("seen composition", "unseen composition")
 SIDE = 96  # pixels of a clip; the small backbone sees 72
 # word for a motion -> turn in degrees, size, and shift in sides at a time from 0 to 1
@@ -123,14 +120,16 @@ def write_unseen(
             for group, rows in by_group.items()
             for e in rows
         ]
-        tables = {"datas_for_validation.json": records}
-        _write_set(folder / name, "val_data", vendor, drawings, tables)
+        _write_set(folder / name, "val_data", vendor, drawings, {"datas_for_validation.json": records})
     # true captions against false ones
     _write_negations(folder / "negation", new, _drawn(unique, queries))
     replaced = replaced_captions(emoji.load(languages[0]))
     false = {kind: _drawn(rows, queries, by=lambda row: row[0]) for kind, rows in replaced.items()}
     tables = {
-        f"data/{kind}.json": {str(i): _pair(*row) for i, row in enumerate(rows)}
+        f"data/{kind}.json": {
+            str(i): {"filename": f"{e.codes}.png", "caption": e.name, "negative_caption": untrue}
+            for i, (e, untrue) in enumerate(rows)
+        }
         for kind, rows in false.items()
     }
     drawings = [e for rows in false.values() for e, _ in rows]
@@ -154,7 +153,7 @@ def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, st
     one exists.
     """
     near, names = emoji.twins(emojis), {e.name for e in emojis}
-    out: dict[str, list[tuple[Emoji, str]]] = {f"{how}_{what}": [] for how in FALSE for what in FALSE[how]}
+    out: dict[str, list[tuple[Emoji, str]]] = {kind: [] for kind in SUGARCREPE}
     for e in emojis:
         # replace: a twin that differs in this grain
         for kind, _ in e.segments:
@@ -169,7 +168,7 @@ def replaced_captions(emojis: Sequence[Emoji]) -> dict[str, list[tuple[Emoji, st
         if (who := e.grains.get("who")) in PARTNER:
             out["add_obj"].append((e, e.name.replace(who, f"{who} and {PARTNER[who]}", 1)))
         # swap: the tones of two people, or the people
-        tones = [tone.strip() for tone in _ONE_TONE.findall(e.name)]
+        tones = _ONE_TONE.findall(e.name)
         swapped = e.name.replace(" ".join(tones), " ".join(tones[::-1])) if len(tones) == 2 else e.name
         if swapped in names and swapped != e.name:
             out["swap_att"].append((e, swapped))
@@ -184,10 +183,6 @@ def _drawn(rows: Sequence, count: int, by: Callable[..., Emoji] = lambda e: e) -
     by: the emoji of a row.
     """
     return sorted(rows, key=lambda row: mbeir.stable_hash("unseen", by(row).codes))[:count]
-
-
-def _pair(e: Emoji, false: str) -> dict:
-    return {"filename": f"{e.codes}.png", "caption": e.name, "negative_caption": false}
 
 
 def _write_set(
@@ -207,7 +202,5 @@ def _write_negations(folder: Path, vendor: str, emojis: Sequence[Emoji]) -> None
         false = " ".join(f"not {text}" if i == denied else text for i, (_, text) in enumerate(e.segments))
         rows.append({"json": {"caption": e.name}, "sop_data": {"negative-prompt": false}})
     _write_set(folder, "images", vendor, emojis, {})
-    import torch  # slow, and nothing else here needs it
-
     paths = [f"images/{e.codes}.png" for e in emojis]
     torch.save({"image_paths": paths, "annotations": rows}, folder / "ccneg_preprocessed.pt")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from elva_core.data.images import guard_size
+from elva_core.data.images import decoding, guard_size
 from elva_core.files import ElvaDataError, whole
 
 if TYPE_CHECKING:
@@ -72,19 +72,11 @@ def read(clip: Clip) -> Frames:
     Raises:
         ElvaDataError: missing, truncated, not a video, too large, or too elongated; names the file.
     """
-    if clip.frames < 1:
-        raise ElvaDataError(f"video {clip.path}: {clip.frames} frames were asked for; ask for one at least")
-    try:
+    with decoding(f"video {clip.path}"):
         total, rate = _measured(clip.path)
         indices = sampled(total, clip.frames)
         wanted = set(indices)
         pixels = {i: _upright(frame) for i, frame in enumerate(_decoded(clip.path)) if i in wanted}
-    except ElvaDataError:
-        raise
-    except FileNotFoundError:
-        raise ElvaDataError(f"video {clip.path} is missing; restore the file or drop the record") from None
-    except Exception as error:  # a decoder given random bytes raises whatever its parser stumbles over
-        raise ElvaDataError(f"video {clip.path} cannot be decoded ({error}); replace the file") from None
     return Frames(np.stack([pixels[i] for i in indices]).transpose(0, 3, 1, 2), indices, total, rate)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from elva_core.files import ElvaDataError
 
-Looked = TypeVar("Looked")
 MAX_ASPECT = 200  # Qwen2-VL's processor refuses more; M-BEIR holds images 51,200 px wide
 MAX_PIXELS = 64_000_000
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder starts another program
@@ -26,31 +25,40 @@ def guard_size(what: str, width: int, height: int) -> None:
         )
 
 
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """The block's errors as ElvaDataError: missing, or cannot be decoded. what: names the file."""
+    try:
+        yield
+    except ElvaDataError:
+        raise
+    except FileNotFoundError:
+        raise ElvaDataError(f"{what} is missing; restore the file or drop the record") from None
+    except Exception as error:  # a decoder given random bytes raises whatever its parser stumbles over
+        raise ElvaDataError(f"{what} cannot be decoded ({error}); replace the file") from None
+
+
 def open_image(path: Path) -> Image.Image:
     """An upright RGB image, decoded in full (`upright_rgb`).
 
     Raises:
         ElvaDataError: missing, truncated, not an image, too large, or too elongated.
     """
-    return _opened(path, upright_rgb)
+    with _opened(path) as image:
+        return upright_rgb(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width as the header has them, before the image is turned upright; errors of `open_image`."""
-    return _opened(path, lambda image: (image.height, image.width))
+    with _opened(path) as image:
+        return image.height, image.width
 
 
-def _opened(path: Path, look: Callable[[Image.Image], Looked]) -> Looked:
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            guard_size(f"image {path}", *image.size)
-            return look(image)
-    except ElvaDataError:
-        raise
-    except FileNotFoundError:
-        raise ElvaDataError(f"image {path} is missing; restore the file or drop the record") from None
-    except Exception as error:  # a decoder given random bytes raises whatever its parser stumbles over
-        raise ElvaDataError(f"image {path} cannot be decoded ({error}); replace the file") from None
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with decoding(f"image {path}"), Image.open(path, formats=IMAGE_FORMATS) as image:
+        guard_size(f"image {path}", *image.size)
+        yield image
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

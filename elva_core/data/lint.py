@@ -8,30 +8,18 @@ Files are streamed; of a pool only ids and modalities are kept.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from elva_core.data import mbeir
 from elva_core.data.images import open_image
-from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, TASKS, Candidate, Query, Root
+from elva_core.data.mbeir import MODALITIES, OFFICIAL_UNITS, SPLITS, TASKS, Query, Root
 from elva_core.files import ElvaDataError
-
-
-@dataclass
-class Known:
-    """The candidates of a pool: hashed ids, ascending, and the place of each one's modality in MODALITIES."""
-
-    ids: np.ndarray
-    kinds: np.ndarray
-
-    def modality(self, did: str) -> str | None:
-        """None if the pool lacks it."""
-        key = _hashed(did)
-        place = int(np.searchsorted(self.ids, key))
-        return MODALITIES[self.kinds[place]] if place < len(self.ids) and self.ids[place] == key else None
 
 
 @dataclass
@@ -56,16 +44,14 @@ class Report:
             return None
 
 
-def check(
-    root: Root, splits: Sequence[str] = ("train", "val", "test"), *, decode_images: bool = True
-) -> list[str]:
+def check(root: Root, *, decode_images: bool = True) -> list[str]:
     """Every violation, as "file:line: what is wrong". An empty list is a clean root."""
     report = Report(root, decode_images)
-    if not any(root.units(split) for split in splits):
-        names = ", ".join(splits)
+    if not any(root.units(split) for split in SPLITS):
+        names = ", ".join(SPLITS)
         return [f"{root.folder}/query has no file of {names}; is this the root of an M-BEIR folder?"]
     report.prompts = report.attempt(lambda: root.instructions) or {}
-    for split in splits:
+    for split in SPLITS:
         units, union = root.units(split), split == "train" and root.union_train_path().is_file()
         if not units and not union:
             continue
@@ -76,8 +62,8 @@ def check(
             if split != "train":
                 path = root.pool_path(unit, split)
                 local = _pool(report, path)
-                if len(local.ids) < OFFICIAL_UNITS.get(unit, 5):
-                    report.wrong(path, f"{len(local.ids)} candidates are fewer than the reported cut-off k")
+                if len(local) < OFFICIAL_UNITS.get(unit, 5):
+                    report.wrong(path, f"{len(local)} candidates are fewer than the reported cut-off k")
             judged = _queries(report, root.query_path(unit, split), local, everything)
             _qrels(report, unit, split, judged)
         if union:
@@ -85,32 +71,40 @@ def check(
     return report.problems
 
 
-def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple[int, Query | Candidate]]:
-    """(line number, record) of the lines that are one; any other is a problem and is passed over."""
+def _records(report: Report, path: Path, parse: Callable) -> Iterator[tuple]:
+    """(line number, record) of the lines that are one; any other is a problem and is passed over.
+
+    Args:
+        parse: (path, line number, line) -> record.
+    """
     lines = mbeir.read_lines(path)
     while line := report.attempt(next, lines, None):
-        if record := report.attempt(mbeir.parsed, path, line[0], line[2], parse):
+        if record := report.attempt(parse, path, line[0], line[2]):
             yield line[0], record
 
 
-def _pool(report: Report, path: Path) -> Known:
+def _pool(report: Report, path: Path) -> pd.Series:
+    """Hashed id -> place of the modality in MODALITIES."""
     ids, kinds, numbers = array("q"), array("b"), array("q")
-    for number, candidate in _records(report, path, mbeir.parse_candidate):
-        where = f"{path}:{number}"
-        _content(report, where, candidate.text, candidate.image, candidate.modality)
-        try:
-            ids.append(mbeir.hashed_candidate_id(candidate.did))
-        except ElvaDataError as error:
-            report.wrong(where, error)
-            continue
+    for number, candidate in _records(report, path, partial(mbeir.parsed, parse=mbeir.parse_candidate)):
+        _content(report, f"{path}:{number}", candidate.text, candidate.image, candidate.modality)
+        ids.append(mbeir.hashed_candidate_id(candidate.did))
         kinds.append(MODALITIES.index(candidate.modality))
         numbers.append(number)
-    order = np.argsort(np.asarray(ids), kind="stable")
-    known = Known(np.asarray(ids)[order], np.asarray(kinds)[order])
-    for place in np.flatnonzero(known.ids[1:] == known.ids[:-1]) + 1:
-        did = mbeir.unhashed_candidate_id(int(known.ids[place]))
-        report.wrong(f"{path}:{numbers[order[place]]}", f"did {did} occurs twice in one pool")
-    return known
+    pool = pd.Series(np.asarray(kinds), np.asarray(ids))
+    again = pool.index.duplicated()
+    for place in np.flatnonzero(again):
+        did = mbeir.unhashed_candidate_id(ids[place])
+        report.wrong(f"{path}:{numbers[place]}", f"did {did} occurs twice in one pool")
+    return pool[~again]
+
+
+def _modality(pool: pd.Series, did: str) -> str | None:
+    """None if the pool lacks it; an id that is out of bounds is reported where it is defined."""
+    try:
+        return MODALITIES[pool[mbeir.hashed_candidate_id(did)]]
+    except (KeyError, ElvaDataError):
+        return None
 
 
 def _content(report: Report, where: str, text: str | None, image: str | None, modality: str) -> None:
@@ -121,17 +115,15 @@ def _content(report: Report, where: str, text: str | None, image: str | None, mo
     if image and hash(image) not in report.images:
         report.images.add(hash(image))
         try:
-            path = report.root.image_path(image)
+            path = report.root.image_file(image)
             if report.decode_images:
                 open_image(path)
-            elif not path.is_file():
-                raise ElvaDataError(f"image {path} is missing; restore the file or drop the record")
         except (ElvaDataError, OSError) as error:
             report.wrong(where, error)
 
 
 def _queries(
-    report: Report, path: Path, local: Known | None, everything: Known
+    report: Report, path: Path, local: pd.Series | None, everything: pd.Series
 ) -> dict[tuple[str, str], int]:
     """Checks a query file; returns the task of every (qid, positive).
 
@@ -141,33 +133,29 @@ def _queries(
     """
     seen: set[str] = set()
     judged = {}
-    for number, query in _records(report, path, mbeir.parse_query):
+    for number, query in _records(report, path, partial(mbeir.parsed, parse=mbeir.parse_query)):
         where = f"{path}:{number}"
         if query.qid in seen and local is not None:
             report.wrong(where, f"qid {query.qid} occurs twice in one file")
         seen.add(query.qid)
-        try:
-            mbeir.hashed_query_id(query.qid)
-        except ElvaDataError as error:
-            report.wrong(where, error)
         _content(report, where, query.text, query.image, query.modality)
-        for message in _judge(query, local or everything, everything, report.prompts):
+        for message in _judge(query, everything if local is None else local, everything, report.prompts):
             report.wrong(where, message)
         if local is not None:
             judged |= {(query.qid, did): query.task for did in query.positives}
     return judged
 
 
-def _judge(query: Query, local: Known, everything: Known, prompts: dict) -> Iterator[str]:
+def _judge(query: Query, local: pd.Series, everything: pd.Series, prompts: dict) -> Iterator[str]:
     dataset = mbeir.split_id(query.qid)[0]
     if not query.positives:
         yield "pos_cand_list is empty"
         return
     if both := set(query.positives) & set(query.negatives):
         yield f"{sorted(both)} are positive and negative at once"
-    modalities = {did: everything.modality(did) for did in query.positives}
+    modalities = {did: _modality(everything, did) for did in query.positives}
     for did, modality in modalities.items():
-        if did.startswith(f"{dataset}:") and local.modality(did) is None:
+        if did.startswith(f"{dataset}:") and _modality(local, did) is None:
             yield f"positive {did} is not in the local pool"
         if modality is None:
             yield f"positive {did} is not in the global pool"
@@ -182,12 +170,7 @@ def _judge(query: Query, local: Known, everything: Known, prompts: dict) -> Iter
 
 def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], int]) -> None:
     path, judged = report.root.qrels_path(unit, split), set()
-    lines = mbeir.read_lines(path)
-    while line := report.attempt(next, lines, None):
-        number = line[0]
-        if not (judgement := report.attempt(mbeir.judgement, path, number, line[2])):
-            continue
-        qid, did, relevance, task = judgement
+    for number, (qid, did, relevance, task) in _records(report, path, mbeir.judgement):
         if relevance <= 0:
             continue
         judged.add((qid, did))
@@ -199,11 +182,3 @@ def _qrels(report: Report, unit: str, split: str, listed: dict[tuple[str, str], 
     for qid, did in listed:
         if (qid, did) not in judged:
             report.wrong(path, f"{qid} {did} is only in pos_cand_list")
-
-
-def _hashed(did: str) -> int:
-    """-1, which no candidate has, for an id that is out of bounds; that is reported where it is defined."""
-    try:
-        return mbeir.hashed_candidate_id(did)
-    except ElvaDataError:
-        return -1

@@ -42,6 +42,7 @@ OFFICIAL_UNITS = {
     "fashion200k_task3": 10, "nights_task4": 5, "oven_task6": 5, "infoseek_task6": 5,
     "fashioniq_task7": 10, "cirr_task7": 5, "oven_task8": 5, "infoseek_task8": 5,
 }  # fmt: skip
+SPLITS = ("train", "val", "test")
 MAX_LINE = 16 * 2**20  # bytes; the longest candidate of M-BEIR has 60,546 characters
 QRELS_LINE = re.compile(r"(\S+)\s+\S+\s+(\S+)\s+(-?\d{1,9})(?:\s+(\d{1,9}))?", re.ASCII)
 
@@ -93,8 +94,6 @@ def parsed(path: Path, number: int, line: bytes, parse: Callable[[dict], R]) -> 
         raise ElvaDataError(f"{where}: {type(record).__name__} instead of a JSON object")
     try:
         return parse(record)
-    except ElvaDataError as error:
-        raise ElvaDataError(f"{where}: {error}") from None
     except KeyError as error:
         raise ElvaDataError(f"{where}: key {error} is missing") from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -121,16 +120,17 @@ class Records(Sequence[R], Generic[R]):
     Opening reads the file once and fails on the first line that is no record.
     """
 
-    def __init__(self, path: Path, parse: Callable[[dict], R], hashed: Callable[[str], int]) -> None:
+    def __init__(self, path: Path, parse: Callable[[dict], R]) -> None:
         self.path, self._parse = path, parse
         ids, kinds, offsets = array("q"), array("b"), array("q", [0])
         for number, offset, line in read_lines(path):
             record = parsed(path, number, line, parse)
-            try:
-                ids.append(hashed(record.qid if isinstance(record, Query) else record.did))
-            except ElvaDataError as error:
-                raise ElvaDataError(f"{path}:{number}: {error}") from None
-            kinds.append(record.task if isinstance(record, Query) else MODALITIES.index(record.modality))
+            if isinstance(record, Query):
+                ids.append(hashed_query_id(record.qid))
+                kinds.append(record.task)
+            else:
+                ids.append(hashed_candidate_id(record.did))
+                kinds.append(MODALITIES.index(record.modality))
             offsets.append(offset + len(line))
         self.ids, self.kinds, self._offsets = (np.asarray(x) for x in (ids, kinds, offsets))
 
@@ -155,7 +155,7 @@ class Pool(Records[Candidate]):
     """The candidates of a pool; every did occurs once."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, parse_candidate, hashed_candidate_id)
+        super().__init__(path, parse_candidate)
         self._order = np.argsort(self.ids, kind="stable")
         ranked = self.ids[self._order]
         again = self._order[1:][ranked[1:] == ranked[:-1]]
@@ -184,18 +184,16 @@ class Pool(Records[Candidate]):
         return np.flatnonzero(self.kinds == MODALITIES.index(modality))
 
 
-def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+def write_records(path: Path, records: Iterable[Query | Candidate]) -> None:
     """ASCII-escaped JSON, one object per line, each ended by a newline."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="ascii", newline="\n") as out:
-        out.writelines(json.dumps(record) + "\n" for record in records)
+    rows = (query_record(r) if isinstance(r, Query) else candidate_record(r) for r in records)
+    _write(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def write_qrels(path: Path, queries: Iterable[Query]) -> None:
-    """Five columns "qid 0 did 1 task", positives only, in the order of pos_cand_list."""
+def _write(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="ascii", newline="\n") as out:
-        out.writelines(f"{q.qid} 0 {did} 1 {q.task}\n" for q in queries for did in q.positives)
+        out.writelines(lines)
 
 
 @dataclass(frozen=True)
@@ -232,11 +230,11 @@ class Root:
 
     def queries(self, unit: str, split: str) -> Records[Query]:
         """Queries of one unit in file order."""
-        return Records(self.query_path(unit, split), parse_query, hashed_query_id)
+        return Records(self.query_path(unit, split), parse_query)
 
     def union_train(self) -> Records[Query]:
         """The default training file; up-sampled sets repeat whole rows, so qids repeat."""
-        return Records(self.union_train_path(), parse_query, hashed_query_id)
+        return Records(self.union_train_path(), parse_query)
 
     def matching(self, patterns: Sequence[str], split: str) -> list[str]:
         """Units of a split by name or pattern ("*_task4"), in the order of `units`.
@@ -275,6 +273,20 @@ class Root:
             if relevance > 0:
                 out.setdefault(qid, {})[did] = relevance
         return out
+
+    def write_queries(self, unit: str, split: str, queries: Sequence[Query]) -> None:
+        """Query file and qrels of a unit.
+
+        Five columns "qid 0 did 1 task", positives only, in the order of pos_cand_list.
+        """
+        write_records(self.query_path(unit, split), queries)
+        lines = (f"{q.qid} 0 {did} 1 {q.task}\n" for q in queries for did in q.positives)
+        _write(self.qrels_path(unit, split), lines)
+
+    def write_global_pool(self, split: str, candidates: Iterable[Candidate]) -> None:
+        """Every candidate once, in the order of the dids."""
+        once = {c.did: c for c in candidates}
+        write_records(self.pool_path("", split, "global"), (once[did] for did in sorted(once, key=split_id)))
 
     @cached_property
     def instructions(self) -> dict[tuple[int, str, str], tuple[str, ...]]:
@@ -333,6 +345,17 @@ class Root:
                 'without ".."'
             )
         return self.folder.resolve() / name
+
+    def image_file(self, relative: str) -> Path:
+        """The same of an image that is there.
+
+        Raises:
+            ElvaDataError: it is missing, too.
+        """
+        path = self.image_path(relative)
+        if not path.is_file():
+            raise ElvaDataError(f"image {path} is missing; restore the file or drop the record")
+        return path
 
 
 def stable_hash(*parts: object) -> int:

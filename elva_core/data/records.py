@@ -183,7 +183,7 @@ def parse_query(record: dict) -> Query:
         task=_task(record["task_id"]),
         source=_source(record.get("query_src_content")),
     )
-    split_id(query.qid)
+    hashed_query_id(query.qid)
     return query
 
 
@@ -196,7 +196,7 @@ def parse_candidate(record: dict) -> Candidate:
         modality=parse_modality(record["modality"]),
         source=_source(record.get("src_content")),
     )
-    split_id(candidate.did)
+    hashed_candidate_id(candidate.did)
     return candidate
 
 

@@ -112,7 +112,7 @@ def write_clips(settings: Settings, folder: Path, seed: int) -> None:
 def counts(root: mbeir.Root) -> pd.DataFrame:
     """Queries, positives per query, and pool size of every unit and split."""
     rows = []
-    for split in ("train", "val", "test"):
+    for split in mbeir.SPLITS:
         for unit in root.units(split):
             queries = root.queries(unit, split)
             pool = root.pool(unit, split, "global" if split == "train" else "local")

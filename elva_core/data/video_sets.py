@@ -5,15 +5,11 @@ task = SETS["msrvtt"](Path("data/msrvtt"), frames=12)
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from glob import glob
 from pathlib import Path
 
-import pandas as pd
-
-from elva_core.data.benchmark_files import read_csv
+from elva_core.data.benchmark_files import Files, entries, read_csv, text
 from elva_core.data.caption_sets import Task, asked
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
@@ -36,20 +32,16 @@ def msrvtt(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
     Raises:
         ElvaDataError: a file, column or value that is missing, or a video; names the line or entry.
     """
-    table, records = root / "MSRVTT_JSFUSION_test.csv", root / "msrvtt_test_1k.json"
+    files, table, records = Files(root, strict=True), root / "MSRVTT_JSFUSION_test.csv", "msrvtt_test_1k.json"
     if table.is_file():
-        path, values = table, read_csv(table, ["video_id", "sentence"])
-    elif records.is_file():
-        path, columns = records, ["video_id", "caption"]
-        values = pd.DataFrame(_opened(records, lambda path: json.loads(path.read_bytes())))
-        if lost := [c for c in columns if c not in values]:
-            raise ElvaDataError(f"{path}: {lost} is missing; expected {columns}")
-        values = values[columns].set_axis(range(1, len(values) + 1))
+        path, rows = table, read_csv(table, ["video_id", "sentence"]).itertuples(index=False)
+    elif (root / records).is_file():
+        path, values = files.read(records)
+        rows = files.rows(path, values, lambda _, record: (record["video_id"], record["caption"]))
     else:
-        missing = f"neither {table.name} nor {records.name} is there"
+        missing = f"neither {table.name} nor {records} is there"
         raise ElvaDataError(f"{root}: {missing}; unpack the annotations of MSR-VTT 1k-A there")
-    rows = [(f"{path}:{line}", *row) for line, *row in values.itertuples()]
-    return _task("MSR-VTT", root, rows, frames, instruction)
+    return _task("MSR-VTT", files, path, rows, frames, instruction)
 
 
 def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
@@ -62,59 +54,38 @@ def msvd(root: Path, frames: int, instruction: str = INSTRUCTION) -> Task:
     Raises:
         ElvaDataError: as `msrvtt` has it, and a pickle with more in it than lists of words.
     """
-    listed, path = root / "test_list.txt", root / "raw-captions.pkl"
-    lines = _opened(listed, lambda p: p.read_text(encoding="utf-8-sig")).rstrip().splitlines()
-    ids = [line.strip() for line in lines]
-    captions = _opened(path, lambda p: _Plain(p.open("rb")).load())
-    rows = []
-    for number, name in enumerate(ids, start=1):
-        texts = captions.get(name) if isinstance(captions, dict) else None
-        if not texts or not all(isinstance(c, list) and all(isinstance(w, str) for w in c) for c in texts):
-            problem = f"no captions of video {name!r} ({listed}:{number}) as lists of words"
-            raise ElvaDataError(f"{path}: {problem}; is it the right file?")
-        rows += [(f"{listed}:{number}", name, " ".join(words)) for words in texts]
-    return _task("MSVD", root, rows, frames, instruction)
+    files = Files(root, strict=True)
+    _, captions = files.read("raw-captions.pkl", kind=dict)
+    path, listed = files.read("test_list.txt")
+
+    def parse(_, line):
+        video = line.strip()
+        return [(video, " ".join(entries(words, "caption"))) for words in entries(captions[video], video)]
+
+    rows = [row for of_video in files.rows(path, listed, parse) for row in of_video]
+    return _task("MSVD", files, path, rows, frames, instruction)
 
 
 SETS = {"msrvtt": msrvtt, "msvd": msvd}
 
 
-class _Plain(pickle.Unpickler):
-    """Lists, dictionaries and texts only: a pickle may otherwise call whatever it names."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, and captions are lists of words")
-
-
-def _opened(path: Path, read: Callable):
-    try:
-        return read(path)
-    except FileNotFoundError:
-        raise ElvaDataError(f"{path} is missing; unpack the annotations of the set there") from None
-    except Exception as error:  # a parser given random bytes raises whatever it stumbles over
-        raise ElvaDataError(f"{path} cannot be read as expected ({error}); download it again") from None
-
-
-def _task(
-    name: str, root: Path, rows: Sequence[tuple[str, object, object]], frames: int, instruction: str
-) -> Task:
-    """Rows (where it stands, video id, caption) as a task; each distinct video is one candidate."""
-    folder = root / "videos"
+def _task(name: str, files: Files, path: Path, rows: Iterable[tuple], frames: int, instruction: str) -> Task:
+    """Rows (video id, caption) as a task; each distinct video is one candidate."""
+    folder = files.root.folder / "videos"
     names = glob("**/*", root_dir=folder, recursive=True)  # noqa: PTH207 - rglob follows no linked folder
     paths = sorted((folder / name for name in names), reverse=True)
-    files = {path.stem: path for path in paths if path.suffix.lower() in SUFFIXES}
-    place: dict[str, int] = {}
-    for where, video, caption in rows:
-        if not isinstance(caption, str) or not caption.strip():
-            raise ElvaDataError(
-                f"{where}: the caption of video {video!r} is {caption!r}; repair or remove it"
-            )
-        if video not in files:
-            problem = f"video {video!r} is not below {folder}"
-            raise ElvaDataError(f"{where}: {problem}; unpack the videos there")
-        place.setdefault(video, len(place))
+    films = {film.stem: film for film in paths if film.suffix.lower() in SUFFIXES}
+
+    def parse(_, row):
+        video, caption = row
+        if video not in films:
+            raise ElvaDataError(f"video {video!r} is not below {folder}; unpack the videos there")
+        return video, asked(instruction, text(caption, f"the caption of video {video!r}"))
+
+    rows = files.rows(path, rows, parse)
     if not rows:
-        raise ElvaDataError(f"{root}: no rows; is it the right folder?")
-    queries = [asked(instruction, caption) for _, _, caption in rows]
-    candidates = [Item("", None, (Clip(files[v], frames),)) for v in place]
-    return Task(name, queries, candidates, [[place[v]] for _, v, _ in rows], cutoffs=CUTOFFS)
+        raise ElvaDataError(f"{path}: no rows; is it the right file?")
+    place = {video: row for row, video in enumerate(dict.fromkeys(video for video, _ in rows))}
+    candidates = [Item("", None, (Clip(films[video], frames),)) for video in place]
+    queries, positives = [query for _, query in rows], [[place[video]] for video, _ in rows]
+    return Task(name, queries, candidates, positives, cutoffs=CUTOFFS)

@@ -58,7 +58,6 @@ def measure(
     settings: EvaluationSettings,
     *,
     seed: int,
-    split: str = "test",
     template: str = "summary",
     pools: Sequence[str] = ("local", "global"),
     embed_pool: Vectors | None = None,
@@ -69,12 +68,12 @@ def measure(
         embed_pool: what embeds the candidates, where that is another model, for instance `vectors` of its
             searcher.
     """
-    searcher = searcher_of(encoder, root, split, settings, template, embed_pool)
+    searcher = searcher_of(encoder, root, "test", settings, template, embed_pool)
     rows = []
     for pool in pools:
-        for unit in root.units(split):
+        for unit in root.units("test"):
             rows += searcher.evaluate(unit, pool=pool).table(settings.cutoffs, settings.bootstrap, seed)
-    ranked = {unit: searcher.evaluate(unit, root=bench) for unit in bench.units(split)}
+    ranked = {unit: searcher.evaluate(unit, root=bench) for unit in bench.units("test")}
     hits = []
     for unit, result in ranked.items():
         scores = {f"hit@{k}": metrics.hit_rate_at_k(result.ranks, k) for k in settings.cutoffs}
@@ -242,19 +241,17 @@ def mrbench_table(hits: pd.DataFrame, cutoffs: Sequence[int], samples: int, seed
         columns model, unit, metric, value, ci_low, ci_high, n.
     """
 
-    def of_unit(model: str, unit: str, metric: str) -> tuple:
-        return seed, "mrbench", unit, metric.removeprefix("hit@")
-
-    def of_average(model: str, unit: str, metric: str) -> tuple:
-        return seed, "mrbench average", metric.removeprefix("hit@")
+    def scope(model: str, unit: str, metric: str) -> tuple:
+        names = ("mrbench average",) if unit == "average" else ("mrbench", unit)
+        return seed, *names, metric.removeprefix("hit@")
 
     by, parts = ["model", "unit", "metric"], []
     for _, rows in hits.groupby("model", sort=False):
         for metric in (f"hit@{k}" for k in cutoffs):
             values = rows.sort_values("unit", kind="stable").assign(metric=metric, value=rows[metric])
-            parts.append(statistics.scores(values, by, samples, of_unit))
+            parts.append(statistics.scores(values, by, samples, scope))
             values = values.assign(task=values["unit"], unit="average")
-            parts.append(statistics.scores(values, by, samples, of_average, "task"))
+            parts.append(statistics.scores(values, by, samples, scope, "task"))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -288,11 +285,11 @@ def composition_gaps(hits: pd.DataFrame, k: int, samples: int, seed: int) -> pd.
     return pd.DataFrame(rows, columns=["new", "old", "metric", "value", "ci_low", "ci_high", "n"])
 
 
-def prompt_spread(searcher: Searcher, units: Sequence[str], k: int, pool: str = "local") -> pd.DataFrame:
+def prompt_spread(searcher: Searcher, units: Sequence[str], k: int) -> pd.DataFrame:
     """Hit rate of each unit under each of the four instructions alone: mean, lowest, highest; n queries."""
     rows = []
     for unit in units:
-        results = [searcher.evaluate(unit, pool=pool, prompt_index=i) for i in range(4)]
+        results = [searcher.evaluate(unit, prompt_index=i) for i in range(4)]
         values = [metrics.hit_rate_at_k(result.ranks, k).mean() for result in results]
         spread = {"mean": np.mean(values), "lowest": min(values), "highest": max(values)}
         rows.append({"unit": unit} | spread | {"n": len(results[0].queries)})

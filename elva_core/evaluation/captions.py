@@ -84,9 +84,9 @@ def profile_sets(settings: Settings, folder: Path) -> list[CaptionSet]:
     ]
 
 
-def load(source: CaptionSet, encoding: str = "by direction") -> list[Task]:
-    """The tasks of a set; arguments and errors as `caption_sets.load` has them."""
-    tasks = caption_sets.load(source.kind, source.folder, source.prompts, encoding)
+def load(source: CaptionSet) -> list[Task]:
+    """The tasks of a set; errors as `caption_sets.load` has them."""
+    tasks = caption_sets.load(source.kind, source.folder, source.prompts)
     return [task for task in tasks if not source.tasks or task.name in source.tasks]
 
 
@@ -165,7 +165,8 @@ def score(
                 value = float(ranks[0] <= k) if hit else average_precision(ranks, k)
                 expected = chance(task, query, k) if hit else np.nan
                 rows.append((name, task.name, group, query, metric, k == ks[0], value, expected))
-    return pd.DataFrame(rows, columns=COLUMNS if rows else None)
+    types = {"query": int, "reported": bool, "value": float, "chance": float}  # also of no rows
+    return pd.DataFrame(rows, columns=COLUMNS).astype(types)
 
 
 def measure(loaded: Loaded, vectors: Vectors, model: str) -> pd.DataFrame:
@@ -230,7 +231,7 @@ def table(hits: pd.DataFrame, samples: int, seed: int) -> pd.DataFrame:
     rows = rows.iloc[np.argsort(rows.groupby(keys, sort=False).ngroup(), kind="stable")].reset_index(
         drop=True
     )
-    return rows.astype({"reported": bool} if "reported" in keys else {})
+    return rows.astype({"reported": bool})
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:

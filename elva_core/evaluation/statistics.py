@@ -106,22 +106,20 @@ def comparison(hits: pd.DataFrame, new: str, old: str, k: int, samples: int, see
     return row | {name: percent * row[column] for name, column in bounds.items()}
 
 
-def share(
-    queries: pd.DataFrame, part: str, whole: str, samples: int, scope: tuple, stratum: str = "unit"
-) -> dict[str, float]:
+def share(queries: pd.DataFrame, part: str, whole: str, samples: int, scope: tuple) -> dict[str, float]:
     """Ratio of two mean differences over the same queries.
 
     Args:
-        queries: one row per query with the columns `part`, `whole` and `stratum`; both averages are
-            unweighted means of the strata's means.
+        queries: one row per query with the columns `part`, `whole` and unit; both averages are unweighted
+            means of the units' means.
         scope: of the random stream, the seed first.
 
     Returns:
         value, ci_low, ci_high (95 % interval, both columns of a query resampled together inside its
-        stratum) and n; all but n are nan where the interval of the whole is not above zero: a share of
+        unit) and n; all but n are nan where the interval of the whole is not above zero: a share of
         nothing, or of a loss, means nothing.
     """
-    groups = [group[[part, whole]].to_numpy(float) for _, group in queries.groupby(stratum, sort=False)]
+    groups = [group[[part, whole]].to_numpy(float) for _, group in queries.groupby("unit", sort=False)]
     rng, nan = distributed.rng_for(*scope), float("nan")
     result = {"value": nan, "ci_low": nan, "ci_high": nan, "n": len(queries)}
     if not groups:

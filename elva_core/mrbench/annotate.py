@@ -130,7 +130,10 @@ def answered(
         talks = again
         if not talks:
             break
-    return [_kept(file, query) for file, query in zip(kept, queries, strict=True)]
+    return [
+        _read(json.loads(file.read_text(encoding="utf-8"))["answer"], query)[0] if file.is_file() else None
+        for file, query in zip(kept, queries, strict=True)
+    ]
 
 
 def request(query: mbeir.Query) -> str:
@@ -281,12 +284,7 @@ def _post(settings: AnnotatorSettings, talk: Sequence[Turn]) -> str | None:
 
 
 def _key(query: mbeir.Query, settings: AnnotatorSettings, root: mbeir.Root) -> str:
-    image = None
-    if query.image:
-        path = root.image_path(query.image)
-        if not path.is_file():
-            raise files.ElvaDataError(f"image {path} is missing; restore the file or drop the record")
-        image = files.file_hash(path)
+    image = files.file_hash(root.image_file(query.image)) if query.image else None
     model = (settings.kind, settings.model, settings.max_tokens)
     return files.digest(prompt_hash(), *model, query.modality, query.text, image, length=32)
 
@@ -297,8 +295,3 @@ def _read(text: str, query: mbeir.Query) -> tuple[Grains | None, str]:
         return parse(text, query), ""
     except ValueError as error:
         return None, str(error)
-
-
-def _kept(file: Path, query: mbeir.Query) -> Grains | None:
-    """Content of a kept answer; None where there is none, or none that can be read."""
-    return _read(json.loads(file.read_text(encoding="utf-8"))["answer"], query)[0] if file.is_file() else None

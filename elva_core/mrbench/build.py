@@ -17,15 +17,11 @@ from elva_core.config import MrbenchSettings
 from elva_core.data import mbeir
 from elva_core.mrbench.annotate import Annotator, Grains
 
+SPLIT = "test"  # whose queries are drawn
+
 
 def build(
-    root: mbeir.Root,
-    settings: MrbenchSettings,
-    *,
-    annotate: Annotator,
-    folder: Path,
-    seed: int,
-    split: str = "test",
+    root: mbeir.Root, settings: MrbenchSettings, *, annotate: Annotator, folder: Path, seed: int
 ) -> tuple[mbeir.Root, pd.DataFrame, pd.DataFrame]:
     """Draws the benchmark and writes it as an M-BEIR root that stands alone.
 
@@ -44,20 +40,20 @@ def build(
         ElvaDataError: a unit is not there, has fewer multi-grain queries than its share, or gets no answer
             that can be read.
     """
-    known, tasks = root.units(split), set(map(str, settings.tasks))
+    known, tasks = root.units(SPLIT), set(map(str, settings.tasks))
     if lost := sorted(set(settings.units) - set(known)):
         raise files.ElvaDataError(
-            f"{root.folder} has no {split} units {lost}, it has {known}; correct mrbench.units"
+            f"{root.folder} has no {SPLIT} units {lost}, it has {known}; correct mrbench.units"
         )
     units = [u for u in known if u in settings.units or u.rpartition("_task")[2] in tasks]
     if not units:
         raise files.ElvaDataError(
-            f"{root.folder} has no {split} unit of tasks {settings.tasks}; correct mrbench.tasks"
+            f"{root.folder} has no {SPLIT} unit of tasks {settings.tasks}; correct mrbench.tasks"
         )
     share = settings.queries // len(units)
     bench, counts, sheet = mbeir.Root(folder), [], []
     for unit in units:
-        queries = root.queries(unit, split)
+        queries = root.queries(unit, SPLIT)
         order = {q.qid: mbeir.stable_hash(seed, "mrbench", unit, q.qid) for q in queries}
         queries = sorted(queries, key=lambda q: order[q.qid])
         multi: list[tuple[mbeir.Query, Grains]] = []
@@ -79,27 +75,23 @@ def build(
             )
         chosen = sorted(multi[:share], key=lambda pair: mbeir.split_id(pair[0].qid))
         drawn = [replace(q, source=q.source | {"grains": [list(g) for g in grains]}) for q, grains in chosen]
-        mbeir.write_jsonl(bench.query_path(unit, split), map(mbeir.query_record, drawn))
-        mbeir.write_qrels(bench.qrels_path(unit, split), drawn)
-        pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{split}_cand_pool.jsonl"
+        bench.write_queries(unit, SPLIT, drawn)
+        pool = bench.folder / f"cand_pool/local/mbeir_{unit}_{SPLIT}_cand_pool.jsonl"
         pool.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root.pool_path(unit, split), pool)
+        shutil.copyfile(root.pool_path(unit, SPLIT), pool)
         row = {"unit": unit, "queries": len(queries), "annotated": annotated, "multi-grain": len(multi)}
         row |= {"unreadable": unreadable, "drawn": len(drawn), "pool": sum(1 for _ in mbeir.read_lines(pool))}
         counts.append(row)
-        sheet += [_sheet_row(unit, q) for q in drawn]
-    complete(bench, root, split)
+        for query in drawn:
+            grains = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
+            row = {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or ""}
+            sheet.append(row | {"grains": grains})
+    complete(bench, root)
     sheet.sort(key=lambda row: mbeir.stable_hash(seed, "verify", row["unit"], row["qid"]))
     return bench, pd.DataFrame(counts), pd.DataFrame(sheet[: settings.verify])
 
 
-def _sheet_row(unit: str, query: mbeir.Query) -> dict:
-    grains = "; ".join(f"{kind}: {value}" for kind, value in mbeir.grains(query))
-    row = {"unit": unit, "qid": query.qid, "text": query.text or "", "image": query.image or ""}
-    return row | {"grains": grains}
-
-
-def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
+def complete(bench: mbeir.Root, root: mbeir.Root) -> None:
     """Writes what the benchmark needs to stand alone: the instructions, a global pool, every image.
 
     The global pool is the union of its local pools. Images are hard links where the file system allows, so
@@ -108,15 +100,11 @@ def complete(bench: mbeir.Root, root: mbeir.Root, split: str) -> None:
     (bench.folder / "instructions").mkdir(exist_ok=True)
     instructions = "instructions/query_instructions.tsv"
     shutil.copyfile(root.folder / instructions, bench.folder / instructions)
-    union = {c.did: c for unit in bench.units(split) for c in bench.pool(unit, split)}
-    ordered = (union[did] for did in sorted(union, key=mbeir.split_id))
-    mbeir.write_jsonl(bench.pool_path("", split, "global"), map(mbeir.candidate_record, ordered))
-    images = {c.image for c in union.values()}
-    images |= {q.image for unit in bench.units(split) for q in bench.queries(unit, split)}
+    bench.write_global_pool(SPLIT, (c for unit in bench.units(SPLIT) for c in bench.pool(unit, SPLIT)))
+    images = {c.image for c in bench.pool("", SPLIT, "global")}
+    images |= {q.image for unit in bench.units(SPLIT) for q in bench.queries(unit, SPLIT)}
     for name in sorted(filter(None, images)):
-        source, target = root.image_path(name), bench.folder / name
-        if not source.is_file():
-            raise files.ElvaDataError(f"image {source} is missing; restore the file or drop the record")
+        source, target = root.image_file(name), bench.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         files.link(source, target)

@@ -48,14 +48,11 @@ READ = [  # set, task, right rows of every query, one query: number, words, what
     ("circo", 1, [[], []], 1, f"{COCO[7]} {CHANGE} Is asleep.", COCO[5:12:2]),  # its labels are not public
     ("genecis", 0, [[0], [3], [6], [9]], 0, "<1_0_0.jpg> Find an image that shows the same attribute as this one. Blue.",
      ["<2_0_1.jpg>", "<3_0_2.jpg>", "<4_0_3.jpg>"]),
-    ("genecis", 0, [[0], [3], [6], [9]], 1, f"<11_0_0.jpg> {CHANGE} Blue.", ["<12_0_1.jpg>", "<13_0_2.jpg>", "<14_0_3.jpg>"]),
     ("genecis", 0, [[0], [3], [6], [9]], 2, f"{COCO[21]} {CHANGE} Blue.", COCO[22:25]),
-    ("genecis", 0, [[0], [3], [6], [9]], 3, f"{COCO[31]} {CHANGE} Blue.", COCO[32:35]),
     ("visdial", 0, [[0], [1]], 0, f"{DIALOGUE} Q: is it red? A: yes. Q: is it big? A: no.", SPOKEN),  # all rounds without the caption
     ("mt_fashioniq", 0, [[1]], 0, "Find a garment like these with every change described, in turn. <A.jpg> Is longer and is red. "
      "<B.jpg> Has sleeves.", ["<D.jpg>", "<C.jpg>", "<B.jpg>"]),
     ("ccneg", 0, [[0], [2]], 0, "<1.jpg>", ["A cat 1.", "Not a cat 1."]),  # the last rows, no commas
-    ("ccneg", 0, [[0], [2]], 1, "<2.jpg>", ["A cat 2.", "Not a cat 2."]),
     ("sugarcrepe", 0, [[2 * i] for i in range(10)], 2, "<1.jpg>", ["True 1 1.", "False 1 1."]),
 ]  # fmt: skip
 
@@ -80,13 +77,11 @@ def test_lamras_way_encodes_each_item_once_for_both_directions(sets):
         t2i, i2t = load(sets, name, encoding="once")
         assert list(t2i.queries) == list(i2t.candidates) and list(t2i.candidates) == list(i2t.queries) and t2i.candidates[0].text
     assert load(sets, "visdial", encoding="once") == load(sets, "visdial")
-    with pytest.raises(ElvaDataError, match="is none of"):
-        load(sets, "flickr30k", encoding="both")
 
 
 SHARE, VAL, TEST, FOCUS = "datas_for_validation.json", "annotations/val.json", "annotations/test.json", "annotations/focus_object.json"
-TALK, DRESS, NEGATED = "visdial_1.0_val.json", "data/all.val.json", "ccneg_preprocessed.pt"
-BROKEN = [  # set, file, what `put` puts there, what is said
+TALK, NEGATED = "visdial_1.0_val.json", "ccneg_preprocessed.pt"
+BROKEN = [  # set, file, what `put` puts there, what is said; one for each check
     ("sharegpt4v", SHARE, None, "datas_for_validation.json: is missing"),
     ("sharegpt4v", "val_data/1.jpg", None, "entry 2: image .*1.jpg is missing"),
     ("sharegpt4v", "val_data/2.jpg", b"no", "entry 3: image .*2.jpg cannot be decoded"),
@@ -95,32 +90,17 @@ BROKEN = [  # set, file, what `put` puts there, what is said
     ("sharegpt4v", SHARE, lambda v: v.append(7), "entry 4: "),
     ("urban1k", "caption/2.txt", None, "caption/2.txt is missing"),
     ("urban1k", "caption/2.txt", "\nsecond line", "first line of 2.txt is"),
-    ("urban1k", "caption/2.txt", b"\xff\xfe", "entry 2: .*decode"),
     ("flickr30k", "images/2.png", 0, "10 captions for 3 images, expected 5 each"),
-    ("flickr30k", "flickr_text.json", lambda v: v.pop(), "9 captions for 2 images"),
-    ("flickr30k", "flickr_text.json", lambda v: v.__setitem__(6, None), "entry 7: caption is 'None'"),
     ("circo", VAL, lambda v: v[0].update(gt_img_ids=[9, 1234]), "entry 1: gt_img_ids 1234 is not"),
     ("circo", VAL, lambda v: v[0].update(gt_img_ids=[]), "entry 1: gt_img_ids is .*expected a list"),
     ("circo", TEST, lambda v: v[1].update(id=0), "id 0 occurs twice"),
-    ("circo", TEST, lambda v: v[1].update(reference_img_id=1), "entry 2: reference_img_id 1 is not"),
     ("circo", "annotations", None, "neither val.json nor test.json"),
-    ("genecis", "annotations/change_object.json", None, "change_object.json: is missing"),
-    ("genecis", FOCUS, lambda v: v[0].update(gallery=[]), "entry 1: gallery is"),
-    ("genecis", FOCUS, lambda v: v[0].pop("target"), "entry 1: key 'target' is missing"),
-    ("genecis", "vg/focus_attribute/2_0_1.jpg", None, "entry 1: image .*_0_1.jpg is missing"),
-    ("visdial", TALK, lambda v: v["data"]["dialogs"][1].update(image_id=99), "entry 2: image .*99.jpg is"),
     ("visdial", TALK, lambda v: v["data"]["answers"].pop(), "entry 1: answer is '1', expected a number"),
     ("visdial", TALK, lambda v: v["data"].pop("questions"), "KeyError: 'questions'"),
-    ("mt_fashioniq", DRESS, lambda v: v[0].update(target=["dress", "Z"]), "entry 1: target Z is not in"),
-    ("mt_fashioniq", DRESS, lambda v: v[0].update(reference=[]), "entry 1: reference is"),
-    ("mt_fashioniq", DRESS, lambda v: v[0]["reference"][0].__setitem__(1, "abc"), "captions is 'abc'"),
-    ("ccneg", NEGATED, b"no", "ccneg_preprocessed.pt: cannot be read as expected"),
-    ("ccneg", NEGATED, {"image_paths": ["a"], "annotations": [SimpleNamespace()]}, "UnpicklingError"),
+    ("mt_fashioniq", "data/all.val.json", lambda v: v[0].update(target=["dress", "Z"]), "entry 1: target Z is not in"),
+    ("ccneg", NEGATED, {"image_paths": ["a"], "annotations": [SimpleNamespace()]}, "cannot be read as expected .*UnpicklingError"),
     ("ccneg", NEGATED, {"image_paths": ["/etc/x"] * 2, "annotations": [{}]}, "2 image paths and"),
-    ("ccneg", NEGATED, {"image_paths": ["/etc/x"], "annotations": [{}]}, "entry 1: .*leaves the root"),
-    ("sugarcrepe", "data/swap_obj.json", None, "swap_obj.json: is missing"),
     ("sugarcrepe", "data/add_att.json", lambda v: v.clear(), "add_att.json: expected a dict with entries"),
-    ("sugarcrepe", "data/add_obj.json", lambda v: v["1"].pop("negative_caption"), "add_obj.json, entry 2: key"),
 ]
 
 

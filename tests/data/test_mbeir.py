@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tracemalloc
 import zlib
@@ -20,12 +21,8 @@ from elva_core.files import ElvaDataError
 from elva_core.mrbench import annotate, build
 from elva_core.training import contrastive
 
-VECTORS = {
-    None: "",
-    "a dog": "A dog.",
-    '"hello"  ': "Hello.",
+VECTORS = {  # beside those of its docstring
     "what?": "What?",
-    "a\r\nb": "A\nb.",
     '" hi "': " hi .",
     " hi .": "Hi .",  # so it is not idempotent
     'say "hi"': 'Say "hi.',
@@ -36,11 +33,6 @@ VECTORS = {
 @pytest.mark.parametrize(("raw", "normal"), VECTORS.items())
 def test_normaliser_vectors(raw, normal):
     assert mbeir.normalise(raw) == normal
-
-
-def test_id_vectors():
-    assert [mbeir.hashed_query_id(qid) for qid in ("9:12", "4:2")] == [4_500_012, 2_000_002]
-    assert [mbeir.hashed_candidate_id(did) for did in ("9:12", "5:1")] == [90_000_012, 50_000_001]
 
 
 @given(st.integers(0, 50), st.integers(1, mbeir.CANDIDATE_ID_BASE - 1))
@@ -63,12 +55,6 @@ def test_a_written_root_is_clean(root):
     assert lint.check(root) == []
 
 
-def test_records_survive_writing_and_reading(root):
-    for unit in root.units("test"):
-        for q in root.queries(unit, "test"):
-            assert mbeir.parse_query(json.loads(json.dumps(mbeir.query_record(q)))) == q
-
-
 def test_the_card_form_of_positives_and_the_swapped_modality_are_read():
     row = {"qid": "8:1", "query_modality": "text,image", "query_txt": "a", "query_img_path": "b", "pos_cand_list": [{"did": "8:3"}]}
     q = mbeir.parse_query(row | {"task_id": 7})
@@ -78,7 +64,7 @@ def test_the_card_form_of_positives_and_the_swapped_modality_are_read():
 def test_official_units_come_first_and_in_the_papers_order(tmp_path):
     root = mbeir.Root(tmp_path)
     for unit in ("zoo_task0", "cirr_task7", "mscoco_task0", "visualnews_task0"):
-        mbeir.write_jsonl(root.query_path(unit, "test"), [])
+        root.write_queries(unit, "test", [])
     assert root.units("test") == ["visualnews_task0", "mscoco_task0", "cirr_task7", "zoo_task0"]
 
 
@@ -110,7 +96,6 @@ def change_record(path, number, **changes):
         ("query_txt", 7, "query_txt is int"),
         ("task_id", "x", "expected 0 to 8"),
         ("pos_cand_list", "10:1", "expected a list"),
-        ("pos_cand_list", ["10:1", None], "pos_cand_list is NoneType"),
         ("query_modality", "sound", "is none of"),
         ("query_txt", "\ud800", "surrogates not allowed"),
         ("query_src_content", "[" * 100_000, "recursion"),
@@ -122,13 +107,6 @@ def test_a_wrong_field_is_named_with_file_and_line(own_root, key, value, message
     change_record(path, 2, **{key: value})
     with pytest.raises(ElvaDataError, match=rf"{path.name}:2: .*{message}"):
         own_root.queries("emoji_task0", "test")
-
-
-def test_a_judged_did_that_the_pool_lacks_is_found(own_root):
-    path = own_root.qrels_path("emoji_task0", "test")
-    replace_line(path, 1, path.read_text().split("\n")[0].replace(" 0 10:", " 0 10:9"))
-    problems = lint.check(own_root)
-    assert any("is only in the qrels" in p for p in problems) and any("is only in pos_cand_list" in p for p in problems)
 
 
 def test_image_problems_are_named(own_root):
@@ -189,23 +167,30 @@ def test_a_query_without_a_positive_in_its_local_pool_is_named(own_root):
     assert lint.check(own_root) == [f"{path}:3: no positive is of dataset 10, so the local pool holds none"]
 
 
-def test_a_path_may_not_leave_the_root(own_root):
-    for outside in ("../../x.png", "/etc/passwd", "mbeir_images/../../x.png", "mbeir_images/../mbeir_images/x.png"):
-        with pytest.raises(ElvaDataError, match="leaves the root"):
-            own_root.image_path(outside)
-    path = own_root.pool_path("emoji_task0", "test")
-    change_record(path, 1, img_path="../../x.png")
-    assert any(f"{path}:1" in p and "leaves the root" in p for p in lint.check(own_root))
-
-
-def test_lint_finds_broken_rules_of_content(own_root):
-    path = own_root.query_path("emoji_task0", "test")
-    change_record(path, 1, query_txt=None)
-    change_record(path, 2, task_id=7)
-    change_record(path, 3, neg_cand_list=change_record(path, 3)["pos_cand_list"])
-    problems = "\n".join(lint.check(own_root))
-    for message in ("modality text but text is None", "task_id 7 does not fit", "positive and negative at once"):
-        assert message in problems
+def test_every_broken_rule_is_named_with_its_place_in_one_pass(own_root):
+    asked, judged = own_root.query_path("emoji_task0", "test"), own_root.qrels_path("emoji_task0", "test")
+    pool, union, lines = own_root.pool_path("emoji_task0", "test"), own_root.union_train_path(), judged.read_text().splitlines()
+    change_record(asked, 1, query_txt=None)
+    change_record(asked, 2, task_id=7)
+    change_record(asked, 3, neg_cand_list=change_record(asked, 3)["pos_cand_list"])
+    change_record(pool, 1, img_path="../../x.png")
+    change_record(union, 3, pos_cand_list=["10:999999"])
+    replace_line(judged, 4, lines[3].replace(" 0 10:", " 0 10:9"))
+    replace_line(judged, 5, lines[4][:-1] + "7")
+    replace_line(judged, 6, lines[5].replace(" 1 0", " yes 0"))
+    problems = lint.check(own_root)
+    for where, what in (
+        (f"{asked}:1", "modality text but text is None"),
+        (f"{asked}:2", "task_id 7 does not fit"),
+        (f"{asked}:3", "positive and negative at once"),
+        (f"{pool}:1", "leaves the root"),
+        (f"{union}:3", "positive 10:999999 is not in the global pool"),
+        (f"{judged}:4", "is only in the qrels"),
+        (f"{judged}:5", "task 7"),
+        (f"{judged}:6", "expected"),
+        (judged, "is only in pos_cand_list"),
+    ):
+        assert any(p.startswith(f"{where}: ") and what in p for p in problems), what
 
 
 def test_a_pool_is_read_by_offset_and_in_any_order(root):
@@ -222,21 +207,12 @@ def test_a_pool_is_read_by_offset_and_in_any_order(root):
 def test_a_large_pool_takes_few_bytes_a_candidate(tmp_path):
     path, count = tmp_path / "pool.jsonl", 50_000
     text = "a passage of some length " * 10
-    mbeir.write_jsonl(path, ({"did": f"9:{n}", "txt": text, "modality": "text"} for n in range(1, count + 1)))
+    mbeir.write_records(path, (mbeir.Candidate(f"9:{n}", text, None, "text") for n in range(1, count + 1)))
     tracemalloc.start()
     pool = mbeir.Pool(path)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert pool.row("9:777") == 776 and held < 40 * count and peak < 80 * count
-
-
-def test_a_qrels_line_must_have_the_task_of_its_query(own_root):
-    path = own_root.qrels_path("emoji_task0", "test")
-    first, second = path.read_text().splitlines()[:2]
-    replace_line(path, 1, first[:-1] + "7")
-    replace_line(path, 2, second.replace(" 1 0", " yes 0"))
-    problems = lint.check(own_root)
-    assert any(f"{path}:1: task 7" in p for p in problems) and any(f"{path}:2: expected" in p for p in problems)
 
 
 @pytest.mark.parametrize("line", ['{"did": "10:1", ', "\n"])
@@ -252,15 +228,6 @@ def test_a_malformed_or_blank_line_is_named_with_file_and_number_and_the_linter_
 
 def test_a_folder_that_is_no_root_is_a_problem(tmp_path):
     assert "is this the root" in lint.check(mbeir.Root(tmp_path))[0]
-
-
-def test_up_sampled_rows_may_repeat_but_are_checked(own_root):
-    path = own_root.union_train_path()
-    record = json.loads(path.read_text().splitlines()[3])
-    replace_line(path, 3, json.dumps(record))
-    assert lint.check(own_root) == []
-    replace_line(path, 3, json.dumps(record | {"pos_cand_list": ["10:999999"]}))
-    assert [p for p in lint.check(own_root) if f"{path}:3: positive 10:999999 is not in the global pool" in p]
 
 
 JSON = st.recursive(
@@ -292,12 +259,6 @@ def data_or_a_named_error(read, path):
         return None
 
 
-@given(st.binary(max_size=200))
-def test_random_bytes_are_data_or_a_named_error(tmp_path_factory, data):
-    path = written(tmp_path_factory, "fuzz.jsonl", data)
-    assert not data_or_a_named_error(lambda: list(mbeir.Pool(path)), path)
-
-
 FIELDS = [(QUERY, key, mbeir.parse_query, mbeir.query_record) for key in (*QUERY, "query_src_content", "neg_cand_list")]
 FIELDS += [(CANDIDATE, key, mbeir.parse_candidate, mbeir.candidate_record) for key in CANDIDATE]
 
@@ -307,15 +268,14 @@ FIELDS += [(CANDIDATE, key, mbeir.parse_candidate, mbeir.candidate_record) for k
 def test_a_row_with_any_value_in_any_key_is_data_or_a_named_error(tmp_path_factory, field, value):
     row, key, parse, record = field
     path = written(tmp_path_factory, "row.jsonl", json.dumps(row | {key: value}).encode() + b"\n")
-    hashed = mbeir.hashed_query_id if row is QUERY else mbeir.hashed_candidate_id
-    records = data_or_a_named_error(lambda: list(mbeir.Records(path, parse, hashed)), path)
+    records = data_or_a_named_error(lambda: list(mbeir.Records(path, parse)), path)
     assert not records or parse(record(records[0])) == records[0]
 
 
-@given(st.integers(1, 120))
-def test_a_truncated_file_is_a_named_error(tmp_path_factory, kept):
+@given(st.integers(0, 200), st.binary(max_size=200))
+def test_a_file_cut_anywhere_with_any_end_is_data_or_a_named_error(tmp_path_factory, kept, end):
     whole = (json.dumps(CANDIDATE) + "\n" + json.dumps(CANDIDATE | {"did": "10:3"})).encode()
-    path = written(tmp_path_factory, "cut.jsonl", whole[:kept])
+    path = written(tmp_path_factory, "cut.jsonl", whole[:kept] + end)
     records = data_or_a_named_error(lambda: list(mbeir.Pool(path)), path)
     assert records is None or [c.did for c in records] == ["10:2", "10:3"][: len(records)]
 
@@ -366,11 +326,11 @@ def test_random_images_are_pictures_or_a_named_error(tmp_path_factory, data, mag
     assert image is None or image.mode == "RGB"
 
 
-@given(st.text(max_size=60) | st.sampled_from(["..", "a/../..", "/etc/passwd", "a\0b", "x" * 5000]))
+@given(st.text(max_size=60) | st.sampled_from(["..", "a/../..", "a/../../x.png", "/etc/passwd", "a\0b", "x" * 5000]))
 def test_no_image_path_leaves_the_root(tmp_path_factory, relative):
     folder = tmp_path_factory.getbasetemp() / "inside"
     try:
-        assert mbeir.Root(folder).image_path(relative).is_relative_to(folder.resolve())
+        assert Path(os.path.normpath(mbeir.Root(folder).image_path(relative))).is_relative_to(folder.resolve())
     except ElvaDataError as error:
         assert "leaves the root" in str(error)
 

@@ -42,14 +42,12 @@ def official(tmp_path) -> mbeir.Root:
                 positives += [f"{11 - dataset}:{i}" for i in rng.permutation(size)[:2] + 1]
             image = f"q/{dataset}-{n}.jpg" if "image" in asked else None
             queries.append(Query(f"{dataset}:{2 * n}", f"Question {n}?", image, asked, tuple(positives), (), task))
-        mbeir.write_jsonl(root.query_path(unit, "test"), map(mbeir.query_record, queries))
-        mbeir.write_qrels(root.qrels_path(unit, "test"), queries)
+        root.write_queries(unit, "test", queries)
         name = f"mbeir_{unit}_test_cand_pool.jsonl" if "mscoco" in unit else f"mbeir_{unit}_cand_pool.jsonl"
-        mbeir.write_jsonl(root.folder / "cand_pool/local" / name, map(mbeir.candidate_record, pool))
+        mbeir.write_records(root.folder / "cand_pool/local" / name, pool)
         prompts = "\t".join(f"Prompt {i} of {unit}" for i in range(4))
         lines.append(f"{asked}\t{wanted}\t{unit}\t{dataset}\t{prompts}")
-    ordered = sorted(everything, key=lambda c: mbeir.split_id(c.did))
-    mbeir.write_jsonl(root.pool_path("", "test", "global"), map(mbeir.candidate_record, ordered))
+    root.write_global_pool("test", everything)
     (root.folder / "instructions").mkdir()
     (root.folder / "instructions/query_instructions.tsv").write_text("\n".join(lines) + "\n")
     return root

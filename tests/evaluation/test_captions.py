@@ -145,6 +145,9 @@ def test_the_same_folder_again_holds_the_last_call_alone(sets, tmp_path):
         assert again == alone and ("circo_test.json" in again) == ("circo" in names)
         assert set(read_table(folders[0] / "results.csv")["model"]) == {model}
         assert list(read_table(folders[0] / "table2.csv")) == ["model", *statistics.reported()["table2"]["columns"]]
+    put(sets / "CIRCO/annotations/val.json", None)  # the labels of the other split are not public
+    assert captions.run(sets, ["circo"], hashed, tmp_path / "again", model="c", **how).empty
+    assert len(json.loads((tmp_path / "again/circo_test.json").read_text())) == 2
     put(tmp_path / "file", "")
     with pytest.raises(ValueError, match=r"file cannot hold the results \(it is a file\)"):
         captions.run(sets, ["circo"], hashed, tmp_path / "file", model="a", **how)

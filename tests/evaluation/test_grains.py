@@ -74,26 +74,18 @@ def test_a_grain_that_moves_nothing_has_distance_zero(tiny, root, smoke):
     assert grains.distances(searcher, queries, "emoji_task0")["distance"].abs().max() == 0
 
 
-def test_errors_name_the_grain_that_the_first_answer_lacks():
-    wanted = query("x", ("who", "woman"), ("tone", "dark"))
-    candidates = tuple(
-        mbeir.Candidate(f"10:{i}", None, "x", "image", {"grains": g})
-        for i, g in ((2, [["who", "woman"], ["tone", "dark"]]), (3, [["who", "man"], ["tone", "dark"]]))
-    )
-    result = retriever.UnitResult(
-        "u", "local", (wanted, wanted), [[2], [1]], [[2], [1]], [1, 1], np.array([[1, 0], [0, 1]]), np.zeros((2, 2)), candidates
-    )
-    table = grains.errors(result)
-    assert table["wrong"].tolist() == [True, False, False, False]
+def result(queries, ranks, top=(), candidates=()):
+    return retriever.UnitResult("u", "local", queries, [[r] for r in ranks], [], [], np.array(top), None, candidates)
 
 
 def test_errors_look_at_every_grain_of_a_kind_and_skip_answers_that_carry_none():
     wanted = query("x", ("entity", "dog"), ("entity", "ball"), ("action", "run"))
-    answers = ([["action", "run"], ["entity", "dog"]], [])
-    candidates = tuple(mbeir.Candidate(f"10:{i}", None, "x", "image", {"grains": g}) for i, g in enumerate(answers, start=3))
-    result = retriever.UnitResult("u", "local", (wanted, wanted), [[2]] * 2, [[2]] * 2, [1, 1], np.array([[0], [1]]), None, candidates)
-    table = grains.errors(result)
-    assert table[["kind", "wrong"]].values.tolist() == [["entity", True], ["action", False]]
+    answers = ([list(g) for g in mbeir.grains(wanted)], [["action", "run"], ["entity", "dog"]], [])
+    candidates = [mbeir.Candidate(f"10:{i}", None, "x", "image", {"grains": g}) for i, g in enumerate(answers, start=2)]
+    table = grains.errors(result([wanted] * 3, [2, 1, 2], [[1], [0], [2]], candidates))
+    assert table[["kind", "missed", "wrong"]].to_numpy().tolist() == [
+        ["entity", True, True], ["action", True, False], ["entity", False, False], ["action", False, False],
+    ]  # fmt: skip
 
 
 def test_the_mean_distance_counts_queries_alike_however_many_grains_they_have():
@@ -158,12 +150,12 @@ def test_the_query_to_show_is_the_one_of_median_change_of_rank():
     three = [["who", "a"], ["what", "b"], ["tone", "c"]]
     queries = [query("x", *three), query("y", *three[:2]), query("z", *three), query("w", *three), query("v", *three)]
 
-    def result(ranks):
-        return retriever.UnitResult("u", "local", queries, [[r] for r in ranks], [], [], np.zeros((0, 0)), None, ())
+    def gain(old, new, fewest, within):
+        return grains.median_gain(result(queries, old), result(queries, new), fewest, within)
 
     # ratios 2, (too few grains), 1 (did not move), 8, 0.5: the median of 0.5, 2, 8 is that of the first
-    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3, 9) == 0
-    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([2, 1, 3, 1, 2]), 3, 3) == 4  # of the third and fifth, the one that moved
-    assert grains.median_gain(result([4, 9, 3, 8, 1]), result([4, 1, 3, 8, 1]), 3, 9) == 0  # none moved: the first
+    assert gain([4, 9, 3, 8, 1], [2, 1, 3, 1, 2], 3, 9) == 0
+    assert gain([4, 9, 3, 8, 1], [2, 1, 3, 1, 2], 3, 3) == 4  # of the third and fifth, the one that moved
+    assert gain([4, 9, 3, 8, 1], [4, 1, 3, 8, 1], 3, 9) == 0  # none moved: the first
     with pytest.raises(ValueError, match="no query has 4 grains"):
-        grains.median_gain(result([1] * 5), result([1] * 5), 4, 9)
+        gain([1] * 5, [1] * 5, 4, 9)

@@ -14,15 +14,9 @@ from elva_core.data import mbeir
 from elva_core.data.items import candidate_item
 from elva_core.evaluation import benchmark, headroom
 from elva_core.models import generation
-from elva_core.mrbench import annotate, build
 from elva_core.retrieval import retriever
 
 CUTOFFS = (1, 5)
-
-
-@pytest.fixture(scope="module")
-def bench(root, smoke, tmp_path_factory):
-    return build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path_factory.mktemp("bench"), seed=1)[0]
 
 
 def test_the_best_of_several_is_the_best_single_sample_and_never_below_one(tiny, root, bench, smoke):

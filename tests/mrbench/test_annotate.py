@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import threading
@@ -13,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from elva_core import config as settings
 from elva_core import files
@@ -96,40 +94,26 @@ def asking(smoke, root, tmp_path):
     return make
 
 
-def test_a_request_carries_model_schema_and_temperature_zero_and_the_key(asking, monkeypatch):
+def test_a_request_carries_model_schema_temperature_zero_key_and_the_image_before_the_question(asking, pictures, monkeypatch):
     monkeypatch.setenv("ELVA_TEST_KEY", "abc")
+    data, (shown, _) = pictures
     with server() as (url, seen):
-        assert asking(url, key_variable="ELVA_TEST_KEY", max_tokens=77)([text_query(1)]) == [GRAINS]
-    (sent,) = seen
+        assert asking(url, data, key_variable="ELVA_TEST_KEY", max_tokens=77, batch=1)([text_query(1), shown]) == [GRAINS] * 2
+    sent, with_image = seen
     assert (sent["path"], sent["key"], sent["model"]) == ("/v1/chat/completions", "Bearer abc", "m")
     assert (sent["temperature"], sent["max_tokens"]) == (0, 77)
     assert sent["response_format"]["type"] == "json_schema"
     assert sent["response_format"]["json_schema"]["schema"] == annotate.Answer.model_json_schema()
     assert sent["messages"][0]["content"][-1]["text"].endswith("The text: A brown dog.")
+    picture, question = with_image["messages"][0]["content"]
+    assert picture == annotate._data_url(data.image_path(shown.image)) and "the image above" in question["text"]
 
 
-def test_an_image_is_sent_as_the_pixels_it_has_and_stands_before_the_question(asking, pictures):
-    data, queries = pictures
-    with server() as (url, seen):
-        asking(url, data)(queries[:1])
-    picture, question = seen[0]["messages"][0]["content"]
-    kind, _, payload = picture["image_url"]["url"].partition(",")
-    sent = Image.open(io.BytesIO(base64.b64decode(payload)))
-    assert kind == "data:image/png;base64" and sent.size == (40, 30) and sent.getpixel((3, 3)) == (255, 0, 0)
-    assert "the image above" in question["text"]
-
-
-def test_failed_requests_are_sent_again_until_one_succeeds(asking):
+def test_failed_and_late_requests_are_sent_again_until_one_succeeds(asking):
     failures = [Reply(status=500), Reply(status=429, headers={"Retry-After": "0"}), Reply(raw="not json"), Reply(raw='{"choices": []}')]
-    for failure in failures:
+    for number, failure in enumerate([*failures, Reply(GOOD, delay=30)]):
         with server(failure) as (url, seen):
-            query = text_query(1, f"A brown dog {failures.index(failure)}.")
-            assert asking(url)([query]) == [GRAINS] and len(seen) == 2
-
-
-def test_a_request_that_takes_too_long_is_given_up_and_sent_again(asking):
-    with server(Reply(GOOD, delay=30)) as (url, seen):
-        assert asking(url, timeout=1)([text_query(1)]) == [GRAINS] and len(seen) == 2
+            assert asking(url, timeout=1)([text_query(1, f"A brown dog {number}.")]) == [GRAINS] and len(seen) == 2
 
 
 def test_pauses_double_and_follow_the_server_where_it_asks_for_longer(asking, monkeypatch):
@@ -248,36 +232,12 @@ def test_the_annotator_section_refuses_what_does_not_fit():
 
 
 @pytest.fixture(scope="module")
-def qwen25(root, smoke, tmp_path_factory):
-    """A tiny Qwen2.5-VL of the real class with random weights, saved as a pretrained folder."""
-    tiny = settings.teaching("tiny").sizes
-    frame = [annotate.request(text_query(1)), annotate.REPAIR, GOOD, "user assistant"]
-    built, parts = small_models.build([c.text for c in root.pool("", "train", "global") if c.text] + frame * 5, tiny, seed=5)
-    config = built.config.to_dict()
-    text = {key: config["text_config"][key] for key in config["text_config"] if key not in ("model_type", "dtype", "layer_types")}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": tiny.hidden,
-        "patch_size": tiny.patch,
-    }
-    tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text,
-                vision_config=vision | {"window_size": 4 * tiny.patch, "fullatt_block_indexes": [1]},
-                tie_word_embeddings=True,
-                **tokens,
-            )
-        )
-    processor = Qwen2_5_VLProcessor(parts.image_processor, parts.tokenizer, parts.video_processor, chat_template=parts.chat_template)
+def qwen25(model_folder, tmp_path_factory):
+    """A tiny Qwen2.5-VL of the real class without training, saved as a pretrained folder."""
+    sizes = settings.teaching("tiny").sizes.model_copy(update={"architecture": "qwen2_5_vl"})
     folder = tmp_path_factory.mktemp("qwen25")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    for part in small_models.build_from(str(model_folder), sizes, seed=5):
+        part.save_pretrained(folder)
     return folder
 
 

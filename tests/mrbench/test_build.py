@@ -11,11 +11,6 @@ from elva_core.data import lint, mbeir, sources
 from elva_core.mrbench import annotate, build
 
 
-@pytest.fixture
-def built(root, smoke, tmp_path):
-    return build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path / "bench", seed=1)
-
-
 def test_every_task_gives_the_same_number_of_multi_grain_queries(built, root):
     bench, counts, sheet = built
     assert counts["drawn"].tolist() == [8] * 4 and [u[-1] for u in bench.units("test")] == list("0347")

@@ -9,12 +9,7 @@ import yaml
 from PIL import Image
 
 from elva_core.data import mbeir
-from elva_core.mrbench import annotate, build, dataset_card, verify
-
-
-@pytest.fixture(scope="module")
-def built(root, smoke, tmp_path_factory):
-    return build.build(root, smoke.mrbench, annotate=annotate.exact, folder=tmp_path_factory.mktemp("bench"), seed=1)
+from elva_core.mrbench import annotate, dataset_card, verify
 
 
 @pytest.fixture
