@@ -136,7 +136,7 @@ REPORTED_VALUES = {
 
 
 def test_the_commands_have_their_measured_time(tables, smoke):
-    one, _, study = first_page.commands(tables, smoke, 17).splitlines()[1:4]
+    one, _, study = first_page.commands(tables, smoke).splitlines()[1:4]
     assert one.startswith("make reproduce ") and one.endswith(f"one seed of everything: 2 minutes on {smoke.threads} cores, after set-up")
     assert study.endswith("2 seeds and ablations, resumable: 3.0 hours for the 3 trainings done so far")
 
