@@ -28,12 +28,6 @@ def notebook(path, *sources):
     return path
 
 
-@pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
-    return tmp_path / "outputs"
-
-
 def test_a_misspelt_parameter_is_refused(tmp_path):
     book = notebook(tmp_path / "a.ipynb", "seed: int = 1")
     with pytest.raises(ChainError, match=r"declares no parameter \['sead'\]; it declares \['seed'\]"):
@@ -194,33 +188,6 @@ def test_a_stage_without_manifest_is_not_done_and_the_message_has_the_command(ou
     (outputs / "smoke/seed-1/10_prepare_data/data.txt").write_text("changed")
     with pytest.raises(stages.MissingStageError, match="missing or changed"):
         second.require("10_prepare_data")
-
-
-def test_a_killed_stage_leaves_the_old_result_and_keeps_its_work(outputs):
-    done = stages.open_stage("10_prepare_data", "smoke", 1)
-    (done.folder / "v").write_text("old")
-    done.close()
-    killed = stages.open_stage("10_prepare_data", "smoke", 1)
-    (killed.folder / "work").mkdir()
-    (killed.folder / "work/checkpoint").write_text("half")
-    assert (outputs / "smoke/seed-1/10_prepare_data/v").read_text() == "old"
-    again = stages.open_stage("10_prepare_data", "smoke", 1)
-    assert (again.folder / "work/checkpoint").read_text() == "half"
-    other = stages.open_stage("10_prepare_data", "smoke", 2)
-    assert not (other.folder / "work").exists()
-
-
-def test_a_full_disk_leaves_no_table(outputs, monkeypatch):
-    stage = stages.open_stage("10_prepare_data", "smoke", 1)
-
-    def full(self, path, **_):
-        path.write_text("a,b\n1,")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(OSError, match="No space"):
-        stage.save_table("t", pd.DataFrame())
-    assert not (stage.folder / "t.csv").exists() and stages.manifest("smoke", 1, "10_prepare_data") is None
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -205,14 +205,14 @@ def test_what_holds_no_model_or_has_the_same_key_is_replaced_and_what_is_damaged
 
 
 def test_a_model_that_was_put_in_place_is_still_where_its_job_looks_for_it(outputs):
+    place = made("old")
     run = stages.open_stage(TRAINED, "smoke", 1)
     files.write_whole(run.folder / "work/stage2/model/elva.json", "{}")
     run.keep(run.folder / "work/stage2/model", "model")
     again = stages.open_stage(TRAINED, "smoke", 1)  # killed before it was closed
-    assert (again.folder / "work/stage2/model/elva.json").is_file()
+    assert (again.folder / "work/stage2/model/elva.json").is_file() and (place / "model/model.safetensors").read_text() == "old"
     again.keep(again.folder / "work/stage2/model", "model")
     again.close()
-    place = stages.stage_folder("smoke", 1, TRAINED)
     assert sorted(p.name for p in place.iterdir()) == ["manifest.json", "model"] and (place / "model/elva.json").read_text() == "{}"
 
 
