@@ -101,10 +101,8 @@ def rewarded_ranks(weights: pd.DataFrame) -> Markdown:
 
 def passing(table: pd.DataFrame, positive: float) -> Markdown:
     """Change of the total reward as one negative passes the positive; of `figures.hardest_negative`."""
-    before, after = (
-        table[side].iloc[end]
-        for side, end in ((table["hardest"] < positive, -1), (table["hardest"] > positive, 0))
-    )
+    before = table[table["hardest"] < positive].iloc[-1]
+    after = table[table["hardest"] > positive].iloc[0]
     clauses = []
     for form in ("printed", "corrected"):
         old, new = before[f"R_total {form}"], after[f"R_total {form}"]

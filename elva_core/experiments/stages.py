@@ -12,6 +12,7 @@ run.close(metrics={"queries": 1200}, answer="1,200 queries have two grains or mo
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -184,7 +185,7 @@ class Stage:
             "answer": getattr(answer, "data", answer).removeprefix("**Answer.** "),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_gb": _peak_memory_gb(),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             "commit": _commit(),
             "packages": packages(),
             "device": self.settings.device,
@@ -329,12 +330,6 @@ def _damaged(folder: Path, done: dict) -> Iterator[Path]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             yield path
-
-
-def _peak_memory_gb() -> float:
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 def _commit() -> str:
