@@ -21,9 +21,10 @@ from elva_core.experiments.chain import ChainError
 
 
 def notebook(path, *sources):
+    """A notebook of these cells; what begins with # is Markdown, the first of the others has the parameters."""
     book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    book.cells = [nbformat.v4.new_code_cell(s) for s in sources]
-    book.cells[0].metadata["tags"] = ["parameters"]
+    book.cells = [nbformat.v4.new_markdown_cell(s) if s.startswith("#") else nbformat.v4.new_code_cell(s) for s in sources]
+    next(cell for cell in book.cells if cell.cell_type == "code").metadata["tags"] = ["parameters"]
     nbformat.write(book, path)
     return path
 
@@ -37,10 +38,8 @@ def test_a_misspelt_parameter_is_refused(tmp_path):
 def test_a_failing_cell_is_named_with_its_heading_and_executed_copy_which_names_no_place_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "REPOSITORY", tmp_path)
     printed = "from pathlib import Path\nprint(Path('outputs').resolve())\nPath('models').resolve()"
-    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", printed, "exec(compile('1 / 0', Path('broken.py').resolve(), 'exec'))")
-    read = nbformat.read(book, 4)
-    read.cells.insert(1, nbformat.v4.new_markdown_cell("## Where it breaks"))
-    nbformat.write(read, book)
+    broken = "exec(compile('1 / 0', Path('broken.py').resolve(), 'exec'))"
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "## Where it breaks", printed, broken)
     with pytest.raises(ChainError, match=r"(?s)a\.ipynb, cell \d \(Where it breaks\): ZeroDivisionError: division by zero.*out\.ipynb"):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
     copy = nbformat.read(tmp_path / "out.ipynb", 4)
@@ -77,10 +76,8 @@ def test_nbval_of_make_test_runs_notebooks_in_the_interpreter_of_the_tests(tmp_p
 
 
 def test_a_kernel_that_dies_is_one_message_with_notebook_and_cell(tmp_path):
-    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "x = 1", "import os; os.kill(os.getpid(), 9)", "y = 1")
-    read = nbformat.read(book, 4)
-    read.cells.insert(2, nbformat.v4.new_markdown_cell("## Where it dies"))
-    nbformat.write(read, book)
+    killed = "import os; os.kill(os.getpid(), 9)"
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "x = 1", "## Where it dies", killed, "y = 1")
     with pytest.raises(ChainError, match=r"^a\.ipynb, cell 3 \(Where it dies\): Kernel died: .*memory.*\nexecuted copy: .*out\.ipynb$"):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
 
@@ -150,10 +147,8 @@ stages.open_stage("00_check_environment", "smoke", seed).close(answer="**Answer.
 def test_the_answer_of_a_notebook_stands_under_its_question_in_the_executed_copy_alone_once_and_whole(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path / "notebooks")
     chain.NOTEBOOKS.mkdir()
-    book = notebook(chain.NOTEBOOKS / "00_check_environment.ipynb", "profile: str = 'smoke'\nseed: int = 1", ANSWERED.format(outputs))
-    read = nbformat.read(book, 4)
-    read.cells.insert(0, nbformat.v4.new_markdown_cell(HEAD))
-    nbformat.write(read, book)
+    parameters = "profile: str = 'smoke'\nseed: int = 1"
+    book = notebook(chain.NOTEBOOKS / "00_check_environment.ipynb", HEAD, parameters, ANSWERED.format(outputs))
     chain.run("smoke", seed=3, only="00")
     executed = outputs / "smoke/seed-3/executed/00_check_environment.ipynb"
     assert stages.manifest("smoke", 3, "00_check_environment")["answer"] == "It is so: 3 %."
