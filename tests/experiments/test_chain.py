@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 
 from elva_core import config, files
@@ -114,6 +113,7 @@ def test_an_interrupt_ends_the_chain_with_one_line_status_130_and_no_kernel(tmp_
         ("{group: x, trains: nothing, why: x, changes: {stage3: 5}}", "arm mine: stage3: "),
         ("{group: x, trains: stage2, why: x}", "arm mine: trains: "),
         ("{group: x, trains: nothing, why: x, against: [nobody]}", r"arm mine is compared with \['nobody'\]"),
+        ("{group: x, trains: nothing, why: x, paper: [table8, fool]}", r"arm mine: paper: params/reported\.yaml has no row 'fool'"),
         ("{group: x, trains: nothing, why: x}\nmine: {}", r"arms\.yaml, line 2: .*key mine is in line 1"),
     ],
 )
@@ -152,6 +152,7 @@ def test_the_answer_of_a_notebook_stands_under_its_question_in_the_executed_copy
     chain.run("smoke", seed=3, only="00")
     executed = outputs / "smoke/seed-3/executed/00_check_environment.ipynb"
     assert stages.manifest("smoke", 3, "00_check_environment")["answer"] == "It is so: 3 %."
+    assert not (outputs / "smoke/seed-3/.lock").exists()  # which the kernel held with the chain
     head = HEAD.replace("../params", "../../../../params")
     under = head.replace("so?\n", "so?\n\n**Answer** It is so: 3 %.\n\n")
     assert nbformat.read(executed, 4).cells[0].source == under and nbformat.read(book, 4).cells[0].source == HEAD
@@ -209,11 +210,3 @@ def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outp
     assert ran == ["00_check_environment", *chain.STAGES["60_ablate"], *shown]
     out = capsys.readouterr().out
     assert trained != ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
-
-
-def test_the_manifest_lists_every_file_and_is_written_last(outputs):
-    stage = stages.open_stage("00_check_environment", "smoke", 1)
-    stage.save_table("t", pd.DataFrame({"a": [1]}))
-    stage.close(metrics={"x": 1})
-    found = json.loads((outputs / "smoke/seed-1/00_check_environment/manifest.json").read_text())
-    assert set(found["files"]) == {"t.csv"} and found["metrics"] == {"x": 1} and found["files"]["t.csv"]["sha256"]

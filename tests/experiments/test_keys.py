@@ -93,14 +93,6 @@ def test_an_arm_that_changes_makes_the_notebooks_of_the_study_stale_and_no_other
     assert [stage[:2] for stage, key in current(smoke).items() if key != before[stage]] == ["60", "82", "90"]
 
 
-def test_an_arm_beside_a_row_that_the_paper_does_not_have_is_refused_before_anything_trains(smoke, tmp_path, monkeypatch):
-    text = (arms.PARAMS / "arms.yaml").read_text()
-    (tmp_path / "arms.yaml").write_text(text.replace("paper: [table8, full]", "paper: [table8, fool]"))
-    monkeypatch.setattr(arms, "PARAMS", tmp_path)
-    with pytest.raises(config.ProfileError, match=r"arm stage 3: paper: params/reported\.yaml has no row 'fool' in 'table8'"):
-        arms.arms(smoke)
-
-
 def test_results_of_a_study_of_its_own_command_are_an_input(outputs, smoke):
     settings = smoke.changed({"study": {"in_chain": False}})
     before = current(settings)
