@@ -307,47 +307,6 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
     return figure
 
 
-def speed_ratios(table: pd.DataFrame) -> Figure:
-    """Speed as a multiple of the alternative's, with range over rounds and target of each comparison."""
-    figure, ((axis,),) = axes_of(size=(6.4, 0.6 + 0.6 * len(table)))
-    ends = spread(table, "ratio", "lowest ratio", "highest ratio")
-    axis.barh(table["comparison"], table["ratio"], xerr=ends, height=0.5, color=BLUE)
-    axis.plot(table["target"], table["comparison"], "k|", markersize=22, label="target")
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_xlabel("times as fast (median, range of rounds)")
-    axis.set_title(f"Stage 3 against the alternatives (n = {table['rounds'].min()} rounds)")
-    axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame) -> Figure:
-    """Exact search: queries per second beside FAISS, seconds over pool size, peak memory beside size on disk.
-
-    Args:
-        speed: columns comparison, ours per s, theirs per s. growth: columns pool, seconds.
-        memory: columns pool and peak, in MB; index: number of vectors.
-    """
-    figure, ((left, middle, right),) = axes_of(columns=3, size=(10.5, 3.2))
-    speed.plot.barh("comparison", ["ours per s", "theirs per s"], ax=left, width=0.8, color=[BLUE, GREY])
-    left.set(xlabel="queries per second", ylabel="", title="Throughput")
-    left.invert_yaxis()
-    left.margins(x=0.3)
-    left.legend(["ours", "FAISS, top k"], frameon=False, fontsize=7, loc="upper right")
-    thousands, seconds = growth["pool"] / 1000, growth["seconds"]
-    middle.plot(thousands, seconds, "o-", color=BLUE, label="measured")
-    proportional = growth["pool"] * (seconds.iloc[-1] / growth["pool"].iloc[-1])
-    middle.plot(thousands, proportional, "--", color="grey", linewidth=0.8, label="proportional")
-    middle.set(xlabel="pool, thousands of vectors", ylabel="seconds, 1 thread", title="Growth with the pool")
-    middle.legend(frameon=False, fontsize=7)
-    megabytes = memory.set_axis([f"{int(n):,}" for n in memory.index])
-    megabytes.plot.bar(y=["pool", "peak"], ax=right, width=0.8, color=[GREY, BLUE], rot=0)
-    right.set(xlabel="vectors on disk", ylabel="MB", title="Memory")
-    right.margins(y=0.25)
-    right.legend(["pool on disk", "peak of the process"], frameon=False, fontsize=7, loc="upper left")
-    return figure
-
-
 def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     """Hit rate (95 % interval over queries) against queries per second (range), a point per way to answer.
 
