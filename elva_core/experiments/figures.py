@@ -48,11 +48,6 @@ def _legend_below(figure: Figure, axis, columns: int, fontsize: float = 8) -> No
     figure.legend(*handles, frameon=False, fontsize=fontsize, ncols=columns, loc="outside lower center")
 
 
-def _queries(table: pd.DataFrame) -> str:
-    """The number of queries behind a point, from the smallest to the largest where they differ."""
-    return sentences.counted(table["n"]) if len(table) else "nothing measured"
-
-
 def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure:
     """Bar chart of counts, each with its value printed."""
     figure, ((axis,),) = axes_of(size=(6.4, 0.32 * len(table) + 1.2))
@@ -199,7 +194,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     axis.set_yticks(place, labels)
     axis.set_xlabel(unit)
     axis.set_ylim(len(table) - 0.5, -0.5)  # the first on top
-    figure.suptitle(f"{title} ({_queries(table)})", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])})", fontsize=10)
     _legend_below(figure, axis, columns=3, fontsize=7)
     return figure
 
@@ -216,7 +211,7 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, ylabel="points of hit@5 over stage 2")
     _legend_below(figure, left, columns=2)
-    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])}, 95 % intervals)", fontsize=10)
     return figure
 
 
@@ -263,7 +258,7 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(0, 100 * table["ci_high"].max() * 1.05)
     _legend_below(figure, axes[0, 0], columns=4)
-    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])}, 95 % intervals)", fontsize=10)
     return figure
 
 
@@ -326,7 +321,7 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     axis.xaxis.set(major_formatter="{x:,.0f}", minor_formatter="{x:,.0f}")
     rounds = f"median and range of {table['rounds'].min():.0f} rounds"
     axis.set(xlabel=f"queries per second, one process ({rounds})", ylabel="hit@5, % (higher is better)")
-    axis.set_title(f"{title} ({_queries(table)}, 95 % intervals)")
+    axis.set_title(f"{title} ({sentences.counted(table['n'])}, 95 % intervals)")
     _legend_below(figure, axis, columns=2)
     return figure
 
@@ -354,6 +349,7 @@ def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
             axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
         axis.set(xlabel="milliseconds per query (median and quartiles)", xlim=(0, None), ylim=(0, None))
         axis.set_ylabel(f"{metric}, % (95 % interval)")
-    figure.suptitle(f"{title} ({_queries(table)}; higher and further left is better)", fontsize=11)
+    title += f" ({sentences.counted(table['n'])}; higher and further left is better)"
+    figure.suptitle(title, fontsize=11)
     _legend_below(figure, panels[0], columns=3)
     return figure

@@ -78,8 +78,6 @@ def following(name: Training, stage: stages.Stage) -> Job:
         MissingStageError: they have not been trained; the message has the command.
         ProfileError: the profile has no values for it.
     """
-    if NOTEBOOKS[name] != stage.name:
-        raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
         return job(name, stage, model_source(stage.settings.backbone.path))
     if name in ("distil", "rerank"):

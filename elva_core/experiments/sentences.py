@@ -203,11 +203,13 @@ def changes(
 
 
 def counted(n: pd.Series) -> str:
-    """The number of queries behind rows of a table.
+    """The number of queries behind rows of a table, from the smallest to the largest where they differ.
 
-    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60]))
-    ('n = 120 to 1,200 queries', 'n = 60 queries')
+    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60])), counted(pd.Series([]))
+    ('n = 120 to 1,200 queries', 'n = 60 queries', 'nothing measured')
     """
+    if n.empty:
+        return "nothing measured"
     low, high = int(n.min()), int(n.max())
     return f"n = {low:,} queries" if low == high else f"n = {low:,} to {high:,} queries"
 
