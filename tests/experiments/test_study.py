@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from elva_core import config, files
+from elva_core import config
 from elva_core.evaluation import statistics
 from elva_core.experiments import jobs, stages, study
 from elva_core.experiments.study import Arm
@@ -175,8 +175,7 @@ def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, 
     assert places[0] == places[2] != places[1]
 
 
-def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path)
+def test_the_chain_records_the_backbone_it_trained(model_folder, outputs):
     trained = stages.stage_folder("smoke", 1, "30_pretrain_contrastive")
     assert study.chain_backbone(trained) == "not recorded"
     stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
