@@ -40,10 +40,8 @@ def root() -> mbeir.Root:
         prepared = files.OUTPUTS / "cache" / f"data-{PROFILE}-{SEED}"
         if not prepared.is_dir():
             distributed.log.warning("writing the drawings into %s, once", prepared)
-            partial = prepared.with_name(f"{prepared.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            sources.write(config.load(PROFILE).data, partial, seed=SEED)
-            partial.rename(prepared)
+            with hub.whole_folder(prepared, "nli.csv") as partial:
+                sources.write(config.load(PROFILE).data, partial, seed=SEED)
     return sources.locate(prepared)[0]
 
 

@@ -7,6 +7,7 @@ Imports heavy modules only where they are needed.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -138,8 +139,6 @@ def _cell(executed: Path, index: int | None = None) -> str:
 
 def expected_seconds(profile: str, seed: int) -> dict[str, float]:
     """Seconds each stage took last time here, else in another run, such as the committed reference run."""
-    import csv
-
     known = {}
     for cost in sorted((files.OUTPUTS / profile).glob(f"seed-*/{REPORT}/cost.csv")):
         with cost.open(encoding="utf-8") as rows:
@@ -213,8 +212,6 @@ def _run_stages(chosen: list[str], profile: config.Settings, seed: int, force: b
 
 def _print_claims(report: Path, console: Console) -> None:
     """The averages at rank 5, the gains and the distances; units, ablations and so on stay in claims.csv."""
-    import csv
-
     table = Table(title="measured in this run; every row: claims.csv")
     for column in ("claim", "metric", "paper", "ours", "95 % interval", "n", "verdict"):
         table.add_column(column, no_wrap=True)

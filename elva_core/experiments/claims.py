@@ -183,10 +183,9 @@ def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
     models = models.assign(
         model=models["claim"].str.rpartition(", ")[0], unit=models["claim"].str.rpartition(", ")[2]
     )
-    blocks = []
-    for backbone in dict.fromkeys(
-        models.sort_values("seeds", key=_seed_count, kind="stable", ascending=False)["backbone"]
-    ):
+    seeds = models["seeds"].str.extract(r"^(\d+)", expand=False).astype(int)
+    most_first, blocks = seeds.sort_values(kind="stable", ascending=False).index, []
+    for backbone in models.loc[most_first, "backbone"].unique():
         compared = rows[(rows["backbone"] == backbone) & rows["metric"].isin([GAIN, DISTANCE])]
         of_stage3 = compared["claim"].str.startswith("stage 3 over ")
         compared = compared[compared["paper"].notna() | of_stage3]
@@ -196,10 +195,6 @@ def markdown(table: pd.DataFrame, tables: dict, note: str) -> str:
         ]
         blocks += [listed(compared)] if len(compared) else []
     return "\n\n".join([*blocks, note])
-
-
-def _seed_count(seeds: pd.Series) -> pd.Series:
-    return seeds.str.extract(r"^(\d+)", expand=False).astype(int)
 
 
 def _of_models(models: pd.DataFrame) -> str:

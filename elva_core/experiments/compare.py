@@ -36,7 +36,8 @@ def averaged(study: Study, names: Sequence[str], cutoffs: Sequence[int]) -> pd.D
 def shared_seeds(study: Study, names: Sequence[str]) -> list[int]:
     """The seeds under which all of these arms were trained."""
     trained = study.runs.groupby("arm")["seed"].agg(set)
-    return sorted(set.intersection(*(trained.get(name, set()) for name in names)))
+    each = [trained.get(name, set()) for name in names]
+    return sorted(set.intersection(*each)) if each else []
 
 
 def _single(study: Study, seed: int) -> Study:
@@ -144,7 +145,7 @@ def distances(study: Study, compared: Sequence[tuple[str, str]], samples: int) -
     """
     trained = set(study.runs["arm"])
     names = [name for name in dict.fromkeys(sum(compared, ())) if name in trained]
-    seeds = shared_seeds(study, names) if names else []
+    seeds = shared_seeds(study, names)
     rows = study.distances.rename(columns={"arm": "model"})
     rows = rows[rows["model"].isin(names) & rows["seed"].isin(seeds)]
     queries = rows.groupby(["seed", "model", "qid"])["distance"].mean()
@@ -171,15 +172,11 @@ def beside_paper(table: pd.DataFrame, chosen: dict[str, Arm]) -> pd.DataFrame:
         OTHER).
     """
     reported = statistics.reported()
-    printed = {
-        name: reported[arm.paper[0]]["rows"][arm.paper[1]][-1] if arm.paper else np.nan
-        for name, arm in chosen.items()
-    }
+    beside = {name: arm.paper for name, arm in chosen.items() if arm.paper}
+    printed = {name: reported[place]["rows"][row][-1] for name, (place, row) in beside.items()}
+    sources = {name: reported[place]["source"] for name, (place, _) in beside.items()}
     paper = table["new"].map(printed) - table["old"].map(printed)
-    sources = table["new"].map(
-        {name: reported[arm.paper[0]]["source"] if arm.paper else OTHER for name, arm in chosen.items()}
-    )
-    return table.assign(paper=paper, experiment=sources.where(paper.notna(), OTHER))
+    return table.assign(paper=paper, experiment=table["new"].map(sources).where(paper.notna(), OTHER))
 
 
 def speeds(study: Study) -> pd.DataFrame:

@@ -47,13 +47,6 @@ def groups(data: DataSettings, bench: mbeir.Root) -> pd.DataFrame:
     return pd.concat([grain_kinds(bench), apart[["unit", "qid", "kind"]]])
 
 
-def seeds_of(done: Study) -> list[int]:
-    """The seeds under which every arm of the chain that has a result was trained: steps then add up."""
-    trained = set(done.runs["arm"])
-    names = [name for name in CHAIN if name in trained]
-    return compare.shared_seeds(done, names) if names else []
-
-
 def missing(done: Study, seeds: Sequence[int]) -> str:
     """Arms of the chain and their planned seeds without a result, in words; "" where nothing is missing."""
     there = done.runs.groupby("arm")["seed"].agg(set)
@@ -75,7 +68,9 @@ def table(done: Study, kinds: pd.DataFrame | None, settings: Settings) -> pd.Dat
         seeds (tuple), missing (`missing`, in every row), paper (percent, where it has one) and verdict. A
         step without its arms has rows on the average whose values are nan.
     """
-    seeds, trained = seeds_of(done), set(done.runs["arm"])
+    trained = set(done.runs["arm"])
+    # those of every arm of the chain that has a result: steps then add up
+    seeds = compare.shared_seeds(done, [name for name in CHAIN if name in trained])
     samples, lacking = settings.evaluation.bootstrap, missing(done, settings.study.seeds)
     done = replace(done, runs=done.runs[done.runs["seed"].isin(seeds)])
     rows = []
@@ -320,15 +315,15 @@ def shares(done: Study, samples: int) -> pd.DataFrame:
     return out
 
 
-def shares_told(parts: pd.DataFrame, k: int = 5) -> str:
-    """Share of each step at one cut-off, in words.
+def shares_told(parts: pd.DataFrame) -> str:
+    """Share of each step at hit@5, in words.
 
     Args:
         parts: `shares`.
     """
-    there = parts[parts["metric"] == f"hit@{k}"].dropna(subset="value").set_index("step")
+    there = parts[parts["metric"] == "hit@5"].dropna(subset="value").set_index("step")
     if there.empty:
-        return f"No share at hit@{k}: the gain may be zero, or an arm was not run."
+        return "No share at hit@5: the gain may be zero, or an arm was not run."
     listed = [f"{step} {sentences.number(*row[results.NUMBERS], '%')}" for step, row in there.iterrows()]
     n = sentences.counted(there["n"])
-    return f"Of the gain of {STAGE3} over {EOL} at hit@{k}: {', '.join(listed)} ({n})."
+    return f"Of the gain of {STAGE3} over {EOL} at hit@5: {', '.join(listed)} ({n})."

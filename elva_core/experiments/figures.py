@@ -47,11 +47,6 @@ def _legend_below(figure: Figure, axis, columns: int, fontsize: float = 8) -> No
     figure.legend(*handles, frameon=False, fontsize=fontsize, ncols=columns, loc="outside lower center")
 
 
-def _queries(table: pd.DataFrame) -> str:
-    """The number of queries behind a point, from the smallest to the largest where they differ."""
-    return sentences.counted(table["n"]) if len(table) else "nothing measured"
-
-
 def counts(table: pd.DataFrame, x: str, y: str, title: str, unit: str) -> Figure:
     """Bar chart of counts, each with its value printed."""
     figure, ((axis,),) = axes_of(size=(6.4, 0.32 * len(table) + 1.2))
@@ -154,7 +149,7 @@ def arms(table: pd.DataFrame, title: str, unit: str) -> Figure:
     axis.set_yticks(place, labels)
     axis.set_xlabel(unit)
     axis.set_ylim(len(table) - 0.5, -0.5)  # the first on top
-    figure.suptitle(f"{title} ({_queries(table)})", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])})", fontsize=10)
     _legend_below(figure, axis, columns=3, fontsize=7)
     return figure
 
@@ -171,7 +166,7 @@ def efficiency(table: pd.DataFrame, title: str) -> Figure:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel=label, ylabel="points of hit@5 over stage 2")
     _legend_below(figure, left, columns=2)
-    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])}, 95 % intervals)", fontsize=10)
     return figure
 
 
@@ -218,7 +213,7 @@ def frames_seen(table: pd.DataFrame, title: str) -> Figure:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.set_ylim(0, 100 * table["ci_high"].max() * 1.05)
     _legend_below(figure, axes[0, 0], columns=4)
-    figure.suptitle(f"{title} ({_queries(table)}, 95 % intervals)", fontsize=10)
+    figure.suptitle(f"{title} ({sentences.counted(table['n'])}, 95 % intervals)", fontsize=10)
     return figure
 
 
@@ -264,47 +259,6 @@ def neighbourhoods(tables: dict[str, pd.DataFrame], title: str) -> Figure:
     return figure
 
 
-def speed_ratios(table: pd.DataFrame) -> Figure:
-    """Speed as a multiple of the alternative's, with range over rounds and target of each comparison."""
-    figure, ((axis,),) = axes_of(size=(6.4, 0.6 + 0.6 * len(table)))
-    ends = spread(table, "ratio", "lowest ratio", "highest ratio")
-    axis.barh(table["comparison"], table["ratio"], xerr=ends, height=0.5, color=BLUE)
-    axis.plot(table["target"], table["comparison"], "k|", markersize=22, label="target")
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_xlabel("times as fast (median, range of rounds)")
-    axis.set_title(f"Stage 3 against the alternatives (n = {table['rounds'].min()} rounds)")
-    axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=7)
-    return figure
-
-
-def search_costs(speed: pd.DataFrame, growth: pd.DataFrame, memory: pd.DataFrame) -> Figure:
-    """Exact search: queries per second beside FAISS, seconds over pool size, peak memory beside size on disk.
-
-    Args:
-        speed: columns comparison, ours per s, theirs per s. growth: columns pool, seconds.
-        memory: columns pool and peak, in MB; index: number of vectors.
-    """
-    figure, ((left, middle, right),) = axes_of(columns=3, size=(10.5, 3.2))
-    speed.plot.barh("comparison", ["ours per s", "theirs per s"], ax=left, width=0.8, color=[BLUE, GREY])
-    left.set(xlabel="queries per second", ylabel="", title="Throughput")
-    left.invert_yaxis()
-    left.margins(x=0.3)
-    left.legend(["ours", "FAISS, top k"], frameon=False, fontsize=7, loc="upper right")
-    thousands, seconds = growth["pool"] / 1000, growth["seconds"]
-    middle.plot(thousands, seconds, "o-", color=BLUE, label="measured")
-    proportional = growth["pool"] * (seconds.iloc[-1] / growth["pool"].iloc[-1])
-    middle.plot(thousands, proportional, "--", color="grey", linewidth=0.8, label="proportional")
-    middle.set(xlabel="pool, thousands of vectors", ylabel="seconds, 1 thread", title="Growth with the pool")
-    middle.legend(frameon=False, fontsize=7)
-    megabytes = memory.set_axis([f"{int(n):,}" for n in memory.index])
-    megabytes.plot.bar(y=["pool", "peak"], ax=right, width=0.8, color=[GREY, BLUE], rot=0)
-    right.set(xlabel="vectors on disk", ylabel="MB", title="Memory")
-    right.margins(y=0.25)
-    right.legend(["pool on disk", "peak of the process"], frameon=False, fontsize=7, loc="upper left")
-    return figure
-
-
 def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     """Hit rate (95 % interval over queries) against queries per second (range), a point per way to answer.
 
@@ -323,7 +277,8 @@ def quality_against_speed(table: pd.DataFrame, title: str) -> Figure:
     axis.set_xlim(0, 1.08 * table["highest"].max())
     rounds = f"median and range of {table['rounds'].min():.0f} rounds"
     axis.set(xlabel=f"queries per second, one process ({rounds})", ylabel="hit@5, % (higher is better)")
-    axis.set_title(f"{title} ({_queries(table)}; vertical: 95 % intervals over them)", fontsize=10)
+    n = sentences.counted(table["n"])
+    axis.set_title(f"{title} ({n}; vertical: 95 % intervals over them)", fontsize=10)
     _legend_below(figure, axis, columns=2)
     return figure
 
@@ -351,6 +306,7 @@ def reranking(table: pd.DataFrame, first: str, title: str) -> Figure:
             axis.axhline(r[metric], color="grey", linestyle="--", linewidth=0.9, label=r["model"])
         axis.set(xlabel="milliseconds per query (median and quartiles)", xlim=(0, None), ylim=(0, None))
         axis.set_ylabel(f"{metric}, % (95 % interval)")
-    figure.suptitle(f"{title} ({_queries(table)}; higher and further left is better)", fontsize=11)
+    title += f" ({sentences.counted(table['n'])}; higher and further left is better)"
+    figure.suptitle(title, fontsize=11)
     _legend_below(figure, panels[0], columns=3)
     return figure

@@ -62,7 +62,6 @@ MODELS = {  # arm -> its name here, how it is trained and read, what it is compa
         "over the control",
     ),
 }
-WHOLE = {"all": ": *the whole method*"}
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,9 @@ def steps(tables: Tables, settings: Settings) -> str:
         lines.append(f"| {_arm(new, values)}; *{step}*, {MODELS[new][2]} | {cells} | {_over_seeds(row)} |")
     for step, (new, old) in decomposition.SUMS.items():
         what = f"**{MODELS[new][0]}** over {'the ' * (old == decomposition.EOL)}**{MODELS[old][0]}**"
+        what += ": *the whole method*" * (step == "all")
         cells = f"| {interval(one.loc[step])} | | {interval(five.loc[step])}"
-        lines.append(f"| {what}{WHOLE.get(step, '')} | {cells} | {_over_seeds(five.loc[step])} |")
+        lines.append(f"| {what} | {cells} | {_over_seeds(five.loc[step])} |")
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ def result(tables: Tables, settings: Settings, reported: dict) -> str:
     return "\n\n".join([*parts, listed(findings.questions(tables, settings, reported))])
 
 
-def commands(tables: Tables, settings: Settings, seed: int) -> str:
+def commands(tables: Tables, settings: Settings) -> str:
     """The commands of README, with their measured time."""
     minutes, hours = tables.cost["wall_s"].sum() / 60, tables.runs["wall_s"].sum() / 3600
     whole = f"one seed of everything: {minutes:.0f} minutes on {settings.threads} cores, after set-up"

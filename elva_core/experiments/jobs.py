@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,8 +78,6 @@ def following(name: Training, stage: stages.Stage) -> Job:
         MissingStageError: they have not been trained; the message has the command.
         ProfileError: the profile has no values for it.
     """
-    if NOTEBOOKS[name] != stage.name:
-        raise ValueError(f"{name} belongs to {NOTEBOOKS[name]}, not to {stage.name}")
     if name == "stage1":
         return job(name, stage, model_source(stage.settings.backbone.path))
     if name in ("distil", "rerank"):
@@ -180,7 +177,11 @@ def run(spec: Job) -> None:
         elif spec.name == "rerank":
             reranker.train(model, ranked, settings.rerank, seed=seed, folder=folder)
         else:
-            mine_again = partial(_mined_by, model, spec)
+
+            def mine_again() -> list[hard_negatives.TrainingQuery]:
+                """The queries with the negatives that the model of this moment chooses."""
+                return hard_negatives.assemble(_select(model, spec), spec.root, seed)
+
             grpo.train(model, ranked, settings.stage3, seed=seed, folder=folder, mine=mine_again)
     weights = sharding.full_state_dict(model.model)
     if distributed.processes().is_main_process:
@@ -205,11 +206,6 @@ def mine(spec: Job) -> None:
     if distributed.processes().is_main_process:
         hard_negatives.write(mined, spec.mined)
     distributed.processes().wait_for_everyone()
-
-
-def _mined_by(model: encoder.Encoder, spec: Job) -> list[hard_negatives.TrainingQuery]:
-    """The queries of stage 3 with the negatives that the model of this moment chooses."""
-    return hard_negatives.assemble(_select(model, spec), spec.root, spec.seed)
 
 
 def _select(model: encoder.Encoder, spec: Job) -> hard_negatives.Mined:

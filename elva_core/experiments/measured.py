@@ -37,22 +37,19 @@ def applied(table: Known, gpu: str) -> tuple[Known, str | None]:
 
     Without a measurement the table as it is, and None.
     """
-    values, source = {}, None
+    share = layer = source = None
     if made := next((r for r in results() if gpu in r["card"].replace("-", " ").split()), None):
         parts, source = made["sections"], _source(made["card"], made["date"], made["commit"])
-        values = {
-            "mfu": parts.get(MFU, {}).get("mfu"),
-            "layer": parts.get(LAYER, {}).get("seconds_per_layer"),
-        }
+        share, layer = parts.get(MFU, {}).get("mfu"), parts.get(LAYER, {}).get("seconds_per_layer")
     elif gpu == table.run1.gpu and (FOLDER / "run1.jsonl").is_file():
         lines, sizes = run1(), of_model(table.run1.model, table.architectures)
         source = _source(lines["start"]["gpu"], table.run1.date, table.run1.commit)
         rate = step_flops(sizes, table.run1) / min(lines["stage stage2"]["step_times"])
-        values["mfu"] = rate / (table.gpus[gpu].tflops * 1e12)
-        values["layer"] = min(lines["generating"]["ours"]) / (table.run1.summary + 1) / sizes.layers
-    changes = {"utilisation": values["mfu"]} if values.get("mfu") else {}
-    if values.get("layer"):
-        changes["seconds_per_layer"] = table.assumed.seconds_per_layer | {"cuda": values["layer"]}
+        share = rate / (table.gpus[gpu].tflops * 1e12)
+        layer = min(lines["generating"]["ours"]) / (table.run1.summary + 1) / sizes.layers
+    changes = {"utilisation": share} if share else {}
+    if layer:
+        changes["seconds_per_layer"] = table.assumed.seconds_per_layer | {"cuda": layer}
     return table.model_copy(update={"assumed": table.assumed.model_copy(update=changes)}), source
 
 

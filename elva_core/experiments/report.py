@@ -25,7 +25,7 @@ from elva_core.evaluation import captions, headroom, statistics
 from elva_core.experiments import claims, decomposition, findings, first_page, reading, study
 from elva_core.experiments.arms import planned
 from elva_core.experiments.findings import Tables
-from elva_core.experiments.keys import STAGES, manifest, stage_folder
+from elva_core.experiments.keys import STAGES, read_manifest, stage_folder
 from elva_core.experiments.stages import Stage, listed_files, no_evidence
 from elva_core.tables import markdown_rows, markdown_table, read_table
 from elva_core.values import as_written
@@ -53,9 +53,7 @@ STYLE = (
 
 def gather(run: Stage) -> Mapping[str, dict]:
     """Manifests of every stage before this one, each verified."""
-    for stage in STAGES[REPORT]:
-        run.require(stage)
-    return {stage: manifest(run.settings.profile, run.seed, stage) for stage in STAGES[REPORT]}
+    return {stage: read_manifest(run.require(stage)) for stage in STAGES[REPORT]}
 
 
 def claims_table(run: Stage, reported: dict) -> pd.DataFrame:
@@ -94,11 +92,7 @@ def _official(run: Stage, reported: dict) -> dict[str, pd.DataFrame]:
     names = dict(zip(run.settings.mrbench.units, reported["table6"]["columns"], strict=False)) | {
         "average": "Avg"
     }
-    bench = (
-        hits[hits["unit"].isin(names)]
-        .assign(column=lambda table: table["unit"].map(names))
-        .set_index("column")
-    )
+    bench = hits[hits["unit"].isin(names)].set_index("unit").rename(index=names)
 
     # Table 2: unseen sets, without intervals
     unseen = read_table(run.require("80_generalise") / "unseen.csv")
@@ -171,14 +165,8 @@ Summaries of another origin, in percent. {room_left}
 
 def cost(stages: Mapping[str, dict]) -> pd.DataFrame:
     """Seconds and peak memory of each stage, as its manifest says."""
-    columns = ["wall_s", "peak_memory_gb"]
-    return (
-        pd.DataFrame(stages)
-        .T[columns]
-        .rename_axis("stage")
-        .reset_index()
-        .astype(dict.fromkeys(columns, float))
-    )
+    rows = [(stage, done["wall_s"], done["peak_memory_gb"]) for stage, done in stages.items()]
+    return pd.DataFrame(rows, columns=["stage", "wall_s", "peak_memory_gb"])
 
 
 def deviations(settings: Settings, reported: dict) -> list[str]:
@@ -271,7 +259,7 @@ def write(folder: Path, settings: Settings, seed: int, reported: dict) -> None:
     block = claims.markdown(table, reported, note)
     blocks = {
         "result": first_page.result(tables, settings, reported),
-        "commands": first_page.commands(tables, settings, seed),
+        "commands": first_page.commands(tables, settings),
         "claims": block,
         "stages": stages(tables.cost),
     }
@@ -342,7 +330,7 @@ def renew(profile: str, seed: int) -> Path:
     """Writes a finished report's texts anew from its tables, with today's words; returns its folder."""
     folder = stage_folder(profile, seed, REPORT)
     write(folder, config.load(profile), seed, statistics.reported())
-    record = manifest(profile, seed, REPORT) | {"files": listed_files(folder)}
+    record = read_manifest(folder) | {"files": listed_files(folder)}
     files.write_whole(folder / "manifest.json", json.dumps(record, indent=1, sort_keys=True) + "\n")
     return folder
 

@@ -36,6 +36,11 @@ def answer(*parts: Markdown | str) -> Markdown:
     return Markdown(START + " ".join(text for text in texts if text))
 
 
+def _told(row: Mapping, unit: str, scale: float = 100.0, *, sign: bool = False) -> str:
+    """The value of a row with its interval, `scale` times what its table has."""
+    return number(*(scale * row[column] for column in ("value", "ci_low", "ci_high")), unit, sign=sign)
+
+
 def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) -> Markdown:
     """The highest and the lowest of some scores, with their intervals.
 
@@ -46,31 +51,26 @@ def scores(table: pd.DataFrame, name: str, metric: str, scale: float = 100.0) ->
     if table.empty:
         return _said(f"{metric}: not measured.")
     rows = table.sort_values("value", ascending=False).to_dict("records")
-
-    def told(row: Mapping) -> str:
-        bounds = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
-        return f"{row[name]} ({number(*bounds, '%')}, n = {row['n']:,})"
-
-    if len(rows) == 1:
-        return Markdown(f"{START}{metric}: {told(rows[0])}.")
-    return Markdown(f"{START}{metric}: highest for {told(rows[0])}, lowest for {told(rows[-1])}.")
+    told = [f"{row[name]} ({_told(row, '%', scale)}, n = {row['n']:,})" for row in rows]
+    if len(told) == 1:
+        return Markdown(f"{START}{metric}: {told[0]}.")
+    return Markdown(f"{START}{metric}: highest for {told[0]}, lowest for {told[-1]}.")
 
 
-def differences(pairs: pd.DataFrame, scale: float = 100.0, unit: str = "points") -> Markdown:
+def differences(pairs: pd.DataFrame, scale: float = 100.0) -> Markdown:
     """Paired differences in words, one clause for each pair; "inconclusive" is an answer, too.
 
     Args:
         pairs: new, old, metric, value, ci_low, ci_high, n, as `statistics.comparison` gives them.
-        scale: from the table's values to `unit`.
+        scale: from the table's values to points.
     """
     clauses, same = [], len(set(pairs["n"])) == 1
     for (new, old), rows in pairs.groupby(["new", "old"], sort=False):
         told = []
         for row in rows.to_dict("records"):
-            value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
             n = "" if same else f", n = {row['n']:,}"
-            said = number(value, low, high, unit, sign=True)
-            told.append(f"{row['metric']} {direction(low, high)} ({said}{n})")
+            word = direction(row["ci_low"], row["ci_high"])
+            told.append(f"{row['metric']} {word} ({_told(row, 'points', scale, sign=True)}{n})")
         clauses.append(f"{new} against {old}: {', '.join(told)}")
     if not clauses:
         return Markdown(f"{START}Nothing could be compared.")
@@ -105,10 +105,8 @@ def passing(table: pd.DataFrame, positive: float) -> Markdown:
     Args:
         table: `reward_figures.hardest_negative`. positive: its cosine.
     """
-    before, after = (
-        table[side].iloc[end]
-        for side, end in ((table["hardest"] < positive, -1), (table["hardest"] > positive, 0))
-    )
+    before = table[table["hardest"] < positive].iloc[-1]
+    after = table[table["hardest"] > positive].iloc[0]
     clauses = []
     for form in ("printed", "corrected"):
         old, new = before[f"R_total {form}"], after[f"R_total {form}"]
@@ -125,10 +123,7 @@ def wrong_modality(shares: pd.DataFrame) -> Markdown:
     """
     rows = shares.sort_values("value", ascending=False).to_dict("records")
     most = [row for row in rows if row["value"] > 0.5]
-    told = []
-    for row in most:
-        bounds = (100 * row[column] for column in ("value", "ci_low", "ci_high"))
-        told.append(f"{row['unit']} ({number(*bounds, '%')})")
+    told = [f"{row['unit']} ({_told(row, '%')})" for row in most]
     units = f"{len(most)} of {len(rows)} units" + (f": {', '.join(told)}" if told else "")
     return Markdown(
         f"{START}In the global pool, which holds every modality, the first answer mostly has the wrong one "
@@ -165,10 +160,9 @@ def trend(history: pd.DataFrame, columns: Mapping[str, str]) -> Markdown:
     for column, name in columns.items():
         first, last = (part[column].dropna().to_numpy() for part in (history[:tenth], history[-tenth:]))
         low, high = metrics.interval([last, -first], SAMPLES, distributed.rng_for(0, "trend", column))
-        word = direction(low, high, ("rose", "fell"))
-        text = "did not change clearly" if word == "inconclusive" else word
+        word = direction(low, high, ("rose", "fell"), "did not change clearly")
         change = f"{np.mean(first):.3g} to {np.mean(last):.3g}"
-        clauses.append(f"{name} {text} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
+        clauses.append(f"{name} {word} ({change}, change [{2 * low:.2g}, {2 * high:.2g}])")
     steps = f"first against last {tenth} of {len(history)} steps"
     return _said(f"{'; '.join(clauses)}; {steps}.")
 
@@ -202,10 +196,10 @@ def changes(
         return _said(f"{what}: not run{f' ({command})' if command else ''}.")
     groups: dict[str, list[str]] = {"higher": [], "lower": [], "inconclusive": [], "the same": []}
     for row in pairs.to_dict("records"):
-        value, low, high = (scale * row[column] for column in ("value", "ci_low", "ci_high"))
+        value, low, high = (row[column] for column in ("value", "ci_low", "ci_high"))
         word = "the same" if value == low == high == 0 else direction(low, high)
         seeds = agreement(row["by seed"]) if "by seed" in row else ""
-        groups[word].append(f"{row[label]} {number(value, low, high, '', sign=True)}{seeds}")
+        groups[word].append(f"{row[label]} {_told(row, '', scale, sign=True)}{seeds}")
     if len(pairs) > MOST and len(groups["inconclusive"]) > 1:
         groups["inconclusive"] = [f"the {len(groups['inconclusive'])} others of the table"]
     listed = "; ".join(f"{word} for {', '.join(rows)}" for word, rows in groups.items() if rows)
@@ -213,11 +207,13 @@ def changes(
 
 
 def counted(n: pd.Series) -> str:
-    """The number of queries behind rows of a table.
+    """The number of queries behind rows of a table, from the smallest to the largest where they differ.
 
-    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60]))
-    ('n = 120 to 1,200 queries', 'n = 60 queries')
+    >>> counted(pd.Series([120, 1200])), counted(pd.Series([60, 60])), counted(pd.Series([]))
+    ('n = 120 to 1,200 queries', 'n = 60 queries', 'nothing measured')
     """
+    if n.empty:
+        return "nothing measured"
     low, high = int(n.min()), int(n.max())
     return f"n = {low:,} queries" if low == high else f"n = {low:,} to {high:,} queries"
 
@@ -228,13 +224,11 @@ def beside_chance(table: pd.DataFrame, label: str, what: str) -> Markdown:
     Args:
         table: value, ci_low, ci_high, chance (shares), n, and the column `label` that names a row.
     """
-    over = table.assign(**{column: table[column] - table["chance"] for column in ("ci_low", "ci_high")})
     groups: dict[str, list[str]] = {"above": [], "below": [], "not clearly off": []}
-    for row, apart in zip(table.to_dict("records"), over.itertuples(), strict=True):
-        word = direction(apart.ci_low, apart.ci_high, ("above", "below"))
-        told = number(*(100 * row[column] for column in ("value", "ci_low", "ci_high")), "%")
-        chance = f"{100 * row['chance']:.1f}"
-        groups[word.replace("inconclusive", "not clearly off")].append(f"{row[label]} {told} ({chance})")
+    for row in table.to_dict("records"):
+        low, high = (row[column] - row["chance"] for column in ("ci_low", "ci_high"))
+        word = direction(low, high, ("above", "below"), "not clearly off")
+        groups[word].append(f"{row[label]} {_told(row, '%')} ({100 * row['chance']:.1f})")
     listed = "; ".join(f"{word} chance: {', '.join(rows)}" for word, rows in groups.items() if rows)
     counts = f" ({counted(table['n'])}; chance in brackets)" if len(table) else ""
     return _said(f"{what}: {listed or 'not measured'}{counts}.")
@@ -264,9 +258,8 @@ def trade(table: pd.DataFrame, base: str) -> Markdown:
     timed, untimed = table[table["per second"].notna()], table[table["per second"].isna()]
     clauses = []
     for row in timed.sort_values("way", key=lambda ways: ways != base).to_dict("records"):
-        rate = number(row["value"], row["ci_low"], row["ci_high"], "%")
         speed = "{per second:,.0f} [{lowest:,.0f}, {highest:,.0f}]".format(**row)
-        clauses.append(f"{row['way']} {rate} at {speed} queries a second")
+        clauses.append(f"{row['way']} {_told(row, '%', 1.0)} at {speed} queries a second")
     rest = [f"{row['way']} ({row['value']:.1f} %)" for row in untimed.to_dict("records")]
     apart = f"; speed not measured: {', '.join(rest)}" if rest else ""
     return _said(f"hit@5: {', '.join(clauses)} ({counted(table['n'])}){apart}.")
@@ -303,7 +296,7 @@ def lengths(table: pd.DataFrame) -> Markdown:
         if len(enough):
             text = f"above stage 2 from {enough['queries'].iloc[0]:,} queries on"
         last = part.iloc[-1]
-        gain = number(*(last[column] for column in ("value", "ci_low", "ci_high")), "points", sign=True)
+        gain = _told(last, "points", 1.0, sign=True)
         clauses.append(f"{name} is {text} (lengths tried: {len(part)}; {last['queries']:,} queries: {gain})")
     if not clauses:
         return _said("not run.")

@@ -12,6 +12,7 @@ run.close(metrics={"queries": 1200}, answer="1,200 queries have two grains or mo
 from __future__ import annotations
 
 import json
+import resource
 import shlex
 import shutil
 import subprocess
@@ -37,7 +38,6 @@ from elva_core.experiments.keys import (
     seed_folder,
     stage_folder,
 )
-from elva_core.files import REPOSITORY, file_hash
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -149,9 +149,8 @@ class Stage:
 
     def save_table(self, name: str, table) -> None:
         """A data frame as CSV, whole or not at all."""
-        partial = self.folder / f"{name}.csv.partial"
-        table.to_csv(partial, index=False)
-        partial.replace(self.folder / f"{name}.csv")
+        with files.whole(self.folder / f"{name}.csv") as partial:
+            table.to_csv(partial, index=False)
 
     def save_figure(self, name: str, figure, plotted):
         """figures/<name>.png and the plotted rows as CSV beside it; returns the picture, for the notebook."""
@@ -186,7 +185,7 @@ class Stage:
             "answer": getattr(answer, "data", answer).removeprefix("**Answer.** "),
             "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "wall_s": round(time.time() - self.started, 1),
-            "peak_memory_gb": _peak_memory_gb(),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
             "commit": _commit(),
             "packages": packages(),
             "device": self.settings.device,
@@ -204,7 +203,7 @@ def listed_files(folder: Path) -> dict[str, dict]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.startswith("work/") and name != "manifest.json":
-            sizes[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+            sizes[name] = {"bytes": path.stat().st_size, "sha256": files.file_hash(path)}
     return sizes
 
 
@@ -333,17 +332,11 @@ def _damaged(folder: Path, done: dict) -> Iterator[Path]:
             yield path
 
 
-def _peak_memory_gb() -> float:
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
-
-
 def _commit() -> str:
     """Commit of the working tree, with "+dirty" when tracked code differs from it."""
     command = ["git", "describe", "--always", "--exclude=*", "--dirty=+dirty"]
     try:
-        said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        said = subprocess.run(command, cwd=files.REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return said.stdout.strip()

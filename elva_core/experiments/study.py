@@ -77,11 +77,11 @@ def result_folder(folder: Path, name: str, seed: int) -> Path:
 def missing(settings: Settings, backbone: str, folder: Path) -> list[tuple[str, Arm, int]]:
     """The planned arms without a result of these values."""
     marks = {place: record["fingerprint"] for place, record in _manifests(folder, settings).items()}
-
-    def measured(name: str, arm: Arm, seed: int) -> bool:
-        return marks.get((name, seed)) == fingerprint(arm.applied(settings), arm, seed, backbone)
-
-    return [row for row in planned(settings) if not measured(*row)]
+    return [
+        (name, arm, seed)
+        for name, arm, seed in planned(settings)
+        if marks.get((name, seed)) != fingerprint(arm.applied(settings), arm, seed, backbone)
+    ]
 
 
 def _manifests(folder: Path, settings: Settings) -> dict[tuple[str, int], dict]:

@@ -48,7 +48,8 @@ def shown(column) -> list[list[str]]:
     return [[re.sub("<[^>]*>", "|", card) for card in re.findall("<li.*?</li>", panel.value)] for panel in column.panels]
 
 
-def first(measured) -> explorer.Column:
+@pytest.fixture
+def column(measured) -> explorer.Column:
     """The first column of an explorer."""
     return explorer.Explorer(measured, DEPTH).columns[0]
 
@@ -66,8 +67,7 @@ def test_a_query_with_all_its_grains_is_ranked_as_the_benchmark_ranked_it(measur
             assert got.rank == result.ranks[2][0] and got.size == len(result.candidates)
 
 
-def test_unticking_a_grain_changes_query_and_rankings_and_ticking_it_restores_them(measured, read):
-    column = first(measured)
+def test_unticking_a_grain_changes_query_and_rankings_and_ticking_it_restores_them(measured, read, column):
     query = next(iter(measured[0].bench["emoji_task0"].queries))
     before, everything = shown(column), column.head.value
     assert query.text.lower() in everything.lower() and len(before) == 2 and all(len(cards) == DEPTH for cards in before)
@@ -82,16 +82,14 @@ def test_unticking_a_grain_changes_query_and_rankings_and_ticking_it_restores_th
     assert shown(column) == before and column.head.value == everything
 
 
-def test_without_any_grain_the_instruction_alone_is_read(measured, read):
-    column = first(measured)
+def test_without_any_grain_the_instruction_alone_is_read(measured, read, column):
     for tick in column.boxes.children[1:]:
         tick.value = False
     assert read[-1].text and read[-1].text == mbeir.normalise(read[-1].text)
     assert not any(grain.lower() in read[-1].text.lower() for _, grain in mbeir.grains(measured[0].bench["emoji_task0"].queries[0]))
 
 
-def test_a_query_without_text_keeps_its_grains(measured, read):
-    column = first(measured)
+def test_a_query_without_text_keeps_its_grains(measured, read, column):
     column.unit.value = "emoji_task3"
     query = next(iter(measured[0].bench["emoji_task3"].queries))
     assert query.text is None and read[-1].image == measured[0].searcher.root.image_path(query.image)
@@ -100,8 +98,7 @@ def test_a_query_without_text_keeps_its_grains(measured, read):
     assert column.text.disabled and "<img" in column.head.value and all(shown(column))
 
 
-def test_of_an_image_with_text_only_what_the_text_names_can_go(measured, read):
-    column = first(measured)
+def test_of_an_image_with_text_only_what_the_text_names_can_go(measured, read, column):
     column.unit.value = "emoji_task7"
     queries = list(measured[0].bench["emoji_task7"].queries)
     index = next(i for i, q in enumerate(queries) if len(mbeir.grains(q)) > len(grains.removable(q)) > 0)
@@ -113,8 +110,7 @@ def test_of_an_image_with_text_only_what_the_text_names_can_go(measured, read):
     assert named not in read[-1].text and read[-1].image is not None
 
 
-def test_another_query_or_unit_begins_with_all_grains(measured, read):
-    column = first(measured)
+def test_another_query_or_unit_begins_with_all_grains(measured, read, column):
     box(column, 0).value = False
     column.choice.value = ("emoji_task0", 3)
     assert all(tick.value for tick in column.boxes.children[1:])
@@ -134,7 +130,7 @@ def test_columns_are_apart_and_share_the_embedded_pools(measured, read):
     assert (shown(right), right.head.value) == before and len(read) == 2 * pool + 8
 
 
-def test_positives_are_marked_as_far_as_they_are_known(measured):
+def test_positives_are_marked_as_far_as_they_are_known(measured, column):
     m = measured[0]
     result = m.bench["emoji_task0"]
     query, best = result.queries[0], result.candidates[result.top[0][0]]
@@ -142,7 +138,7 @@ def test_positives_are_marked_as_far_as_they_are_known(measured):
         answers = explorer.Model(m).answers("emoji_task0", replace(query, positives=positives), DEPTH)
         page = explorer.page(answers, m.searcher.root)
         assert page.count("✓ positive") == count == page.count("<li class") and (answers.rank == 1) == bool(count)
-    assert f"rank {result.ranks[0][0]} of {len(result.candidates)}" in first(measured).panels[0].value
+    assert f"rank {result.ranks[0][0]} of {len(result.candidates)}" in column.panels[0].value
 
 
 @pytest.mark.parametrize("dropped", [(), (0,)])
@@ -198,8 +194,7 @@ def test_grains_of_a_typed_query_are_what_stands_between_commas_else_words(measu
     assert (query.image, query.qid, query.positives) == (like.image, like.qid, ())
 
 
-def test_a_typed_query_is_read_in_the_place_of_the_chosen_one(measured, read):
-    column = first(measured)
+def test_a_typed_query_is_read_in_the_place_of_the_chosen_one(measured, read, column):
     chosen = measured[0].searcher.query(measured[0].bench["emoji_task0"].queries[0], "emoji_task0").text
     instruction = chosen.removesuffix(measured[0].bench["emoji_task0"].queries[0].text)
     column.text.value = "<b>big</b>, dog"
@@ -225,14 +220,13 @@ def test_thumbnails_are_small_and_only_from_the_root(measured, tmp_path):
             explorer.page(outside, root)
 
 
-def test_an_image_that_is_gone_is_named_in_the_widget(measured, monkeypatch):
-    column = first(measured)
+def test_an_image_that_is_gone_is_named_in_the_widget(column, monkeypatch):
     monkeypatch.setattr(explorer, "page", lambda *_: (_ for _ in ()).throw(files.ElvaDataError("image <a> is missing")))
     box(column, 0).value = False
     assert "image &lt;a&gt; is missing" in column.head.value and not any(panel.value for panel in column.panels)
 
 
-def test_a_query_against_a_pool_on_disk_is_embedded_without_being_kept(measured, monkeypatch):
+def test_a_query_against_a_pool_on_disk_is_embedded_without_being_kept(measured):
     m = measured[0]
     kept: list = []
     on_disk = SimpleNamespace(

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 
 from elva_core import config, files
@@ -21,17 +20,12 @@ from elva_core.experiments.chain import ChainError
 
 
 def notebook(path, *sources):
+    """A notebook of these cells; what begins with # is Markdown, the first of the others has the parameters."""
     book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    book.cells = [nbformat.v4.new_code_cell(s) for s in sources]
-    book.cells[0].metadata["tags"] = ["parameters"]
+    book.cells = [nbformat.v4.new_markdown_cell(s) if s.startswith("#") else nbformat.v4.new_code_cell(s) for s in sources]
+    next(cell for cell in book.cells if cell.cell_type == "code").metadata["tags"] = ["parameters"]
     nbformat.write(book, path)
     return path
-
-
-@pytest.fixture
-def outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path / "outputs")
-    return tmp_path / "outputs"
 
 
 def test_a_misspelt_parameter_is_refused(tmp_path):
@@ -43,10 +37,8 @@ def test_a_misspelt_parameter_is_refused(tmp_path):
 def test_a_failing_cell_is_named_with_its_heading_and_executed_copy_which_names_no_place_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "REPOSITORY", tmp_path)
     printed = "from pathlib import Path\nprint(Path('outputs').resolve())\nPath('models').resolve()"
-    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", printed, "exec(compile('1 / 0', Path('broken.py').resolve(), 'exec'))")
-    read = nbformat.read(book, 4)
-    read.cells.insert(1, nbformat.v4.new_markdown_cell("## Where it breaks"))
-    nbformat.write(read, book)
+    broken = "exec(compile('1 / 0', Path('broken.py').resolve(), 'exec'))"
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "## Where it breaks", printed, broken)
     with pytest.raises(ChainError, match=r"(?s)a\.ipynb, cell \d \(Where it breaks\): ZeroDivisionError: division by zero.*out\.ipynb"):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
     copy = nbformat.read(tmp_path / "out.ipynb", 4)
@@ -83,10 +75,8 @@ def test_nbval_of_make_test_runs_notebooks_in_the_interpreter_of_the_tests(tmp_p
 
 
 def test_a_kernel_that_dies_is_one_message_with_notebook_and_cell(tmp_path):
-    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "x = 1", "import os; os.kill(os.getpid(), 9)", "y = 1")
-    read = nbformat.read(book, 4)
-    read.cells.insert(2, nbformat.v4.new_markdown_cell("## Where it dies"))
-    nbformat.write(read, book)
+    killed = "import os; os.kill(os.getpid(), 9)"
+    book = notebook(tmp_path / "a.ipynb", "seed: int = 1", "x = 1", "## Where it dies", killed, "y = 1")
     with pytest.raises(ChainError, match=r"^a\.ipynb, cell 3 \(Where it dies\): Kernel died: .*memory.*\nexecuted copy: .*out\.ipynb$"):
         chain.run_notebook(book, tmp_path / "out.ipynb", {})
 
@@ -123,6 +113,7 @@ def test_an_interrupt_ends_the_chain_with_one_line_status_130_and_no_kernel(tmp_
         ("{group: x, trains: nothing, why: x, changes: {stage3: 5}}", "arm mine: stage3: "),
         ("{group: x, trains: stage2, why: x}", "arm mine: trains: "),
         ("{group: x, trains: nothing, why: x, against: [nobody]}", r"arm mine is compared with \['nobody'\]"),
+        ("{group: x, trains: nothing, why: x, paper: [table8, fool]}", r"arm mine: paper: params/reported\.yaml has no row 'fool'"),
         ("{group: x, trains: nothing, why: x}\nmine: {}", r"arms\.yaml, line 2: .*key mine is in line 1"),
     ],
 )
@@ -156,13 +147,12 @@ stages.open_stage("00_check_environment", "smoke", seed).close(answer="**Answer.
 def test_the_answer_of_a_notebook_stands_under_its_question_in_the_executed_copy_alone_once_and_whole(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path / "notebooks")
     chain.NOTEBOOKS.mkdir()
-    book = notebook(chain.NOTEBOOKS / "00_check_environment.ipynb", "profile: str = 'smoke'\nseed: int = 1", ANSWERED.format(outputs))
-    read = nbformat.read(book, 4)
-    read.cells.insert(0, nbformat.v4.new_markdown_cell(HEAD))
-    nbformat.write(read, book)
+    parameters = "profile: str = 'smoke'\nseed: int = 1"
+    book = notebook(chain.NOTEBOOKS / "00_check_environment.ipynb", HEAD, parameters, ANSWERED.format(outputs))
     chain.run("smoke", seed=3, only="00")
     executed = outputs / "smoke/seed-3/executed/00_check_environment.ipynb"
     assert stages.manifest("smoke", 3, "00_check_environment")["answer"] == "It is so: 3 %."
+    assert not (outputs / "smoke/seed-3/.lock").exists()  # which the kernel held with the chain
     head = HEAD.replace("../params", "../../../../params")
     under = head.replace("so?\n", "so?\n\n**Answer** It is so: 3 %.\n\n")
     assert nbformat.read(executed, 4).cells[0].source == under and nbformat.read(book, 4).cells[0].source == HEAD
@@ -196,33 +186,6 @@ def test_a_stage_without_manifest_is_not_done_and_the_message_has_the_command(ou
         second.require("10_prepare_data")
 
 
-def test_a_killed_stage_leaves_the_old_result_and_keeps_its_work(outputs):
-    done = stages.open_stage("10_prepare_data", "smoke", 1)
-    (done.folder / "v").write_text("old")
-    done.close()
-    killed = stages.open_stage("10_prepare_data", "smoke", 1)
-    (killed.folder / "work").mkdir()
-    (killed.folder / "work/checkpoint").write_text("half")
-    assert (outputs / "smoke/seed-1/10_prepare_data/v").read_text() == "old"
-    again = stages.open_stage("10_prepare_data", "smoke", 1)
-    assert (again.folder / "work/checkpoint").read_text() == "half"
-    other = stages.open_stage("10_prepare_data", "smoke", 2)
-    assert not (other.folder / "work").exists()
-
-
-def test_a_full_disk_leaves_no_table(outputs, monkeypatch):
-    stage = stages.open_stage("10_prepare_data", "smoke", 1)
-
-    def full(self, path, **_):
-        path.write_text("a,b\n1,")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(OSError, match="No space"):
-        stage.save_table("t", pd.DataFrame())
-    assert not (stage.folder / "t.csv").exists() and stages.manifest("smoke", 1, "10_prepare_data") is None
-
-
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outputs, monkeypatch, capsys, trained):
     """Table 5 needs no stage 3 of the chain: a study of two arms ends well without it."""
@@ -247,11 +210,3 @@ def test_a_study_shows_what_can_be_shown_and_names_the_command_for_the_rest(outp
     assert ran == ["00_check_environment", *chain.STAGES["60_ablate"], *shown]
     out = capsys.readouterr().out
     assert trained != ("left out  82_transfer, which needs 40_finetune_rlvr, 50_evaluate; run: python -m elva_core run smoke" in out)
-
-
-def test_the_manifest_lists_every_file_and_is_written_last(outputs):
-    stage = stages.open_stage("00_check_environment", "smoke", 1)
-    stage.save_table("t", pd.DataFrame({"a": [1]}))
-    stage.close(metrics={"x": 1})
-    found = json.loads((outputs / "smoke/seed-1/00_check_environment/manifest.json").read_text())
-    assert set(found["files"]) == {"t.csv"} and found["metrics"] == {"x": 1} and found["files"]["t.csv"]["sha256"]

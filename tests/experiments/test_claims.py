@@ -108,16 +108,6 @@ def test_points_carry_the_papers_figure_and_its_sign():
     assert verdicts == ["reproduced", "inconclusive", "", "same direction"]
 
 
-def test_claims_are_counted_apart_from_results_and_from_what_was_not_run():
-    figures = len(claims._not_run(REPORTED))
-    table = assembled(gain(14, 9, 19, "stage 2, EOL only"), gain(1, 0, 2), score(0.3))
-    said = "1 claim compared: 1 reproduced. 2 results without a counterpart in the paper. "
-    assert claims.counted(table) == f"{said}{figures} numbers of the paper not run."
-    far = pd.DataFrame([{"metric": claims.DISTANCE, "n": 9, "model": "stage 3", "value": 0.4, "ci_low": 0.3, "ci_high": 0.5}])
-    beside = claims.counted(assembled(results.scores(far, scale=1.0, **CHAIN)))
-    assert beside.startswith("0 claims compared. 0 results without a counterpart in the paper. 1 result beside a number of another")
-
-
 def test_every_figure_of_the_papers_tables_is_one_claim_with_a_command():
     rows = claims._not_run(REPORTED)
     expected = sum(len(t["rows"][m]) for t in REPORTED.values() if "rows" in t for m in t["ours"])

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from test_decomposition import made
 
 from elva_core.experiments import arms, compare, figures, sentences
-from elva_core.experiments.study import Study
 
 
 @pytest.fixture
@@ -22,14 +22,7 @@ def made_up():
         ("new", 2): [1, 1, 1, 1],
         ("new", 3): [1, 9, 9, 9],
     }
-    rows = [
-        {"arm": arm, "seed": seed, "unit": f"x_task{i // 2}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
-        for (arm, seed), own in ranks.items()
-        for i, rank in enumerate(own)
-    ]
-    runs = pd.DataFrame([{"arm": arm, "seed": seed} for arm, seed in ranks])
-    empty = pd.DataFrame()
-    return Study(runs, pd.DataFrame(rows), empty, empty, empty)
+    return made(ranks)
 
 
 def test_a_difference_is_taken_over_the_seeds_that_both_arms_have(made_up):

@@ -31,8 +31,9 @@ KINDS = pd.DataFrame([("x_task0", "1:1", "tone"), ("x_task1", "1:5", "tone"), ("
 
 
 def made(ranks=RANKS, **runs) -> Study:
+    """A study whose arms and seeds have these ranks, half of them in each of two tasks."""
     rows = [
-        {"arm": arm, "seed": seed, "unit": f"x_task{i // 4}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
+        {"arm": arm, "seed": seed, "unit": f"x_task{2 * i // len(of_arm)}", "qid": f"1:{i + 1}", "unseen": False, "rank": rank}
         for (arm, seed), of_arm in ranks.items()
         for i, rank in enumerate(of_arm)
     ]

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import exit_codes, started
 from elva_core import cli, files
-from elva_core.experiments import chain, lock, stages
+from elva_core.experiments import lock, stages
 
 HOST = socket.gethostname()
 KERNEL = """
@@ -148,26 +148,6 @@ def race(rank, count, port, outputs):
 def test_of_many_that_take_and_free_it_one_at_a_time_is_inside(outputs):
     outputs.mkdir()
     assert exit_codes(race, 3, outputs, timeout=60) == [0, 0, 0]
-
-
-def test_notebooks_of_the_chain_are_the_same_holder_as_the_chain(outputs, monkeypatch, tmp_path, capsys):
-    from test_chain import notebook
-
-    first = "00_check_environment"
-    opened = "from pathlib import Path\nfrom elva_core import files\nfrom elva_core.experiments import stages\n"
-    opened += f"files.OUTPUTS = Path({str(outputs)!r})"
-    notebook(
-        tmp_path / f"{first}.ipynb",
-        "profile: str = 'smoke'\nseed: int = 1",
-        f"{opened}\nrun = stages.open_stage('{first}', profile, seed)",
-        "run.close()",
-    )
-    monkeypatch.setattr(chain, "NOTEBOOKS", tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(files.REPOSITORY))
-    chain.run("smoke", seed=1, only="00")
-    assert stages.manifest("smoke", 1, first)["seed"] == 1 and not (outputs / "smoke/seed-1/.lock").exists()
-    with kernel(outputs), pytest.raises(lock.LockedError):
-        chain.run("smoke", seed=1, only="00", force=True)
 
 
 @pytest.mark.slow

@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from elva_core import config, files
+from elva_core import config
 from elva_core.evaluation import statistics
 from elva_core.experiments import jobs, stages, study
 from elva_core.experiments.study import Arm
 from elva_core.mrbench import annotate, build
-from elva_core.values import model_source
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +90,6 @@ def test_a_result_is_named_by_the_values_it_uses_and_by_no_others(profile):
     said = {"mrbench": {"precision": 0.5, "licence": "x"}}  # about the benchmark; and what is not trained, or not from stage 2
     assert mark(**said) == mark() == mark(stage3={"beta": 0.5}) == mark(threads=7)
     assert mark(start="backbone", stage1={"steps": 9}) == mark(start="backbone")
-
-
-def test_a_backbone_of_the_profile_is_a_folder_of_the_repository_in_the_chain_and_in_the_study(profile, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "REPOSITORY", tmp_path)
-    (tmp_path / "models/base").mkdir(parents=True)
-    for path, source in (("models/base", f"{tmp_path}/models/base"), ("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-2B-Instruct")):
-        changed = profile.changed({"backbone": {"path": path}})
-        assert model_source(changed.backbone.path) == source
 
 
 def test_an_unknown_arm_is_refused_with_those_that_exist(profile):
@@ -184,8 +175,7 @@ def test_a_cached_stage_2_belongs_to_the_weights_it_started_from(profile, root, 
     assert places[0] == places[2] != places[1]
 
 
-def test_the_chain_records_the_backbone_it_trained(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "OUTPUTS", tmp_path)
+def test_the_chain_records_the_backbone_it_trained(model_folder, outputs):
     trained = stages.stage_folder("smoke", 1, "30_pretrain_contrastive")
     assert study.chain_backbone(trained) == "not recorded"
     stage = stages.open_stage("30_pretrain_contrastive", "smoke", 1)
