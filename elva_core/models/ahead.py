@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from elva_core.data.items import Item
+from elva_core.files import ElvaDataError
 from elva_core.models.encoder import Encoder
 
 AT_ONCE = 16  # pictures that a worker makes ready before it hands them over
@@ -24,8 +25,12 @@ class _Work(Dataset):
         self.work = work
 
     def __getitem__(self, asked: tuple[int, Hashable]) -> tuple[int, Hashable, bytes]:
+        try:
+            made = self.work(asked[1])
+        except ElvaDataError:  # None for one that cannot be made ready, which fails where it is needed
+            made = None
         # bytes go through a pipe; tensors would take a file descriptor each, and shared memory
-        return *asked, pickle.dumps(self.work(asked[1]))
+        return *asked, pickle.dumps(made)
 
 
 class Ahead:

@@ -108,7 +108,8 @@ def test_rollouts_equal_those_of_a_plain_loop_on_a_growing_cache(tiny, items, no
     for place, item in enumerate(items):
         for group in range(noise.shape[1]):
             batch, cache = tiny.batch([item], tiny.settings.summary_request), DynamicCache()
-            state, position = tiny.states(batch, cache)[:, -1], batch.positions[..., -1:]
+            read = tiny.backbone.model(**batch.inputs, past_key_values=cache, use_cache=True)
+            state, position = read.last_hidden_state[:, -1], batch.positions[..., -1:]
             words, token = [], None
             while len(words) < noise.shape[2] and token != tiny.end_id:
                 reached = tiny.logits(state)[0].softmax(-1).double().cumsum(-1)
