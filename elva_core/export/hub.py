@@ -76,18 +76,7 @@ def push(
 
 @contextmanager
 def staged_copy(model: Path) -> Iterator[Path]:
-    """A temporary folder with the files of a model that are published. Raises PublishError like `checked`."""
-    files = checked(model)
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / "model"
-        staged.mkdir()
-        for path in files:
-            shutil.copyfile(path, staged / path.name)
-        yield staged
-
-
-def checked(model: Path) -> list[Path]:
-    """The files of a model that are published.
+    """A temporary folder with the files of a model that are published.
 
     Raises:
         PublishError: the folder is none of ours, or has no safetensors, or pickled weights.
@@ -103,7 +92,12 @@ def checked(model: Path) -> list[Path]:
     files = sorted({path for pattern in PUBLISHED for path in model.glob(pattern)})
     if not any(p.suffix == ".safetensors" for p in files):
         raise PublishError(f"{model} has no weights (*.safetensors); train it, or save it again")
-    return files
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder) / "model"
+        staged.mkdir()
+        for path in files:
+            shutil.copyfile(path, staged / path.name)
+        yield staged
 
 
 def refuse_local_paths(folder: Path) -> None:

@@ -29,16 +29,12 @@ def items(pairs: Sequence[tuple[str, Picture | None, str]]) -> Iterator[list[Ite
         ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
     """
     with TemporaryDirectory(prefix="elva-") as folder:
-        yield [
-            Item(_text(text), _file(image, Path(folder) / f"{n}.png"), instruction=instruction)
-            for n, (text, image, instruction) in enumerate(pairs)
-        ]
-
-
-def _text(text: object) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"a text is {type(text).__name__}; pass a string")
-    return text
+        made = []
+        for n, (text, image, instruction) in enumerate(pairs):
+            if not isinstance(text, str):
+                raise ValueError(f"a text is {type(text).__name__}; pass a string")
+            made.append(Item(text, _file(image, Path(folder) / f"{n}.png"), instruction=instruction))
+        yield made
 
 
 def _file(image: object, path: Path) -> Path | None:

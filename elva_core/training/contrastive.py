@@ -82,20 +82,15 @@ def union_pairs(
         # tasks take turns, in a new order each round, so every task is seen equally often
         turn, place = divmod(step, len(draws))
         task = list(draws)[distributed.rng_for(seed, "turn", turn).permutation(len(draws))[place]]
-        drawn = [queries[row] for row in draws[task](turn, size)]
-        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in drawn]
+        pairs = []
+        for query in (queries[row] for row in draws[task](turn, size)):
+            did = query.positives[int(rng.integers(len(query.positives)))]
+            asked = query_item(root, query, seed=seed, scope=f"train/{step}")
+            candidate = candidate_item(root, pool[pool.judged(did, query.qid)])
+            pairs.append(Pair(asked, candidate, did, query.positives))
+        return pairs
 
     return draw
-
-
-def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
-    did = query.positives[choice]
-    return Pair(
-        query_item(root, query, seed=seed, scope=f"train/{step}"),
-        candidate_item(root, pool[pool.judged(did, query.qid)]),
-        did,
-        query.positives,
-    )
 
 
 def ranked_pairs(ranked: Sequence[TrainingQuery], seed: int, settings: ControlSettings) -> Draw:
@@ -237,14 +232,9 @@ def train(
             return torch.stack([losses.graded(*sides, overlap, **how) for sides in nested]).mean()
 
         # the gradient, with the embeddings of all processes as each other's negatives
-        alone = distributed.processes().num_processes == 1
-        loss = losses.backward_in_chunks(
-            embed,
-            chunks,
-            loss_fn,
-            cache=settings.gradient_cache or not alone,
-            exchange=None if alone else distributed.exchanged,
-        )
+        cache = settings.gradient_cache or distributed.processes().num_processes > 1
+        exchange = distributed.exchanged
+        loss = losses.backward_in_chunks(embed, chunks, loss_fn, cache=cache, exchange=exchange)
         distributed.sum_gradients(parameters.values())
         counts = {"loss": sum(written.values()), "chunks": len(written)}
         counts |= {"tokens": float(encoder.tokens_read - tokens), "places": encoder.places_read - places}
