@@ -14,31 +14,6 @@ from elva_core.models import encoder
 from elva_core.training import contrastive
 
 
-@pytest.fixture
-def items(items) -> list[data_items.Item]:
-    """The items of other tests, and one with several images between texts."""
-    first, second = [i.image for i in items if i.image][:2]
-    return [*items, data_items.Item("Which one?", first, ("is shorter than", second, "and bluer", first))]
-
-
-def test_token_rows_and_states_equal_those_of_plain_transformers(tiny, items):
-    request, images = tiny.settings.eol_request, [image_files.open_image(path) for i in items for path in i.images]
-    ours = tiny.batch(items, request)
-    theirs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
-    assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
-    with torch.no_grad():
-        plain = tiny.backbone.model(**theirs).last_hidden_state[:, -1]
-        vectors = tiny.embed_eol(items)
-    torch.testing.assert_close(vectors, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5, rtol=0)
-
-
-def test_an_embedding_depends_neither_on_its_batch_nor_on_features_that_were_kept(tiny, items):
-    with torch.no_grad():
-        fresh, kept, alone = tiny.embed_eol(items), tiny.embed_eol(items), torch.cat([tiny.embed_eol([i]) for i in items])
-    assert torch.equal(fresh, kept)
-    torch.testing.assert_close(fresh, alone, atol=1e-5, rtol=0)
-
-
 def test_special_tokens_and_spare_rows_are_banned_and_the_end_of_turn_is_not(tiny, items):
     with torch.no_grad():
         logits = tiny.logits(tiny.states(tiny.batch(items, "x"))[:, -1])
