@@ -199,11 +199,6 @@ def test_a_style_without_its_package_is_named(root, lessons, tmp_path):
         drawings.read(root, lessons, tmp_path, None)
 
 
-def test_a_summary_names_the_grains_that_the_record_carries(root):
-    q = next(q for q in root.union_train() if len(mbeir.grains(q)) == 3)
-    assert mbeir.caption(q) == mbeir.normalise(" ".join(t for _, t in mbeir.grains(q)))
-
-
 def test_teaching_keeps_its_tensors_on_one_device(make, lessons, packages, tmp_path):
     with PretendCard():
         folder = teach.make(lessons, tmp_path / "card", tmp_path / "card-work", packages=packages, device="cuda")[-1]

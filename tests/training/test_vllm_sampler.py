@@ -272,9 +272,8 @@ def with_the_stand_in(*asked):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, tiny, root, smoke, tmp_path):
+def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, ranked, smoke, tmp_path):
     """Three queries a step, so that the shares are uneven."""
-    ranked = mined(tiny, root, smoke, 8)
     settings = stage3(smoke, queries=6, queries_per_step=3, sampler="vllm", candidates="mined")
     one = encoder.load(model_folder, prompting)
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}
