@@ -154,6 +154,12 @@ def ranked(tiny, root, smoke) -> list[hard_negatives.TrainingQuery]:
 
 
 @pytest.fixture
+def noise(tiny, items) -> torch.Tensor:
+    """Of three rollouts of each item."""
+    return torch.rand(len(items), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
 def interrupted(monkeypatch):
     """`with interrupted(module, "name", call)`: that call of module.name is a keyboard interrupt, which must reach the top."""
 

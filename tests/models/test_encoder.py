@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from elva_core.data import images as image_files
 from elva_core.data import items as data_items
 from elva_core.models import encoder
-from elva_core.training import contrastive
 
 
 def test_special_tokens_and_spare_rows_are_banned_and_the_end_of_turn_is_not(tiny, items):
@@ -74,18 +73,6 @@ def test_a_saved_folder_loads_here_and_in_plain_transformers(tiny, items, tmp_pa
 def test_a_folder_without_card_needs_settings(model_folder):
     with pytest.raises(FileNotFoundError, match=r"elva\.json is missing: pass settings"):
         encoder.load(model_folder)
-
-
-def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(model_folder, smoke, root, tmp_path):
-    losses = []
-    for cache in (False, True):
-        model = encoder.load(model_folder, smoke.encoder)
-        changes = {"steps": 6, "batch": 6, "chunk": 4, "gradient_cache": cache, "ret_share": 0.5}
-        settings = smoke.stage2.model_copy(update=changes)
-        rows = contrastive.train(model, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path / str(cache))
-        losses.append([r["loss"] for r in rows])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert all(x > 0 for x in losses[0])
 
 
 def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):

@@ -10,11 +10,6 @@ from elva_core.models import decoding, encoder, generation
 
 
 @pytest.fixture
-def noise(tiny, items):
-    return torch.rand(len(items), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
 def sampled(tiny, items, noise):
     return generation.generate(tiny, items, noise=noise)
 
