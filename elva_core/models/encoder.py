@@ -36,7 +36,7 @@ from elva_core.models import chat
 from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, mixed
 from elva_core.models.lineage import lineage
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
-from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
+from elva_core.models.vocabulary import add_ret_token, banned_ids
 from elva_core.training_settings import AdapterSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
@@ -90,7 +90,8 @@ class Encoder:
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows).to(self.device)
-        self._placeholders = placeholders(processor)
+        special = {*tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens}
+        self._placeholders = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         # of all batches so far, without (on the device) and with their padding
         self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
 
