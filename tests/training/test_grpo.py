@@ -47,7 +47,7 @@ def test_a_step_leaves_gradients_and_logs_every_line(tiny, ranked, smoke, sides)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in tiny.trainable().items() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("sides", ["query", "all"])
+@pytest.mark.parametrize("sides", ["query", "both", "all"])
 def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     """Every rollout's reward from the definition, one vector at a time."""
     settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
@@ -64,9 +64,8 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     mined = [torch.from_numpy(r.vectors) for r in asked]
     for q in range(2):
         for i in range(3):
-            if sides == "query":
-                wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
-            else:
+            wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
+            if sides == "all":
                 wanted = by_definition(v[q, 0, i], v[q, 1, i], v[q, 2:, i])
             torch.testing.assert_close(total[q, i], wanted, atol=1e-6, rtol=0)
 
