@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from elva_core.data import images as image_files
 from elva_core.data import items as data_items
@@ -57,17 +56,6 @@ def test_only_the_language_model_is_in_training_mode_while_an_adapter_trains(tin
     with tiny.adapting(smoke.stage2, seed=0):
         assert modes() == ({False}, {True})
     assert modes() == ({False}, {False})
-
-
-def test_a_saved_folder_loads_here_and_in_plain_transformers(tiny, items, tmp_path):
-    tiny.save(tmp_path, stage="test", parent="none")
-    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
-    again = encoder.load(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again.embed_eol(items), tiny.embed_eol(items))
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(model) is type(tiny.backbone)
-    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.convert_tokens_to_ids("[RET]") == tiny.ret_id
 
 
 def test_a_folder_without_card_needs_settings(model_folder):
