@@ -94,7 +94,6 @@ def section(one: Section, place: Place, models: speed.Models, busy: Busy) -> dic
     return facts | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if card else None}
 
 
-
 def measure(place: Place, out: Path, limit: float, wanted: str) -> dict:
     """Runs the sections whose name has `wanted` in it."""
     card = torch.cuda.get_device_name() if place.device == "cuda" else "simulated device"
