@@ -174,7 +174,7 @@ def advantages(
     Args:
         rewards: (Q, G), one row per query.
         scale: "group" divides by the group's standard deviation (GRPO), "batch" by that of all, "none" by 1.
-        spread: with "batch", the standard deviation of all rewards of a step of which these are only a part.
+        spread: with "batch", the standard deviation of all rewards of the step, of which these may be a part.
 
     A group whose rewards are all equal gets advantage 0, never NaN.
 
@@ -187,8 +187,6 @@ def advantages(
         return centred
     if scale == "group":
         spread = rewards.std(dim=1, keepdim=True)
-    elif spread is None:
-        spread = rewards.std()
     return centred / (spread + ADVANTAGE_EPSILON)
 
 

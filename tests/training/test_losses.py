@@ -25,7 +25,7 @@ def test_an_ignored_pair_does_not_matter_and_the_positive_stays():
 def test_a_group_without_spread_gets_advantage_zero():
     rewards = torch.tensor([[0.3, 0.3, 0.3], [0.0, 1.0, 2.0]])
     for scale in ("group", "batch", "none"):
-        got = losses.advantages(rewards, scale)
+        got = losses.advantages(rewards, scale, rewards.std())
         assert got[0].abs().max() < 1e-4 and torch.isfinite(got).all()
     # std of (0, 1, 2) is 1: advantages are -1, 0, 1
     assert losses.advantages(rewards)[1].tolist() == pytest.approx([-1, 0, 1], abs=1e-3)
