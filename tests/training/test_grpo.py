@@ -214,10 +214,16 @@ def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [({"kl": float("nan")}, "KL"), ({"kl": 9.0}, "above its bound"), ({"reward": float("nan")}, "not a number")],
+    [
+        ({"kl": float("nan")}, "KL"),
+        ({"kl": 9.0}, "above its bound"),
+        ({"reward": float("nan")}, "not a number"),
+        ({"sampler_drift": 0.3}, "nats a token from the trainer, above its bound 0.2"),
+        ({"sampler_drift": float("nan")}, "above its bound"),
+    ],
 )
 def test_the_guard_names_its_reason(smoke, row, reason):
-    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2}
+    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2, "sampler_drift": 0.05}
     check = grpo.guard(smoke.stage3)
     assert check(healthy) is None
     assert reason in check(healthy | row)
