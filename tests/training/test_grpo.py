@@ -25,7 +25,7 @@ ONE = NegativeSettings(hard=1, random=0, threshold=2.0)
 
 
 def stage3(smoke, **changes):
-    return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "num_generations": 3} | changes)
+    return smoke.changed({"stage3": {"queries": 8, "queries_per_step": 4, "num_generations": 3} | changes}).stage3
 
 
 def noise(encoder, ranked, settings, seed=0):
@@ -100,9 +100,9 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
         return sampled
 
     monkeypatch.setattr(grpo, "sampler_of", lambda *_: nullcontext(read_by_the_frozen_copy))
-    advantages, optimiser = grpo.losses.advantages, smoke.stage3.optimiser.model_copy(update={"lr": 0.002, "checkpoint_every": 99})
+    advantages = grpo.losses.advantages
     toy = {"queries": 100, "queries_per_step": 2, "num_generations": 16, "chunk": 32, "beta": 0.0, "candidates": "mined"}
-    settings = stage3(smoke, **toy, optimiser=optimiser)
+    settings = stage3(smoke, **toy, optimiser={"lr": 0.002, "checkpoint_every": 99})
 
     def run(seed, sign, rollout_sides="query"):
         monkeypatch.setattr(grpo.losses, "advantages", lambda *given: sign * advantages(*given))
@@ -230,13 +230,8 @@ def test_the_guard_names_its_reason(smoke, row, reason):
 
 
 def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, interrupted):
-    settings = stage3(
-        smoke,
-        queries_per_step=2,
-        candidates="mined",
-        negatives=smoke.stage3.negatives.model_copy(update={"again_every": 2}),
-        optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.05}),
-    )
+    changes = {"negatives": {"again_every": 2}, "optimiser": {"checkpoint_every": 2, "lr": 0.05}}
+    settings = stage3(smoke, queries_per_step=2, candidates="mined", **changes)
 
     def run(name, changed=settings):
         model, times = encoder.load(model_folder, smoke.encoder), []
@@ -265,8 +260,7 @@ def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_th
     model_folder, smoke, ranked, tmp_path, monkeypatch, cause, reason, done
 ):
     def with_rate(lr):
-        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1, "lr": lr})
-        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser=optimiser)
+        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser={"checkpoint_every": 1, "lr": lr})
 
     wild, calm = with_rate(0.3 if cause == "runaway" else 1e-4), with_rate(1e-5)
     healthy = rewards.rank_reward
@@ -321,7 +315,7 @@ def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_st
 
 @pytest.mark.slow
 def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
-    settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
+    settings = stage3(smoke, queries_per_step=2, optimiser={"checkpoint_every": 2})
 
     def run(name, fatal_step):
         one = multiprocessing.get_context("spawn").Process(

@@ -159,8 +159,8 @@ def test_an_exercise_has_its_positive_where_it_says(ranked, settings, kind):
 
 
 def test_training_lowers_the_loss_and_resumes_to_the_same_weights(model_folder, ranked, smoke, tmp_path, interrupted):
-    optimiser = smoke.rerank.optimiser.model_copy(update={"lr": 0.003, "checkpoint_every": 16})
-    settings = smoke.rerank.model_copy(update={"steps": 40, "batch": 2, "chunk": 16, "optimiser": optimiser, "window": 2, "hard": 1})
+    changes = {"steps": 40, "batch": 2, "chunk": 16, "optimiser": {"lr": 0.003, "checkpoint_every": 16}, "window": 2, "hard": 1}
+    settings = smoke.changed({"rerank": changes}).rerank
     ends = []
     for name, stop in (("straight", None), ("broken", 20)):
         if stop:

@@ -24,10 +24,9 @@ from pretend_card import PretendCard
 
 @pytest.fixture
 def lessons() -> config.TeachSettings:
-    tiny = config.teaching("tiny")
-    changes = {"tower": {"steps": 4, "batch": 16}, "joint": {"steps": 5, "batch": 16}, "styles": ("openmoji",), "keep": (3,)}
-    short = {"optimiser": {"checkpoint_every": 2}}
-    return config.TeachSettings(**merged(merged(tiny.model_dump(), changes), {"tower": short, "joint": short}))
+    short = {"batch": 16, "optimiser": {"checkpoint_every": 2}}
+    changes = {"tower": short | {"steps": 4}, "joint": short | {"steps": 5}, "styles": ("openmoji",), "keep": (3,)}
+    return config.TeachSettings(**merged(config.teaching("tiny").model_dump(), changes))
 
 
 @pytest.fixture

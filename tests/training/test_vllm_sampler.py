@@ -156,7 +156,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_leaves_no_folder(
     engine, model_folder, prompting, root, smoke, tmp_path, interrupted
 ):
     def run(name, **changes):
-        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.01} | changes)
+        optimiser = {"checkpoint_every": 2, "lr": 0.01} | changes
         settings = stage3(smoke, queries_per_step=2, sampler="vllm", candidates="mined", optimiser=optimiser)
         model = encoder.load(model_folder, prompting)
         ranked = mined(model, root, smoke, 8)
