@@ -21,7 +21,6 @@ def nested(vectors: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
     >>> [part.tolist() for part in nested(torch.tensor([[0.6, 0.0, 0.8]]), [1, 3])]
     [[[1.0]], [[0.6000000238418579, 0.0, 0.800000011920929]]]
     """
-
     return [torch.nn.functional.normalize(vectors[..., :dim], dim=-1) for dim in dims] or [vectors]
 
 

@@ -68,7 +68,6 @@ def rank_reward(
     """
     r, k = ranks(positive.detach(), negatives.detach())
     penalty = negatives * negative_weights(k, form)
-
     penalty = penalty.sum(-1) if reduction == "sum" else penalty.mean(-1)
     return positive / (1 + r.float().log()) - gamma * penalty
 
