@@ -47,12 +47,3 @@ def _file(image: object, path: Path) -> Path | None:
         name, kind = str(image)[:80], type(image).__name__
         raise ValueError(f"an image is {name!r} ({kind}); pass a PIL image or the path of a file")
     return Path(image)
-
-
-def instructed(instruction: str, text: str) -> str:
-    """A query's text behind its instruction; an image alone is asked with the instruction alone.
-
-    >>> instructed("Find it. ", "A dog."), instructed("Find it. ", "")
-    ('Find it. A dog.', 'Find it.')
-    """
-    return instruction + text if text else instruction.strip()
