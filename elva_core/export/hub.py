@@ -46,7 +46,6 @@ def push(
     *,
     profile: Settings | None = None,
     results: Path | None = None,
-    api: HfApi | None = None,
 ) -> str:
     """Writes or uploads a trained model with its card. Nothing is written before all checks have passed.
 
@@ -71,7 +70,7 @@ def push(
             text = card(staged, name, profile=profile, results=results)
             readme.write_text(text, encoding="utf-8")
         refuse_local_paths(staged)
-        return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to, api or HfApi())
+        return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to)
 
 
 @contextmanager
@@ -249,10 +248,10 @@ def whole_folder(target: Path, mark: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _to_hub(staged: Path, name: str, api: HfApi) -> str:
+def _to_hub(staged: Path, name: str) -> str:
     validate_repo_id(name)
     stage = json.loads((staged / "elva.json").read_text(encoding="utf-8"))["stage"]
-    target = {"repo_id": name, "repo_type": "model"}
+    api, target = HfApi(), {"repo_id": name, "repo_type": "model"}
     try:
         repository = api.create_repo(**target, exist_ok=True)
         api.upload_folder(**target, folder_path=staged, commit_message=f"ELVA workbook, {stage}")

@@ -145,9 +145,10 @@ def test_a_hub_that_is_not_there_is_one_line_with_both_ways_out(trained, monkeyp
     assert wanted in said and "Traceback" not in said
 
 
-def test_the_hub_gets_one_commit_with_the_whole_model(trained):
+def test_the_hub_gets_one_commit_with_the_whole_model(trained, monkeypatch):
     api = Recorder()
-    assert hub.push(trained, "me/elva", api=api) == "hub:me/elva"
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    assert hub.push(trained, "me/elva") == "hub:me/elva"
     (create, created, _), (upload, uploaded, files) = api.calls
     assert (create, upload) == ("create_repo", "upload_folder")
     assert created["repo_id"] == uploaded["repo_id"] == "me/elva" and created["exist_ok"] is True
@@ -177,7 +178,7 @@ def test_a_local_path_is_refused_and_named(trained, tmp_path, file, text):
     (trained / "README.md").write_text("---\nlicense: mit\n---\n")
     (trained / file).write_text("\n" + text)
     with pytest.raises(PublishError, match=rf"{re.escape(file)}:2 names a path of this machine"):
-        hub.push(trained, "me/elva", api=Recorder())
+        hub.push(trained, "me/elva")
 
 
 def test_addresses_and_fractions_are_no_local_paths(tmp_path):
