@@ -84,7 +84,10 @@ class Vision:
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
         self._in_step = False
         self.ahead = None  # elva_core.models.ahead.Ahead while images are made ready ahead
-        quicken(model.model.visual)
+        # conv3d alone took a third of its time on a CPU; a bound method of a function cannot be pickled
+        tower = model.model.visual
+        tower.config._attn_implementation = VISION_ATTENTION
+        tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
         """Features of images, in their order; those that were kept are not computed again."""
@@ -170,13 +173,6 @@ def resized(processor, path: Path) -> torch.Tensor:
     size = images.size if isinstance(images.size, SizeDict) else SizeDict(**images.size)
     factor = images.patch_size * images.merge_size
     return images.resize(pixels.permute(2, 0, 1)[None], size, images.resample, factor)[0]
-
-
-def quicken(tower: torch.nn.Module) -> None:
-    """Gives a tower the two faster operations below; conv3d alone took a third of its time on a CPU."""
-    tower.config._attn_implementation = VISION_ATTENTION
-    # a bound method of a function cannot be pickled
-    tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)
 
 
 def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:
