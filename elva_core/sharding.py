@@ -66,17 +66,14 @@ def _announce_backward(language_model: torch.nn.Module, inputs: tuple, output) -
 
 def collective_turn(collective: int) -> None:
     """Returns when all processes enter `collective`; until then takes part in the others' earlier ones."""
-    while _layers and (next_up := _earliest(collective)) != collective:
+    while _layers:
+        earliest = torch.tensor(collective, device=PartialState().device)
+        dist.all_reduce(earliest, dist.ReduceOp.MIN)  # of what all processes are about to enter
+        if (next_up := int(earliest)) == collective:
+            return
         for layer in _layers if next_up == FORWARD else reversed(_layers):
             layer.unshard()
             layer.reshard()
-
-
-def _earliest(collective: int) -> int:
-    """The smallest of what all processes are about to enter."""
-    earliest = torch.tensor(collective, device=PartialState().device)
-    dist.all_reduce(earliest, dist.ReduceOp.MIN)
-    return int(earliest)
 
 
 def full_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:

@@ -160,6 +160,18 @@ def mined(model, root, smoke, queries: int) -> list[hard_negatives.TrainingQuery
 
 
 @pytest.fixture
+def ranked(tiny, root, smoke) -> list[hard_negatives.TrainingQuery]:
+    """Eight queries of stage 3, one of every task."""
+    return mined(tiny, root, smoke, 8)
+
+
+@pytest.fixture
+def noise(tiny, items) -> torch.Tensor:
+    """Of three rollouts of each item."""
+    return torch.rand(len(items), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
 def interrupted(monkeypatch):
     """`with interrupted(module, "name", call)`: that call of module.name is a keyboard interrupt, which must reach the top."""
 

@@ -70,6 +70,14 @@ def test_the_digest_is_that_of_the_values_that_differ_from_their_defaults(params
         ("extends: cpu\nstage3: {beta: .nan}\n", r"stage3\.beta: Input should be a finite number"),
         ("extends: cpu\nstage2: {optimiser: {lr: -1.0}}\n", r"stage2\.optimiser\.lr: "),
         ("extends: cpu\n7: x\n", "expected keys and values"),
+        ("extends: cpu\nrerank: {window: 18}\n", "hard = 16 negatives do not fill negatives = 1 and window = 18"),
+        ("extends: cpu\nstage3: {negatives: {again_every: 7}}\n", r"must be a multiple of negatives\.again_every = 7"),
+        ("extends: cpu\ncontrol: {hard: 8, random: 9}\n", r"are more than stage3\.negatives has: 8 [+] 8"),
+        ("extends: cpu\ncontrol: {random: null}\n", "both hard and random, or neither"),
+        (
+            "extends: cpu\nencoder: {candidate_summaries: false}\nstage3: {rollout_sides: all}\n",
+            "rollout_sides: all rolls candidates out",
+        ),
     ],
 )
 def test_bad_profiles_are_named(params, change, message):

@@ -94,15 +94,6 @@ def section(one: Section, place: Place, models: speed.Models, busy: Busy) -> dic
     return facts | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if card else None}
 
 
-def rounded(value):
-    """Four digits of every number."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    return [rounded(one) for one in value] if isinstance(value, list) else value
-
-
 def measure(place: Place, out: Path, limit: float, wanted: str) -> dict:
     """Runs the sections whose name has `wanted` in it."""
     card = torch.cuda.get_device_name() if place.device == "cuda" else "simulated device"
@@ -125,7 +116,8 @@ def measure(place: Place, out: Path, limit: float, wanted: str) -> dict:
             facts = {"skipped": f"{max(left, 0):.0f} of {limit:.0f} s are left"}
         else:
             facts = section(one._replace(seconds=int(min(one.seconds, left)) + 1), place, models, busy)
-        report["sections"][one.name] = rounded(facts)
+        four_digits = json.loads(json.dumps(facts), parse_float=lambda number: float(f"{float(number):.4g}"))
+        report["sections"][one.name] = four_digits
         files.write_whole(path, json.dumps(report, indent=1) + "\n")
         print(f"{time.monotonic() - began:5.0f} s  {one.name}: {json.dumps(report['sections'][one.name])[:300]}", flush=True)
     busy.stop()

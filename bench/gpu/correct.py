@@ -76,8 +76,8 @@ def readings(place: Place, model: Encoder, written: generation.Rollouts) -> dict
     out["log-probabilities"], out["embeddings at [RET]"] = rollouts.log_p, rollouts.embeddings
 
     def stage(drawn: list[Pair], **changes) -> torch.Tensor:
-        s = profile.stage2.model_copy(update={"steps": 1, "batch": len(drawn), "chunk": 4, "chunk_tokens": None, **changes})
-        s = s.model_copy(update={"lora": s.lora.model_copy(update={"rank": 8, "dropout": 0.0})})
+        changes |= {"steps": 1, "batch": len(drawn), "chunk": 4, "chunk_tokens": None, "lora": {"rank": 8, "dropout": 0.0}}
+        s = profile.changed({"stage2": changes}).stage2
         work = lambda: contrastive.train(model, lambda *_: drawn, s, seed=1, folder=place.folder / "none")  # noqa: E731
         return gradient(model, s.lora, work)
 
@@ -87,8 +87,7 @@ def readings(place: Place, model: Encoder, written: generation.Rollouts) -> dict
     with mock.patch.object(contrastive.SummaryCache, "__call__", lambda self, asked, *_: [[40, 41, 42]] * len(asked)):
         out["gradient of stage 2, [RET]"] = stage(mixed(place, 8), ret_share=1.0)
 
-    s = profile.stage3.model_copy(update={"gradient": "full", "chunk": 4, "num_generations": 2})
-    s = s.model_copy(update={"lora": s.lora.model_copy(update={"rank": 8})})
+    s = profile.changed({"stage3": {"gradient": "full", "chunk": 4, "num_generations": 2, "lora": {"rank": 8}}}).stage3
     model.add_lora(s.lora, seed=0)
     model.model.eval()
     randomise(model.trainable())
@@ -145,9 +144,8 @@ def trained(place: Place, folder: Path, *, killed: bool = False) -> torch.Tensor
     """Weights after a few steps of stage 2 with a checkpoint at each, flat; `killed` kills this process on the way."""
     model = embedder(place, "check", "float32")
     model.settings = model.settings.model_copy(update={"workers": 0})  # they would draw the last step at the first
-    s = place.profile.stage2
-    s = s.model_copy(update={"steps": STEPS, "batch": 6, "chunk": 3, "chunk_tokens": None, "lora": s.lora.model_copy(update={"rank": 8})})
-    s = s.model_copy(update={"optimiser": s.optimiser.model_copy(update={"checkpoint_every": 1})})
+    changes = {"steps": STEPS, "batch": 6, "chunk": 3, "chunk_tokens": None, "lora": {"rank": 8}, "optimiser": {"checkpoint_every": 1}}
+    s = place.profile.changed({"stage2": changes}).stage2
 
     def draw(step: int, size: int) -> list[Pair]:
         if killed and step == KILLED_AT:

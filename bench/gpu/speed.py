@@ -77,9 +77,8 @@ class Models:
 
 def steps(place: Place, model: Encoder, name: str, drawn: list[list[Pair]], **changes) -> tuple[list[dict], float]:
     """Log lines of a contrastive stage's steps, and the FLOPs of one."""
-    s = getattr(place.profile, name)
-    s = s.model_copy(update={"steps": len(drawn), "batch": len(drawn[0]), **changes})
-    s = s.model_copy(update={"optimiser": s.optimiser.model_copy(update={"checkpoint_every": 1000})})
+    changes |= {"steps": len(drawn), "batch": len(drawn[0]), "optimiser": {"checkpoint_every": 1000}}
+    s = getattr(place.profile.changed({name: changes}), name)
     with counted(model, rank=s.lora.rank, again=s.gradient_checkpointing) as work:
         rows = contrastive.train(model, lambda step, size: drawn[step], s, seed=1, folder=place.folder / f"{name}-{time.time()}")
     return rows, work.flops / len(drawn)

@@ -96,7 +96,8 @@ def times(table: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def _timed(way: Way, items: Sequence[Item], batch: int) -> float:
-    way.encoder.drop_features()
+    if way.encoder.vision:
+        way.encoder.vision.forget()
     began = time.perf_counter()
     encode(way.encoder, items, batch=batch, template=way.template)
     return time.perf_counter() - began

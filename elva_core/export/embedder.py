@@ -134,6 +134,6 @@ def _pair(entry: object, prompt: str, place: int) -> tuple[str, object, str]:
         raise ValueError(f"input {place} of a batch is {entry!r}, without text and image; {FORMS}")
     text = parts.get("text")
     text = "" if text is None else text
-    if prompt and isinstance(text, str):
-        text = inputs.instructed(prompt, text)
+    if prompt and isinstance(text, str):  # an image alone is asked with the instruction alone
+        text = prompt + text if text else prompt.strip()
     return text, parts.get("image"), prompt.strip()

@@ -46,7 +46,6 @@ def push(
     *,
     profile: Settings | None = None,
     results: Path | None = None,
-    api: HfApi | None = None,
 ) -> str:
     """Writes or uploads a trained model with its card. Nothing is written before all checks have passed.
 
@@ -71,23 +70,12 @@ def push(
             text = card(staged, name, profile=profile, results=results)
             readme.write_text(text, encoding="utf-8")
         refuse_local_paths(staged)
-        return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to, api or HfApi())
+        return to_folder(staged, target) if is_folder(to) else _to_hub(staged, to)
 
 
 @contextmanager
 def staged_copy(model: Path) -> Iterator[Path]:
-    """A temporary folder with the files of a model that are published. Raises PublishError like `checked`."""
-    files = checked(model)
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / "model"
-        staged.mkdir()
-        for path in files:
-            shutil.copyfile(path, staged / path.name)
-        yield staged
-
-
-def checked(model: Path) -> list[Path]:
-    """The files of a model that are published.
+    """A temporary folder with the files of a model that are published.
 
     Raises:
         PublishError: the folder is none of ours, or has no safetensors, or pickled weights.
@@ -103,7 +91,12 @@ def checked(model: Path) -> list[Path]:
     files = sorted({path for pattern in PUBLISHED for path in model.glob(pattern)})
     if not any(p.suffix == ".safetensors" for p in files):
         raise PublishError(f"{model} has no weights (*.safetensors); train it, or save it again")
-    return files
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder) / "model"
+        staged.mkdir()
+        for path in files:
+            shutil.copyfile(path, staged / path.name)
+        yield staged
 
 
 def refuse_local_paths(folder: Path) -> None:
@@ -255,10 +248,10 @@ def whole_folder(target: Path, mark: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _to_hub(staged: Path, name: str, api: HfApi) -> str:
+def _to_hub(staged: Path, name: str) -> str:
     validate_repo_id(name)
     stage = json.loads((staged / "elva.json").read_text(encoding="utf-8"))["stage"]
-    target = {"repo_id": name, "repo_type": "model"}
+    api, target = HfApi(), {"repo_id": name, "repo_type": "model"}
     try:
         repository = api.create_repo(**target, exist_ok=True)
         api.upload_folder(**target, folder_path=staged, commit_message=f"ELVA workbook, {stage}")

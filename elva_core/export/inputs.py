@@ -29,16 +29,12 @@ def items(pairs: Sequence[tuple[str, Picture | None, str]]) -> Iterator[list[Ite
         ValueError: a text or an image of another type, or the address of a web page: nothing is downloaded.
     """
     with TemporaryDirectory(prefix="elva-") as folder:
-        yield [
-            Item(_text(text), _file(image, Path(folder) / f"{n}.png"), instruction=instruction)
-            for n, (text, image, instruction) in enumerate(pairs)
-        ]
-
-
-def _text(text: object) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"a text is {type(text).__name__}; pass a string")
-    return text
+        made = []
+        for n, (text, image, instruction) in enumerate(pairs):
+            if not isinstance(text, str):
+                raise ValueError(f"a text is {type(text).__name__}; pass a string")
+            made.append(Item(text, _file(image, Path(folder) / f"{n}.png"), instruction=instruction))
+        yield made
 
 
 def _file(image: object, path: Path) -> Path | None:
@@ -51,12 +47,3 @@ def _file(image: object, path: Path) -> Path | None:
         name, kind = str(image)[:80], type(image).__name__
         raise ValueError(f"an image is {name!r} ({kind}); pass a PIL image or the path of a file")
     return Path(image)
-
-
-def instructed(instruction: str, text: str) -> str:
-    """A query's text behind its instruction; an image alone is asked with the instruction alone.
-
-    >>> instructed("Find it. ", "A dog."), instructed("Find it. ", "")
-    ('Find it. A dog.', 'Find it.')
-    """
-    return instruction + text if text else instruction.strip()

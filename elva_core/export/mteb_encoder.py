@@ -77,12 +77,11 @@ class MtebEncoder(AbsEncoder):
         """
         if precision != "float32":
             raise ValueError(f"precision {precision!r} is not given; embeddings are float32")
-        instruction = self._instruction(task_metadata) if prompt_type == PromptType.query else ""
+        prompt, instruction = task_metadata.prompt, ""
+        if prompt_type == PromptType.query:
+            prompt = prompt.get("query") if isinstance(prompt, dict) else prompt
+            instruction = self.instructions.get(task_metadata.name, prompt or "")
         return np.concatenate([self._embedded(batch, instruction) for batch in inputs])
-
-    def _instruction(self, task: TaskMetadata) -> str:
-        prompt = task.prompt.get("query") if isinstance(task.prompt, dict) else task.prompt
-        return self.instructions.get(task.name, prompt or "")
 
     def _embedded(self, batch: Mapping[str, list], instruction: str) -> np.ndarray:
         if not batch.keys() & {"text", "image"}:

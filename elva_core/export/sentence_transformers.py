@@ -96,7 +96,7 @@ def _instruction(root: mbeir.Root, unit: str) -> str:
     return query_item(root, bare, prompt_index=0).text + " "
 
 
-def configuration(texts: dict[str, str], truncate_dim: int | None = None) -> dict:
+def configuration(texts: dict[str, str], truncate_dim: int | None) -> dict:
     """config_sentence_transformers.json; an installation without this package is told before it loads."""
     reason = "the module class of this model is part of the ELVA workbook"
     return {

@@ -14,21 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from elva_core.data.items import Item
+from elva_core.files import ElvaDataError
 from elva_core.models.encoder import Encoder
 
 AT_ONCE = 16  # pictures that a worker makes ready before it hands them over
 
 
-class _Work(Dataset):
-    def __init__(self, work: Callable) -> None:
-        self.work = work
-
-    def __getitem__(self, asked: tuple[int, Hashable]) -> tuple[int, Hashable, bytes]:
-        # bytes go through a pipe; tensors would take a file descriptor each, and shared memory
-        return *asked, pickle.dumps(self.work(asked[1]))
-
-
-class Ahead:
+class Ahead(Dataset):
     """Values that worker processes make of keys, such as paths of images, in the order of the steps.
 
     Args:
@@ -55,7 +47,7 @@ class Ahead:
             # by fork: the work may hold a model, which no worker touches; the seed is no one's
             self._batches = iter(
                 DataLoader(
-                    _Work(self._work),
+                    self,
                     batch_sampler=self._asked(step),
                     num_workers=self._workers,
                     collate_fn=list,
@@ -63,6 +55,15 @@ class Ahead:
                     generator=torch.Generator(),
                 )
             )
+
+    def __getitem__(self, asked: tuple[int, Hashable]) -> tuple[int, Hashable, bytes]:
+        """A step, a key and the value made of it, in a worker."""
+        try:
+            made = self._work(asked[1])
+        except ElvaDataError:  # None for one that cannot be made ready, which fails where it is needed
+            made = None
+        # bytes go through a pipe; tensors would take a file descriptor each, and shared memory
+        return *asked, pickle.dumps(made)
 
     def _asked(self, first: int) -> Iterator[list[tuple[int, Hashable]]]:
         for step in range(first, self._steps):

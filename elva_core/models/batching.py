@@ -26,7 +26,7 @@ def lengths(encoder: Encoder, items: Sequence[Item], request: str) -> list[int]:
     count nothing.
     """
     shown, around = items, -1  # a placeholder
-    if not encoder.splices:  # whose chats hold pictures
+    if not encoder.vision:  # whose chats hold pictures
         texts = (tuple(part for part in item.more if isinstance(part, str)) for item in items)
         shown = [replace(item, image=None, more=more) for item, more in zip(items, texts, strict=True)]
         around = MARKERS

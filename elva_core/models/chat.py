@@ -26,7 +26,6 @@ from transformers.utils import ModelOutput
 from elva_core.data import frames, images
 from elva_core.data.frames import Clip
 from elva_core.data.items import Item
-from elva_core.files import ElvaDataError
 from elva_core.models.prefix import advance, can_be_fixed, fixed, prefill, read_next, repeated
 from elva_core.models.vision import moved
 
@@ -229,24 +228,19 @@ class Reader:
         for item in dict.fromkeys(items):
             if (item, request) not in chats:
                 made = self.ahead.take((item, request)) if self.ahead else None
-                chats[item, request] = made or self._prepared(item, request)
+                chats[item, request] = made or self.prepared((item, request))
         asked = [chats[item, request] for item in items]
         return read(self.model, self.processor, asked, endings, features)
-
-    def _prepared(self, item: Item, request: str) -> Chat:
-        names = tuple(part for part in item.parts if not isinstance(part, str))
-        return prepared(self.processor, self._messages(item, request), names)
 
     def keys(self, items: Sequence[Item], request: str) -> list[tuple[Item, str]]:
         """Keys of what workers make ready for items: the chats of those with pictures."""
         return [(item, request) for item in dict.fromkeys(items) if item.images or item.clips]
 
-    def prepared(self, key: tuple[Item, str]) -> Chat | None:
-        """A chat made ready, in a worker; None for one that cannot be, which fails where it is needed."""
-        try:
-            return self._prepared(*key)
-        except ElvaDataError:
-            return None
+    def prepared(self, key: tuple[Item, str]) -> Chat:
+        """A chat made ready, in a worker or here."""
+        item, request = key
+        names = tuple(part for part in item.parts if not isinstance(part, str))
+        return prepared(self.processor, self._messages(item, request), names)
 
 
 def check(model, processor, name: str, banned: Sequence[int]) -> None:

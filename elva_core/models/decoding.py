@@ -148,7 +148,7 @@ class Writing:
         """Goes on with `count` rows, those that wait and some that do not."""
         rows = self._tensors["waiting"].to(torch.uint8).argsort(descending=True, stable=True)[:count]
         self._tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
-        self._fixed = kept(self._model, self._fixed, rows)
+        self._fixed = kept(self._fixed, rows)
 
     def _choose(self) -> None:
         t, encoder = self._tensors, self._encoder

@@ -36,7 +36,7 @@ from elva_core.models import chat
 from elva_core.models.arithmetic import ATTENTION, float32_logits, keep_inputs, mixed
 from elva_core.models.lineage import lineage
 from elva_core.models.vision import SPLICED, Vision, VisionFeatures
-from elva_core.models.vocabulary import add_ret_token, banned_ids, placeholders
+from elva_core.models.vocabulary import add_ret_token, banned_ids
 from elva_core.training_settings import AdapterSettings, LoraSettings
 
 POOLING = "last position, L2-normalised"
@@ -90,14 +90,10 @@ class Encoder:
         self.end_id = chat.end_of_turn(processor)
         self.pad_id = tokenizer.pad_token_id
         self.banned_ids = banned_ids(tokenizer, self.end_id, self.vocabulary_rows).to(self.device)
-        self._placeholders = placeholders(processor)
+        special = {*tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens}
+        self._placeholders = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         # of all batches so far, without (on the device) and with their padding
         self.tokens_read, self.places_read = torch.zeros((), dtype=torch.int64), 0
-
-    @property
-    def splices(self) -> bool:
-        """Whether features are spliced into prompts; else the model is read as its own processor says."""
-        return self.vision is not None
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +127,7 @@ class Encoder:
         """A part as chat templates know it: a placeholder where features are spliced, else the pictures."""
         if isinstance(part, str):
             return [{"type": "text", "text": self._cut(part)}]
-        if not self.splices:
+        if not self.vision:
             return [{"type": "image", "image": picture} for picture in chat.pictures(part)]
         return [{"type": "text", "text": CLIP} if isinstance(part, Clip) else {"type": "image"}]
 
@@ -147,7 +143,7 @@ class Encoder:
         self, items: Sequence[Item], request: str, endings: Sequence[Sequence[int]] | None = None
     ) -> Batch:
         """Token rows of prompts, each followed by its ending (for instance summary tokens and [RET])."""
-        if self.splices:
+        if self.vision:
             batch = self._spliced(items, request, endings)
         else:
             given = self.reader.batch(items, request, endings)
@@ -202,12 +198,10 @@ class Encoder:
 
         return [list(itertools.chain(*map(repeated, row))) for row in rows]
 
-    def states(self, batch: Batch, cache=None) -> torch.Tensor:
+    def states(self, batch: Batch) -> torch.Tensor:
         """States after the final norm, (B, L, D)."""
-        use_cache = cache is not None
         with mixed(self.backbone):
-            out = self.backbone.model(**batch.inputs, past_key_values=cache, use_cache=use_cache)
-        return out.last_hidden_state
+            return self.backbone.model(**batch.inputs, use_cache=False).last_hidden_state
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Next-token logits in float32; tokens that must never be sampled get -inf. (..., D) -> (..., V)"""
@@ -279,11 +273,6 @@ class Encoder:
         """The same model that keeps no vision features: files may be gone, or changed, at the next call."""
         settings = self.settings.model_copy(update={"cache_vision": False})
         return Encoder(self.model, self.processor, settings, self.source, self.template)
-
-    def drop_features(self) -> None:
-        """Drops the vision features that were kept."""
-        if self.vision:
-            self.vision.forget()
 
     def one_step(self) -> AbstractContextManager[None]:
         """Around a step of training: the tower sees each image once."""
@@ -374,7 +363,7 @@ def load(
     if settings.ret_token not in processor.tokenizer.get_vocab():
         add_ret_token(model, processor.tokenizer, settings.ret_token)
     loaded = Encoder(model, processor, settings, str(folder), template)
-    if not loaded.splices:
+    if not loaded.vision:
         chat.check(model, processor, str(folder), loaded.banned_ids.tolist())
     elif settings.max_pixels:
         # a frame is as large as an image

@@ -78,25 +78,17 @@ def fixed(model, prefix: Prefix, rollouts: int, more: int) -> FixedPrefix:
     """Each row `rollouts` times with room for `more` tokens, without gradient."""
     rows, length = len(prefix.mask) * rollouts, prefix.mask.shape[1]
     cache = StaticCache(model.config.get_text_config(), max_cache_len=-(-(length + more) // ROOM) * ROOM)
-    for layer, read in zip(cache.layers, prefix.cache.layers, strict=True):
-        layer.lazy_initialization(*(x[:1].expand(rows, -1, -1, -1) for x in (read.keys, read.values)))
-        for place, given in ((layer.keys, read.keys), (layer.values, read.values)):
-            place[:, :, :length].unflatten(0, (-1, rollouts)).copy_(given[:, None])
-        layer.cumulative_length.fill_(length)
+    for place, layer in enumerate(prefix.cache.layers):
+        cache.update(*(x.repeat_interleave(rollouts, dim=0) for x in (layer.keys, layer.values)), place)
     bias = prefix.last.new_full((rows, 1, 1, cache.layers[0].max_cache_len), -torch.inf)
     bias[:, 0, 0, :length].masked_fill_(prefix.mask.bool().repeat_interleave(rollouts, dim=0), 0.0)
     return FixedPrefix(cache, bias, prefix.position.repeat_interleave(rollouts, dim=-2))
 
 
-def kept(model, prefix: FixedPrefix, rows: torch.Tensor) -> FixedPrefix:
+def kept(prefix: FixedPrefix, rows: torch.Tensor) -> FixedPrefix:
     """The rows (n,) int64 of it, in new tensors."""
-    cache = StaticCache(model.config.get_text_config(), max_cache_len=prefix.cache.layers[0].max_cache_len)
-    for layer, whole in zip(cache.layers, prefix.cache.layers, strict=True):
-        layer.lazy_initialization(*(x[:1].expand(len(rows), -1, -1, -1) for x in (whole.keys, whole.values)))
-        torch.index_select(whole.keys, 0, rows, out=layer.keys)
-        torch.index_select(whole.values, 0, rows, out=layer.values)
-        layer.cumulative_length.copy_(whole.cumulative_length)
-    return FixedPrefix(cache, prefix.bias[rows], prefix.position.index_select(-2, rows))
+    prefix.cache.reorder_cache(rows)
+    return FixedPrefix(prefix.cache, prefix.bias[rows], prefix.position.index_select(-2, rows))
 
 
 def read_next(model, prefix: FixedPrefix, words: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,6 @@ from elva_core.data.frames import Clip, Frames
 from elva_core.data.frames import read as read_clip
 from elva_core.data.images import open_image
 from elva_core.data.items import Item
-from elva_core.files import ElvaDataError
 
 # Models whose features can be spliced: one token stands for an image, and only the first layer sees features
 SPLICED = ("qwen2_vl", "qwen2_5_vl")
@@ -36,24 +35,21 @@ VISION_ATTENTION = "flash_by_sdpa"
 Stamp = tuple[int | None, int | None]  # size in bytes and time of change in ns; None where no file is
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(source: Path | Clip) -> Stamp:
     """Size and time of change of a file, which tell an overwritten one without reading it.
 
     A missing file has one, too: it is refused where it is opened.
     """
+    path = source.path if isinstance(source, Clip) else source
     if not path.is_file():
         return None, None
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def _stamp(source: Path | Clip) -> Stamp:
-    return stamp(source.path if isinstance(source, Clip) else source)
-
-
 def _changed(sources: Sequence[Path | Clip], kept: Mapping[Path | Clip, tuple[Stamp, object]]) -> dict:
     """Distinct sources, with the stamp of their file, of which nothing is kept or whose file has changed."""
-    stamps = {s: _stamp(s) for s in dict.fromkeys(sources)}
+    stamps = {s: stamp(s) for s in dict.fromkeys(sources)}
     return {s: now for s, now in stamps.items() if s not in kept or kept[s][0] != now}
 
 
@@ -88,7 +84,10 @@ class Vision:
         self._features: dict[Path | Clip, tuple[Stamp, VisionFeatures]] = {}
         self._in_step = False
         self.ahead = None  # elva_core.models.ahead.Ahead while images are made ready ahead
-        quicken(model.model.visual)
+        # conv3d alone took a third of its time on a CPU; a bound method of a function cannot be pickled
+        tower = model.model.visual
+        tower.config._attn_implementation = VISION_ATTENTION
+        tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)
 
     def images(self, paths: Sequence[Path]) -> list[VisionFeatures]:
         """Features of images, in their order; those that were kept are not computed again."""
@@ -136,7 +135,8 @@ class Vision:
         videos = [torch.from_numpy(f.pixels) for f in frames]
         # frames are never so many that their number should make them smaller
         inputs = processor(videos, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt")
-        pixels, grids = self._on_device(inputs.pixel_values_videos, inputs.video_grid_thw)
+        inputs = inputs.to(self.model.device)
+        pixels, grids = inputs.pixel_values_videos, inputs.video_grid_thw
         features = self.model.get_video_features(pixels, grids).pooler_output
         seconds = [processor.temporal_patch_size / f.sampled_rate for f in frames]
         return list(map(VisionFeatures, features, grids, seconds))
@@ -146,7 +146,7 @@ class Vision:
         device = self.model.device
         images = [moved(self._ready(path), device) for path in paths]
         inputs = self.processor.image_processor(images, do_resize=False, device=device, return_tensors="pt")
-        return self._on_device(inputs.pixel_values, inputs.image_grid_thw)
+        return inputs.pixel_values.to(device), inputs.image_grid_thw.to(device)
 
     def _read(self, source: Path | Clip) -> torch.Tensor | Frames:
         """An image as `resized` gives it, or the frames of a clip."""
@@ -155,22 +155,16 @@ class Vision:
     def _ready(self, source: Path | Clip) -> torch.Tensor | Frames:
         """An image or a clip, from a worker or opened here."""
         made = self.ahead.take(source) if self.ahead else None
-        return made[1] if made and made[0] == _stamp(source) else self._read(source)
+        return made[1] if made and made[0] == stamp(source) else self._read(source)
 
     def keys(self, items: Sequence[Item], request: str) -> list[Path | Clip]:
         """Keys of what workers make ready for items: images and clips of which no features are kept."""
         kept = self._features if self.keep else {}  # those of a step are gone when another one comes
         return list(_changed([source for item in items for source in (*item.images, *item.clips)], kept))
 
-    def prepared(self, source: Path | Clip) -> tuple[Stamp, torch.Tensor | Frames] | None:
-        """A source made ready, in a worker; None for one that cannot be, which fails where it is needed."""
-        try:
-            return _stamp(source), self._read(source)
-        except ElvaDataError:
-            return None
-
-    def _on_device(self, pixels: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return pixels.to(self.model.device), grids.to(self.model.device)
+    def prepared(self, source: Path | Clip) -> tuple[Stamp, torch.Tensor | Frames]:
+        """A source made ready, in a worker."""
+        return stamp(source), self._read(source)
 
 
 def resized(processor, path: Path) -> torch.Tensor:
@@ -179,13 +173,6 @@ def resized(processor, path: Path) -> torch.Tensor:
     size = images.size if isinstance(images.size, SizeDict) else SizeDict(**images.size)
     factor = images.patch_size * images.merge_size
     return images.resize(pixels.permute(2, 0, 1)[None], size, images.resample, factor)[0]
-
-
-def quicken(tower: torch.nn.Module) -> None:
-    """Gives a tower the two faster operations below; conv3d alone took a third of its time on a CPU."""
-    tower.config._attn_implementation = VISION_ATTENTION
-    # a bound method of a function cannot be pickled
-    tower.patch_embed.forward = partial(patches_by_matrix, tower.patch_embed)
 
 
 def patches_by_matrix(self, rows: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,7 @@ class VllmSampler:
     """
 
     def __init__(self, encoder: Encoder, lora: LoraSettings, settings: VllmSettings, folder: Path) -> None:
-        if not encoder.splices:
+        if not encoder.vision:
             kind = encoder.backbone.config.model_type
             raise ValueError(
                 f"stage3.sampler is vllm, which is given prompts of {', '.join(SPLICED)}, not of {kind}; "

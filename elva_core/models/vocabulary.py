@@ -1,8 +1,6 @@
-"""Special tokens: the row of [RET], what the policy must never sample, placeholders that a text may name."""
+"""Special tokens: the row of [RET], what the policy must never sample."""
 
 from __future__ import annotations
-
-import re
 
 import torch
 
@@ -33,9 +31,3 @@ def banned_ids(tokenizer, end_id: int, rows: int) -> torch.Tensor:
     """
     special = {token_id for token_id in tokenizer.get_added_vocab().values() if token_id != end_id}
     return torch.tensor(sorted(special | set(range(len(tokenizer), rows))), dtype=torch.long)
-
-
-def placeholders(processor) -> re.Pattern[str]:
-    """Every special token of a tokenizer and its processor, the longest first."""
-    special = {*processor.tokenizer.all_special_tokens, *processor.all_special_multimodal_tokens}
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))

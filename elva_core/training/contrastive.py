@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -82,20 +82,15 @@ def union_pairs(
         # tasks take turns, in a new order each round, so every task is seen equally often
         turn, place = divmod(step, len(draws))
         task = list(draws)[distributed.rng_for(seed, "turn", turn).permutation(len(draws))[place]]
-        drawn = [queries[row] for row in draws[task](turn, size)]
-        return [_pair(root, pool, q, int(rng.integers(len(q.positives))), seed, step) for q in drawn]
+        pairs = []
+        for query in (queries[row] for row in draws[task](turn, size)):
+            did = query.positives[int(rng.integers(len(query.positives)))]
+            asked = query_item(root, query, seed=seed, scope=f"train/{step}")
+            candidate = candidate_item(root, pool[pool.judged(did, query.qid)])
+            pairs.append(Pair(asked, candidate, did, query.positives))
+        return pairs
 
     return draw
-
-
-def _pair(root: mbeir.Root, pool: mbeir.Pool, query: mbeir.Query, choice: int, seed: int, step: int) -> Pair:
-    did = query.positives[choice]
-    return Pair(
-        query_item(root, query, seed=seed, scope=f"train/{step}"),
-        candidate_item(root, pool[pool.judged(did, query.qid)]),
-        did,
-        query.positives,
-    )
 
 
 def ranked_pairs(ranked: Sequence[TrainingQuery], seed: int, settings: ControlSettings) -> Draw:
@@ -175,24 +170,22 @@ def train(
     summaries = SummaryCache(encoder)
 
     @lru_cache(maxsize=8)  # drawn when it is made ready, and when it comes
-    def drawn(step: int) -> tuple[list[Pair], list[Item], list[list[int]]]:
+    def drawn(step: int) -> tuple[bool, list[Pair], list[Item], list[list[int]]]:
         pairs = draw(step, settings.batch)
         items = [p.query for p in pairs] + [p.candidate for p in pairs]
         items += [negative for p in pairs for negative in p.negatives]
         use_ret = ret_step(step, settings.ret_share)
-        return pairs, items, _chunks(encoder, items, len(pairs), settings, use_ret=use_ret)
+        return use_ret, pairs, items, _chunks(encoder, items, len(pairs), settings, use_ret=use_ret)
 
     def reads(step: int) -> tuple[list[Item], str]:
-        _, items, rows = drawn(step)
-        prompts, use_ret = encoder.settings, ret_step(step, settings.ret_share)
+        (use_ret, _, items, rows), prompts = drawn(step), encoder.settings
         computed = [items[i] for chunk in distributed.own_share(len(rows)) for i in rows[chunk]]
         return computed, prompts.summary_request if use_ret else prompts.eol_request
 
     @encoder.one_step()
     def step_fn(step: int) -> dict[str, float]:
         prepare(step)
-        pairs, items, rows = drawn(step)
-        use_ret = ret_step(step, settings.ret_share)
+        use_ret, pairs, items, rows = drawn(step)
         place = torch.tensor(list(chain(*rows)), device=encoder.device).argsort()  # of each item among them
         chunks = distributed.own_share(len(rows))
         chance = distributed.rng_for(seed, "bare", step).random(len(items))
@@ -200,16 +193,17 @@ def train(
         if not encoder.settings.candidate_summaries:
             bare.update(items[len(pairs) :])
         if use_ret:
-            computed = [items[i] for chunk in chunks for i in rows[chunk]]
-            summaries(computed, bare)  # written together, and kept
+            summaries(reads(step)[0], bare)  # written together, and kept
         ignore = None
         if settings.mask_false_negatives:
             ignore = losses.false_negatives([p.positives for p in pairs], [p.did for p in pairs])
             ignore = torch.nn.functional.pad(ignore, (0, len(items) - 2 * len(pairs))).to(encoder.device)
-        overlap = None
+        loss_of = partial(losses.infonce, ignore=ignore, temperature=settings.temperature)
         if isinstance(settings, ControlSettings) and settings.loss == "grains":
             answers = [p.grains[1] for p in pairs] + [g for p in pairs for g in p.grains[2:]]
             overlap = losses.overlap([p.grains[0] for p in pairs], answers).to(encoder.device)
+            how = {"temperature": settings.temperature, "grain_temperature": settings.grain_temperature}
+            loss_of = partial(losses.graded, overlap=overlap, **how)
         accuracy, written = [], {}
         tokens, places = encoder.tokens_read, encoder.places_read
 
@@ -230,21 +224,12 @@ def train(
             best = (best if ignore is None else best.masked_fill(ignore, -2)).argmax(1).cpu()
             accuracy.append(float((best == torch.arange(len(pairs))).float().mean()))
             nested = zip(*(losses.nested(side, settings.dims) for side in (queries, candidates)), strict=True)
-            how = {"temperature": settings.temperature}
-            if overlap is None:
-                return torch.stack([losses.infonce(*sides, ignore=ignore, **how) for sides in nested]).mean()
-            how["grain_temperature"] = settings.grain_temperature
-            return torch.stack([losses.graded(*sides, overlap, **how) for sides in nested]).mean()
+            return torch.stack([loss_of(*sides) for sides in nested]).mean()
 
         # the gradient, with the embeddings of all processes as each other's negatives
-        alone = distributed.processes().num_processes == 1
-        loss = losses.backward_in_chunks(
-            embed,
-            chunks,
-            loss_fn,
-            cache=settings.gradient_cache or not alone,
-            exchange=None if alone else distributed.exchanged,
-        )
+        cache = settings.gradient_cache or distributed.processes().num_processes > 1
+        exchange = distributed.exchanged
+        loss = losses.backward_in_chunks(embed, chunks, loss_fn, cache=cache, exchange=exchange)
         distributed.sum_gradients(parameters.values())
         counts = {"loss": sum(written.values()), "chunks": len(written)}
         counts |= {"tokens": float(encoder.tokens_read - tokens), "places": encoder.places_read - places}

@@ -86,9 +86,6 @@ def redrawn(pictures: torch.Tensor, settings: RedrawSettings, rng: np.random.Gen
 
 def patch_rows(images: torch.Tensor, processor) -> torch.Tensor:
     """(n, 3, side, side) from 0 to 1 -> (n * patches, values) in the image processor's order: 2x2 blocks."""
-    (n, _, side, _), patch = images.shape, processor.patch_size
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    blocks = side // patch // 2
-    x = ((images - mean) / std).view(n, 3, blocks, 2, patch, blocks, 2, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    x = x.unsqueeze(6).expand(*x.shape[:6], 2, patch, patch)  # an image is two equal frames
-    return x.reshape(n * (side // patch) ** 2, -1)
+    images = processor.normalize(images, processor.image_mean, processor.image_std)
+    sizes = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+    return processor.patchify(images, *sizes)[0].flatten(0, 1)

@@ -250,12 +250,9 @@ def train(
 
     turns = drawn_from(ranked)
 
-    def draw(i: int, size: int) -> list[TrainingQuery]:
-        return turns[i % len(turns)][0](i, size)
-
     def reads(i: int) -> tuple[list[Item], str]:
         which = "all" if settings.candidates == "step" else settings.rollout_sides
-        drawn = draw(i, per_step)
+        drawn = turns[i % len(turns)][0](i, per_step)
         share = [drawn[row] for row in distributed.own_share(len(drawn))]
         return [item for r in share for item in sides(r, which)], encoder.settings.summary_request
 
@@ -264,7 +261,7 @@ def train(
         prepare(i)
         if again and i and i % again == 0:
             turns = drawn_from(mine())
-        _, spare = turns[i % len(turns)]
+        draw, spare = turns[i % len(turns)]
         spares = [(spare(i * resample + k, per_step), uniform(i, k)) for k in range(resample)]
         with encoder.one_step():  # not around mining, which would keep what the tower makes of a whole pool
             row = step(encoder, draw(i, per_step), settings, uniform(i), sampler, spares)

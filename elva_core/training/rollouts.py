@@ -43,14 +43,6 @@ def candidates_once(
     return positives, negatives
 
 
-def candidates_as_mined(
-    encoder: Encoder, ranked: Sequence[TrainingQuery]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same embeddings, as computed by the model that chose the negatives: no forward at all."""
-    vectors = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
-    return vectors[:, 0], vectors[:, 1:]
-
-
 def cosines(
     encoder: Encoder, ranked: Sequence[TrainingQuery], vectors: torch.Tensor, settings: RlvrSettings
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -64,8 +56,9 @@ def cosines(
         return [
             ((v[:, 0] * v[:, 1]).sum(-1), torch.einsum("qgd,qngd->qgn", v[:, 0], v[:, 2:])) for v in rollouts
         ]
-    if settings.candidates == "mined":
-        positives, negatives = candidates_as_mined(encoder, ranked)
+    if settings.candidates == "mined":  # as the model that chose the negatives computed them: no forward
+        known = torch.stack([torch.from_numpy(r.vectors) for r in ranked]).to(encoder.device)
+        positives, negatives = known[:, 0], known[:, 1:]
     else:
         positives, negatives = candidates_once(encoder, ranked, settings.decode_rows)
     nested = (losses.nested(x, settings.dims) for x in (vectors[:, 0], positives, negatives))

@@ -136,10 +136,11 @@ def test_rollouts_that_share_a_prompt_save_their_own_tokens_and_the_prompt_repea
     def scored(h):
         cache = transformers.DynamicCache(config=h.backbone.config.get_text_config())
         mask = torch.cat([MASK.repeat_interleave(rollouts, 0), torch.ones(2 * rollouts, ending, dtype=torch.long)], dim=1)
-        first = h.states(prompt(h), cache)
+        first = h.backbone.model(**prompt(h).inputs, past_key_values=cache, use_cache=True).last_hidden_state
         cache.batch_repeat_interleave(rollouts)
         positions = torch.arange(40, 40 + ending).expand(3, 2 * rollouts, ending)
-        return first, h.states(encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)}), cache)
+        more = encoder.Batch(None, mask, positions, {"inputs_embeds": words(h, 2 * rollouts, ending)})
+        return first, h.backbone.model(**more.inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     kept = SMALL.activation_bytes(4, rank, dropout=False)
     planned = (2 * 40 + 2 * rollouts * ending) * kept + 2 * rollouts * 40 * SMALL.kv_bytes(4, repeated=True)

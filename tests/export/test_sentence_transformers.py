@@ -168,15 +168,6 @@ def test_an_input_that_cannot_be_read_is_refused_and_named(exported, form, messa
             exported[0].encode([form], prompt=prompt)
 
 
-def test_a_file_that_changes_is_read_again(exported, items, tmp_path):
-    model, place = exported[0], tmp_path / "image.png"
-    found = []
-    for item in [i for i in items if i.image and not i.text]:
-        place.write_bytes(item.image.read_bytes())
-        found.append(model.encode(str(place)))
-    assert abs(found[0] - found[1]).max() > 1e-4
-
-
 def test_an_export_says_nothing_of_this_machine_and_what_must_be_installed(saved, tmp_path):
     model = shutil.copytree(saved, tmp_path / "model")
     card = json.loads((model / "elva.json").read_text()) | {"parent": str(saved)}  # as older runs wrote it

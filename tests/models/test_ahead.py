@@ -127,8 +127,8 @@ def test_clips_are_decoded_by_workers_to_the_same_features(model_folder, smoke, 
 
 def test_a_resumed_run_is_made_ready_from_its_first_step_on_and_leaves_no_process(model_folder, root, smoke, tmp_path, opened, interrupted):
     model = of(model_folder, smoke, 1)
-    settings = smoke.stage2.model_copy(update={"steps": 4, "batch": 6, "chunk": 6, "ret_share": 0.0})
-    settings = settings.model_copy(update={"optimiser": settings.optimiser.model_copy(update={"checkpoint_every": 2})})
+    changes = {"steps": 4, "batch": 6, "chunk": 6, "ret_share": 0.0, "optimiser": {"checkpoint_every": 2}}
+    settings = smoke.changed({"stage2": changes}).stage2
     train = lambda m: contrastive.train(m, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path)  # noqa: E731
     with interrupted(contrastive.losses, "infonce", 3):
         train(model)

@@ -6,37 +6,10 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from elva_core.data import images as image_files
 from elva_core.data import items as data_items
 from elva_core.models import encoder
-from elva_core.training import contrastive
-
-
-@pytest.fixture
-def items(items) -> list[data_items.Item]:
-    """The items of other tests, and one with several images between texts."""
-    first, second = [i.image for i in items if i.image][:2]
-    return [*items, data_items.Item("Which one?", first, ("is shorter than", second, "and bluer", first))]
-
-
-def test_token_rows_and_states_equal_those_of_plain_transformers(tiny, items):
-    request, images = tiny.settings.eol_request, [image_files.open_image(path) for i in items for path in i.images]
-    ours = tiny.batch(items, request)
-    theirs = tiny.processor(text=tiny.prompts(items, request), images=images, padding=True, padding_side="left", return_tensors="pt")
-    assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.mask, theirs.attention_mask)
-    with torch.no_grad():
-        plain = tiny.backbone.model(**theirs).last_hidden_state[:, -1]
-        vectors = tiny.embed_eol(items)
-    torch.testing.assert_close(vectors, torch.nn.functional.normalize(plain, dim=-1), atol=1e-5, rtol=0)
-
-
-def test_an_embedding_depends_neither_on_its_batch_nor_on_features_that_were_kept(tiny, items):
-    with torch.no_grad():
-        fresh, kept, alone = tiny.embed_eol(items), tiny.embed_eol(items), torch.cat([tiny.embed_eol([i]) for i in items])
-    assert torch.equal(fresh, kept)
-    torch.testing.assert_close(fresh, alone, atol=1e-5, rtol=0)
 
 
 def test_special_tokens_and_spare_rows_are_banned_and_the_end_of_turn_is_not(tiny, items):
@@ -85,32 +58,9 @@ def test_only_the_language_model_is_in_training_mode_while_an_adapter_trains(tin
     assert modes() == ({False}, {False})
 
 
-def test_a_saved_folder_loads_here_and_in_plain_transformers(tiny, items, tmp_path):
-    tiny.save(tmp_path, stage="test", parent="none")
-    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
-    again = encoder.load(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again.embed_eol(items), tiny.embed_eol(items))
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert type(model) is type(tiny.backbone)
-    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.convert_tokens_to_ids("[RET]") == tiny.ret_id
-
-
 def test_a_folder_without_card_needs_settings(model_folder):
     with pytest.raises(FileNotFoundError, match=r"elva\.json is missing: pass settings"):
         encoder.load(model_folder)
-
-
-def test_contrastive_training_lowers_its_loss_and_gradient_caching_repeats_it(model_folder, smoke, root, tmp_path):
-    losses = []
-    for cache in (False, True):
-        model = encoder.load(model_folder, smoke.encoder)
-        changes = {"steps": 6, "batch": 6, "chunk": 4, "gradient_cache": cache, "ret_share": 0.5}
-        settings = smoke.stage2.model_copy(update=changes)
-        rows = contrastive.train(model, contrastive.union_pairs(root, settings, 1), settings, seed=1, folder=tmp_path / str(cache))
-        losses.append([r["loss"] for r in rows])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert all(x > 0 for x in losses[0])
 
 
 def test_the_quick_tower_gives_the_features_of_the_plain_one(tiny, root, tmp_path):

@@ -26,11 +26,6 @@ def adapted(tiny, smoke) -> encoder.Encoder:
     return tiny
 
 
-@pytest.fixture
-def noise(tiny, items) -> torch.Tensor:
-    return torch.rand(len(items), 3, tiny.settings.max_summary_tokens, generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 def test_a_token_takes_nothing_from_the_host_and_tells_it_nothing(adapted, items, noise):
     """What a CUDA graph cannot record: numbers made on the host, or looked at there."""

@@ -57,5 +57,3 @@ def test_candidates_without_summaries_are_trained_and_searched_at_once(model_fol
     candidates = {pair.candidate for pair in draw(0, settings.batch)}
     assert {item for item, text in given if not text} == candidates
     assert {item for item, text in given if text} == {pair.query for pair in draw(0, settings.batch)}
-    with pytest.raises(ValueError, match=r"rollout_sides: all rolls candidates out"):
-        smoke.changed({"encoder": {"candidate_summaries": False}, "stage3": {"rollout_sides": "all"}})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from elva_core.retrieval import cache, search
 
@@ -107,46 +105,6 @@ def test_float32_decides_what_is_far_apart(small_blocks, monkeypatch):
     )
     search.exact(unit_vectors(20, d=64), unit_vectors(3000, d=64, seed=1), 6, [[1]] * 20)
     assert passes == [(8, torch.float32), (8, torch.float32), (4, torch.float32)]
-
-
-class Elsewhere(torch.Tensor):
-    """A tensor that stands for one on a GPU: it meets none of this machine's, and gives no array."""
-
-    def numpy(self):
-        raise TypeError("a tensor of a device gives no array")
-
-
-class Gpu(TorchFunctionMode):
-    """Makes what is asked for on "cuda" an `Elsewhere`."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        away = [isinstance(x, Elsewhere) for x in tensors if x.dim()]
-        name = getattr(func, "__name__", "")
-        if getattr(func, "__self__", None) is torch.Tensor.device:
-            return torch.device("cuda" if isinstance(args[0], Elsewhere) else "cpu")
-        if func is torch.Tensor.to and torch.device("cuda") in args:
-            return args[0].as_subclass(Elsewhere)
-        if func is torch.Tensor.cpu:
-            return args[0].as_subclass(torch.Tensor)
-        if name not in ("as_subclass", "__get__"):
-            assert all(away) or not any(away), f"{name} of tensors on two devices"
-        here = kwargs.get("device") != torch.device("cuda")
-        out = func(*args, **(kwargs if here else kwargs | {"device": "cpu"}))
-        return out if here else out.as_subclass(Elsewhere)
-
-
-def test_on_a_device_nothing_is_computed_elsewhere(small_blocks):
-    """Without a GPU here: every operation sees tensors of one device, and only what is copied back becomes an array."""
-    c, q = with_copies(1000), unit_vectors(20, seed=2)
-    relevant = [[i, 2 * i][: i % 3] for i in range(20)]
-    for pool in (c, np.repeat(c[:1], 3000, axis=0)):
-        expected = search.exact(q, pool, 7, relevant)
-        with Gpu():
-            ranking = search.exact(q, pool, 7, relevant, device=torch.device("cuda"))
-        assert np.array_equal(ranking.rows, expected.rows) and np.array_equal(ranking.scores, expected.scores)
-        assert (ranking.ranks, ranking.pessimistic) == (expected.ranks, expected.pessimistic)
 
 
 def test_a_pool_on_disk_is_read_in_parts_and_float16_is_normalised_again(small_blocks, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import mined
 from elva_core.models import encoder, generation
 from elva_core.retrieval import retriever
 from elva_core.training import contrastive, losses
@@ -22,11 +21,10 @@ def test_the_graded_loss_is_its_divergence_and_vanishes_where_cosines_follow_the
     assert followed.item() == pytest.approx(0, abs=1e-12) and by_hand > 0.1
 
 
-def test_the_control_of_grains_lowers_their_divergence(tiny, root, smoke, tmp_path):
-    optimiser = smoke.control.optimiser.model_copy(update={"lr": 0.005, "warmup": 0.0})
-    changes = {"loss": "grains", "steps": 12, "batch": 8, "optimiser": optimiser, "summary_weight": 0.0}
-    settings = smoke.control.model_copy(update=changes)
-    draw = contrastive.ranked_pairs(mined(tiny, root, smoke, 8), 1, settings)
+def test_the_control_of_grains_lowers_their_divergence(tiny, ranked, smoke, tmp_path):
+    changes = {"loss": "grains", "steps": 12, "batch": 8, "optimiser": {"lr": 0.005, "warmup": 0.0}, "summary_weight": 0.0}
+    settings = smoke.changed({"control": changes}).control
+    draw = contrastive.ranked_pairs(ranked, 1, settings)
     pairs = draw(0, 8)
     answers = [(p.candidate, p.grains[1]) for p in pairs] + [a for p in pairs for a in zip(p.negatives, p.grains[2:], strict=True)]
     q, c = (torch.from_numpy(retriever.encode(tiny, i, batch=32)[0]) for i in ([p.query for p in pairs], [item for item, _ in answers]))
@@ -40,8 +38,8 @@ def test_the_control_of_grains_lowers_their_divergence(tiny, root, smoke, tmp_pa
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_items_read_at_once_teach_the_model_to_write_nothing(model_folder, smoke, root, tmp_path, share):
     model = encoder.load(model_folder, smoke.encoder)
-    optimiser = smoke.stage2.optimiser.model_copy(update={"lr": 0.02, "warmup": 0.0})
-    settings = smoke.stage2.model_copy(update={"bare_share": share, "ret_share": 1.0, "steps": 10, "optimiser": optimiser})
+    changes = {"bare_share": share, "ret_share": 1.0, "steps": 10, "optimiser": {"lr": 0.02, "warmup": 0.0}}
+    settings = smoke.changed({"stage2": changes}).stage2
     draw = contrastive.union_pairs(root, settings, 1)
     contrastive.train(model, draw, settings, seed=1, folder=tmp_path)
     written = generation.generate(model, [p.query for p in draw(99, 8)]).summaries(model.end_id)

@@ -138,10 +138,11 @@ def test_the_stage_teaches_the_single_pass_and_its_folder_says_so(root, smoke, m
     assert (weights(encoder.load(job.model)) - weights(encoder.load(model_folder, smoke.encoder))).abs().max() > 1e-4
 
 
-def test_a_profile_without_the_section_is_told_what_to_add(smoke, tmp_path):
-    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={"distil": None}), 1, tmp_path, {})
-    with pytest.raises(ProfileError, match=r"params/smoke\.yaml has no section distil; copy the one"):
-        jobs.following("distil", stage)
+@pytest.mark.parametrize("section", ["distil", "rerank"])
+def test_a_profile_without_the_section_is_told_what_to_add(smoke, tmp_path, section):
+    stage = stages.Stage("85_trade_cost", smoke.model_copy(update={section: None}), 1, tmp_path, {})
+    with pytest.raises(ProfileError, match=rf"params/smoke\.yaml has no section {section}; copy the one"):
+        jobs.following(section, stage)
 
 
 @pytest.fixture

@@ -24,13 +24,8 @@ STEP = 5e-3  # of finite differences, in the units of the weights
 ONE = NegativeSettings(hard=1, random=0, threshold=2.0)
 
 
-@pytest.fixture
-def ranked(tiny, root, smoke):
-    return mined(tiny, root, smoke, 8)
-
-
 def stage3(smoke, **changes):
-    return smoke.stage3.model_copy(update={"queries": 8, "queries_per_step": 4, "num_generations": 3} | changes)
+    return smoke.changed({"stage3": {"queries": 8, "queries_per_step": 4, "num_generations": 3} | changes}).stage3
 
 
 def noise(encoder, ranked, settings, seed=0):
@@ -52,7 +47,7 @@ def test_a_step_leaves_gradients_and_logs_every_line(tiny, ranked, smoke, sides)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in tiny.trainable().items() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("sides", ["query", "all"])
+@pytest.mark.parametrize("sides", ["query", "both", "all"])
 def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     """Every rollout's reward from the definition, one vector at a time."""
     settings, asked = stage3(smoke, rollout_sides=sides, candidates="mined"), ranked[:2]
@@ -69,9 +64,8 @@ def test_a_rollout_is_paid_for_its_own_candidates(tiny, ranked, smoke, sides):
     mined = [torch.from_numpy(r.vectors) for r in asked]
     for q in range(2):
         for i in range(3):
-            if sides == "query":
-                wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
-            else:
+            wanted = by_definition(v[q, 0, i], mined[q][0], mined[q][1:])
+            if sides == "all":
                 wanted = by_definition(v[q, 0, i], v[q, 1, i], v[q, 2:, i])
             torch.testing.assert_close(total[q, i], wanted, atol=1e-6, rtol=0)
 
@@ -106,9 +100,9 @@ def climb(model_folder, smoke, ranked, tmp_path, monkeypatch):
         return sampled
 
     monkeypatch.setattr(grpo, "sampler_of", lambda *_: nullcontext(read_by_the_frozen_copy))
-    advantages, optimiser = grpo.losses.advantages, smoke.stage3.optimiser.model_copy(update={"lr": 0.002, "checkpoint_every": 99})
+    advantages = grpo.losses.advantages
     toy = {"queries": 100, "queries_per_step": 2, "num_generations": 16, "chunk": 32, "beta": 0.0, "candidates": "mined"}
-    settings = stage3(smoke, **toy, optimiser=optimiser)
+    settings = stage3(smoke, **toy, optimiser={"lr": 0.002, "checkpoint_every": 99})
 
     def run(seed, sign, rollout_sides="query"):
         monkeypatch.setattr(grpo.losses, "advantages", lambda *given: sign * advantages(*given))
@@ -141,8 +135,9 @@ def test_without_its_advantages_or_against_them_the_reward_does_not_rise(climb, 
 
 
 def test_mined_vectors_are_those_that_a_forward_gives(tiny, ranked):
-    for stored, fresh in zip(rollouts.candidates_as_mined(tiny, ranked), rollouts.candidates_once(tiny, ranked, 3), strict=True):
-        torch.testing.assert_close(stored, fresh, atol=1e-5, rtol=0)
+    stored = torch.stack([torch.from_numpy(r.vectors) for r in ranked])
+    for known, fresh in zip((stored[:, 0], stored[:, 1:]), rollouts.candidates_once(tiny, ranked, 3), strict=True):
+        torch.testing.assert_close(known, fresh, atol=1e-5, rtol=0)
 
 
 def test_chunks_do_not_change_the_gradient(model_folder, smoke, ranked, monkeypatch):
@@ -219,30 +214,24 @@ def test_only_the_full_gradient_is_that_of_the_enumerated_expected_reward(model_
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [({"kl": float("nan")}, "KL"), ({"kl": 9.0}, "above its bound"), ({"reward": float("nan")}, "not a number")],
+    [
+        ({"kl": float("nan")}, "KL"),
+        ({"kl": 9.0}, "above its bound"),
+        ({"reward": float("nan")}, "not a number"),
+        ({"sampler_drift": 0.3}, "nats a token from the trainer, above its bound 0.2"),
+        ({"sampler_drift": float("nan")}, "above its bound"),
+    ],
 )
 def test_the_guard_names_its_reason(smoke, row, reason):
-    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2}
+    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2, "sampler_drift": 0.05}
     check = grpo.guard(smoke.stage3)
     assert check(healthy) is None
     assert reason in check(healthy | row)
 
 
-def test_constant_summaries_are_called_a_collapse(smoke):
-    check = grpo.guard(smoke.stage3)
-    row = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 1.0}
-    answers = [check(row) for _ in range(grpo.COLLAPSE_WINDOW)]
-    assert answers[:-1] == [None] * (grpo.COLLAPSE_WINDOW - 1) and "collapse" in answers[-1]
-
-
 def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_folder, smoke, root, ranked, tmp_path, interrupted):
-    settings = stage3(
-        smoke,
-        queries_per_step=2,
-        candidates="mined",
-        negatives=smoke.stage3.negatives.model_copy(update={"again_every": 2}),
-        optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.05}),
-    )
+    changes = {"negatives": {"again_every": 2}, "optimiser": {"checkpoint_every": 2, "lr": 0.05}}
+    settings = stage3(smoke, queries_per_step=2, candidates="mined", **changes)
 
     def run(name, changed=settings):
         model, times = encoder.load(model_folder, smoke.encoder), []
@@ -263,11 +252,6 @@ def test_negatives_mined_again_change_the_run_and_survive_an_interruption(model_
     assert torch.equal(run("cut")[0], whole)
 
 
-def test_mining_again_between_checkpoints_is_refused(smoke):
-    with pytest.raises(ValueError, match=r"must be a multiple of negatives\.again_every = 7"):
-        smoke.changed({"stage3": {"negatives": {"again_every": 7}}})
-
-
 @pytest.mark.parametrize(
     ("cause", "reason", "done"),
     [("not a number", "gradient is not finite", 0), ("runaway", "is above its bound", 1), ("constant", "collapse", 1)],
@@ -276,8 +260,7 @@ def test_what_goes_wrong_stops_training_by_name_and_a_calmer_run_goes_on_from_th
     model_folder, smoke, ranked, tmp_path, monkeypatch, cause, reason, done
 ):
     def with_rate(lr):
-        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 1, "lr": lr})
-        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser=optimiser)
+        return stage3(smoke, queries_per_step=2, kl_bound=1e-3, optimiser={"checkpoint_every": 1, "lr": lr})
 
     wild, calm = with_rate(0.3 if cause == "runaway" else 1e-4), with_rate(1e-5)
     healthy = rewards.rank_reward
@@ -332,7 +315,7 @@ def train_in_a_process(folder, model_folder, prompts, ranked, settings, fatal_st
 
 @pytest.mark.slow
 def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run(model_folder, smoke, ranked, tmp_path):
-    settings = stage3(smoke, queries_per_step=2, optimiser=smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2}))
+    settings = stage3(smoke, queries_per_step=2, optimiser={"checkpoint_every": 2})
 
     def run(name, fatal_step):
         one = multiprocessing.get_context("spawn").Process(

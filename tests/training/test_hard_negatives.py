@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from conftest import mined
 from elva_core import files
 from elva_core.data import mbeir
-from elva_core.training import contrastive, hard_negatives, rewards, rollouts
+from elva_core.training import contrastive, hard_negatives
 from elva_core.training_settings import NegativeSettings
 
 FEW = NegativeSettings(hard=2, random=1, threshold=2.0)
@@ -75,7 +74,7 @@ def test_the_harder_half_and_the_easier_are_all_queries_of_each_task(tiny, root,
     assert ahead[0] > ahead[1] + 1e-3
 
 
-def test_exchanged_pairs_are_chosen_and_paid_by_the_same_rules(tiny, ranked, smoke):
+def test_exchanged_pairs_are_chosen_by_the_same_rules(ranked):
     turned = hard_negatives.exchanged(ranked, FEW, seed=3)
     item_of = {r.item: r for r in ranked}
     for before, after in zip(ranked, turned, strict=True):
@@ -88,14 +87,6 @@ def test_exchanged_pairs_are_chosen_and_paid_by_the_same_rules(tiny, ranked, smo
         np.testing.assert_allclose(after.vectors @ before.near, [before.positive_cosine, *after.cosines], atol=1e-6)
         assert after.cosines[0] >= after.cosines[1]  # the hard ones first
     assert [r.rows for r in turned] == [r.rows for r in hard_negatives.exchanged(ranked, FEW, seed=3)]
-    # a candidate's rollout, scored by hand
-    v = torch.nn.functional.normalize(torch.randn(1, 1, 2, tiny.backbone.config.get_text_config().hidden_size), dim=-1)
-    settings = smoke.stage3.model_copy(update={"rollout_sides": "both", "candidates": "mined"})
-    (sides_of,) = rollouts.cosines(tiny, turned[:1], v, settings)
-    total = rewards.reward(*sides_of, settings.reward).total
-    s_p, s_n = v[0, 0] @ torch.from_numpy(ranked[0].asking), v[0, 0] @ torch.from_numpy(turned[0].vectors[1:]).T
-    rank = rewards.rank_reward(s_p, s_n, gamma=settings.reward.gamma)
-    torch.testing.assert_close(total[0], 0.4 * rewards.margin_reward(s_p, s_n, delta=settings.reward.delta) + 0.6 * rank)
 
 
 def test_too_few_queries_to_exchange_say_what_to_raise(ranked):
@@ -115,7 +106,3 @@ def test_the_control_takes_the_hardest_and_the_random_negatives_it_asks_for(rank
         assert pair.negatives == r.negatives and pair.grains == r.grains
         assert some.negatives == (*r.negatives[:2], r.negatives[-1]) and some.grains[2:] == (*r.grains[2:4], r.grains[-1])
         assert pair.grains[0] == pair.grains[1] != frozenset()
-    with pytest.raises(ValueError, match=r"are more than stage3\.negatives has: 3 [+] 3"):
-        smoke.changed({"control": {"hard": 4, "random": 1}})
-    with pytest.raises(ValueError, match="both hard and random, or neither"):
-        smoke.changed({"control": {"hard": 1, "random": None}})

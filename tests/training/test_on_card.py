@@ -118,13 +118,15 @@ def test_the_analyses_of_grains_and_summaries_and_an_index(loaded, root, smoke, 
     assert faiss_index.write(again, pools.of_unit(again, root, unit, batch=16), tmp_path / "index", precision="int8")
 
 
-def test_search_and_evaluation(loaded, root, smoke, card):
+def test_search_and_evaluation(loaded, root, smoke, card, monkeypatch):
     result = retriever.Searcher(loaded, root, "test", smoke.evaluation).evaluate("emoji_task0")
     assert len(result.ranks) == len(result.queries)
+    monkeypatch.setattr(search, "ROWS", 1024)
     generator = torch.Generator().manual_seed(0)
     pool, queries = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator)).numpy() for n in (3000, 40))
     pool[7] = pool[2000]  # a tie
     relevant = [[i, 2000] for i in range(40)]
-    there, here = (search.exact(queries, pool, 10, relevant, device=device) for device in ("cuda", "cpu"))
-    assert (there.rows == here.rows).all() and (there.scores == here.scores).all()
-    assert there.ranks == here.ranks and there.pessimistic == here.pessimistic
+    for vectors in (pool, pool[:1].repeat(3000, axis=0)):  # the same everywhere: a second pass in float64
+        there, here = (search.exact(queries, vectors, 10, relevant, device=device) for device in ("cuda", "cpu"))
+        assert (there.rows == here.rows).all() and (there.scores == here.scores).all()
+        assert there.ranks == here.ranks and there.pessimistic == here.pessimistic

@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_grpo import noise, stage3
 
-from conftest import mined
 from elva_core.models import encoder, generation
 from elva_core.training import grpo, losses, rollouts
-
-
-@pytest.fixture
-def ranked(tiny, root, smoke):
-    return mined(tiny, root, smoke, 8)
-
-
-def stage3(smoke, **changes):
-    return smoke.stage3.model_copy(update={"num_generations": 3, "candidates": "mined"} | changes)
-
-
-def noise(encoder, ranked, settings, seed=0):
-    sides = len(grpo.sides(ranked[0], settings.rollout_sides))
-    shape = (len(ranked), sides, settings.num_generations, encoder.settings.max_summary_tokens)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gradient_of(model_folder, smoke, asked, settings, *given):

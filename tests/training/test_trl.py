@@ -54,7 +54,7 @@ def trainer(model_folder, tmp_path, request):
 
 
 @pytest.mark.parametrize(("trainer", "loss_type"), [(name, name) for name in LOSS_TYPES], indirect=["trainer"])
-def test_the_loss_and_its_gradient_equal_trls(trainer, loss_type, inputs, monkeypatch):
+def test_the_loss_its_gradient_and_what_is_logged_equal_trls(trainer, loss_type, inputs, monkeypatch):
     log_p, log_old, log_reference, mask, advantage = inputs
     monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (log_p, torch.zeros_like(log_p), None))
     batch = {
@@ -69,9 +69,11 @@ def test_the_loss_and_its_gradient_equal_trls(trainer, loss_type, inputs, monkey
     }
     theirs = trainer._compute_loss(trainer.model, batch)
     (their_gradient,) = torch.autograd.grad(theirs, log_p)
-    ours, _ = losses.policy_loss(
+    ours, facts = losses.policy_loss(
         log_p, log_old, log_reference, mask, advantage, clip=CLIP, beta=KL_WEIGHT, loss_type=loss_type, max_length=LENGTH
     )
     (our_gradient,) = torch.autograd.grad(ours, log_p)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
     torch.testing.assert_close(our_gradient, their_gradient, atol=1e-6, rtol=0)
+    logged = [trainer._metrics["eval"][name][-1] for name in ("kl", "clip_ratio/region_mean")]
+    assert [facts["kl"], facts["clip_fraction"]] == pytest.approx(logged, rel=1e-5) and min(logged) > 0

@@ -8,14 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_grpo import noise as numbers
 from test_grpo import stage3, train_as_one_of
 from transformers import AutoProcessor
 
 import vllm_stand_in
 from conftest import exit_codes, mined
 from elva_core.models import encoder, generation, vllm_sampler
-from elva_core.training import grpo, loop, losses
+from elva_core.training import grpo, loop
 from elva_core.training_settings import LoraSettings, VllmSettings
 
 
@@ -126,37 +125,12 @@ def test_a_summary_depends_on_its_own_noise_however_items_are_split(policy, samp
     assert any(len({tuple(s) for s in group}) > 1 for group in whole.summaries(policy.end_id))
 
 
-def test_a_step_leaves_the_gradient_of_the_transformers_side(policy, sampler, root, smoke, monkeypatch):
-    """Gains are given: dividing by the tiny spread of an untrained model's rewards would blow up rounding."""
-    monkeypatch.setattr(losses, "advantages", lambda r, *_: torch.arange(r.numel()).float().view_as(r) - 2)
-    settings = stage3(smoke, gradient="full", candidates="mined", chunk=6)
-    ranked = mined(policy, root, smoke, 4)
-    drawn = []
-
-    def watched(*asked):
-        drawn.extend(sampler(*asked))
-        return drawn
-
-    gradients, rows = [], []
-    noise = numbers(policy, ranked, settings)
-    for way in (watched, generation.in_process):
-        policy.model.zero_grad()
-        rows.append(grpo.step(policy, ranked, settings, noise, way))
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values()]))
-        parts = [[r.item for r in ranked[i : i + 2]] for i in (0, 2)]
-        noise = torch.cat([noise_that_draws(policy, *both, 1.0) for both in zip(parts, drawn, strict=True)])[:, None]
-    assert gradients[0].abs().max() > 0
-    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[1].abs().max()
-    assert rows[0].pop("sampler_drift") < 1e-4 and rows[0] == pytest.approx(rows[1], abs=1e-4)
-    assert rows[0]["clip_fraction"] == 0  # the ratio is 1 at the first pass
-
-
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_weights_and_leaves_no_folder(
     engine, model_folder, prompting, root, smoke, tmp_path, interrupted
 ):
     def run(name, **changes):
-        optimiser = smoke.stage3.optimiser.model_copy(update={"checkpoint_every": 2, "lr": 0.01} | changes)
+        optimiser = {"checkpoint_every": 2, "lr": 0.01} | changes
         settings = stage3(smoke, queries_per_step=2, sampler="vllm", candidates="mined", optimiser=optimiser)
         model = encoder.load(model_folder, prompting)
         ranked = mined(model, root, smoke, 8)
@@ -188,14 +162,6 @@ def test_another_prompt_than_the_trainers_is_refused(engine, policy, smoke, item
         policy.add_lora(smoke.stage3.lora, seed=0)
         with pytest.raises(ValueError, match=r"vLLM read \d+ prompt tokens where the trainer has \d+.*image processors"):
             sampler(policy, [items], [noise], 1.0)
-
-
-def test_a_sampler_far_from_the_trainer_stops_training_by_name(smoke):
-    check = grpo.guard(stage3(smoke, vllm=VllmSettings(drift_bound=0.2)))
-    healthy = {"reward": 0.5, "kl": 0.1, "frac_reward_zero_std": 0.2}
-    assert check(healthy) is None and check(healthy | {"sampler_drift": 0.05}) is None
-    for drift in (0.3, float("inf"), float("nan")):
-        assert "nats a token from the trainer, above its bound 0.2" in check(healthy | {"sampler_drift": drift})
 
 
 def test_a_wrong_engine_is_noticed(engine, model_folder, prompting, root, smoke, tmp_path, monkeypatch):
@@ -272,9 +238,8 @@ def with_the_stand_in(*asked):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, tiny, root, smoke, tmp_path):
+def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_folder, prompting, ranked, smoke, tmp_path):
     """Three queries a step, so that the shares are uneven."""
-    ranked = mined(tiny, root, smoke, 8)
     settings = stage3(smoke, queries=6, queries_per_step=3, sampler="vllm", candidates="mined")
     one = encoder.load(model_folder, prompting)
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}
