@@ -59,6 +59,8 @@ def own_share(count: int) -> list[int]:
 
 def summed(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the processes."""
+    if processes().num_processes == 1:  # a card would be waited for
+        return values
     sharding.collective_turn(sharding.EXCHANGE)
     total = reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=processes().device), "sum")
     return dict(zip(values, total.tolist(), strict=True))
@@ -66,6 +68,8 @@ def summed(values: dict[str, float]) -> dict[str, float]:
 
 def gathered(parts: dict[int, object]) -> dict[int, object]:
     """Numbered objects of all processes."""
+    if processes().num_processes == 1:
+        return parts
     sharding.collective_turn(sharding.EXCHANGE)
     return {number: part for theirs in gather_object([parts]) for number, part in theirs.items()}
 

@@ -235,8 +235,10 @@ def policy_loss(
         loss = (per_token.sum(1) / mask.sum(1).clamp(min=1)).mean()
     elif loss_type == "dr_grpo":
         loss = per_token.sum() / (len(mask) * max_length)
-    else:
+    elif loss_type == "dapo":
         loss = per_token.sum() / mask.sum().clamp(min=1)
+    else:
+        raise ValueError(f"loss_type {loss_type!r} is none of grpo, dr_grpo, dapo")
     with torch.no_grad():
         clipped = ((ratio < 1 - clip) & (gain < 0)) | ((ratio > 1 + clip) & (gain > 0))
         tokens = mask.sum().clamp(min=1)

@@ -47,7 +47,11 @@ def negative_weights(rank: torch.Tensor, form: str) -> torch.Tensor:
     The corrected form clips the weight at 0.
     """
     weight = rank.double().log() - 1
-    return (weight if form == "printed" else weight.clamp(min=0)).float()
+    if form == "printed":
+        return weight.float()
+    if form == "corrected":
+        return weight.clamp(min=0).float()
+    raise ValueError(f"reward form {form!r} is neither printed nor corrected")
 
 
 def rank_reward(
@@ -68,6 +72,8 @@ def rank_reward(
     """
     r, k = ranks(positive.detach(), negatives.detach())
     penalty = negatives * negative_weights(k, form)
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"penalty reduction {reduction!r} is neither sum nor mean")
     penalty = penalty.sum(-1) if reduction == "sum" else penalty.mean(-1)
     return positive / (1 + r.float().log()) - gamma * penalty
 
