@@ -1,4 +1,4 @@
-"""Metrics against ir-measures on random rankings, and their laws."""
+"""Metrics by hand and against ir-measures on random rankings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from hypothesis.strategies import integers, lists
 from ir_measures import RR, R, Success, nDCG
 
 from elva_core.retrieval import metrics
+
+
+def test_three_documents_by_hand():
+    ranks, relevant = [[1, 3], [2], []], [2, 1, 1]
+    assert metrics.hit_rate_at_k(ranks, 1).tolist() == [1, 0, 0]
+    assert metrics.recall_at_k(ranks, 2, relevant).tolist() == [0.5, 1, 0]
+    assert metrics.reciprocal_rank(ranks).tolist() == [1, 0.5, 0]
+    # (1 + 1/2) / (1 + 1/log2 3) and 1/log2 3
+    assert metrics.ndcg_at_k(ranks, 3, relevant)[:2] == pytest.approx([1.5 / (1 + 1 / np.log2(3)), 1 / np.log2(3)])
 
 
 @settings(max_examples=10, deadline=None)

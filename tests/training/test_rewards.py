@@ -37,10 +37,23 @@ def test_as_printed_a_stronger_negative_above_the_positive_raises_the_reward_and
     assert corrected[0] == pytest.approx(corrected[1], abs=1e-6)
 
 
+def test_a_tie_counts_against_the_positive():
+    r, _ = rewards.ranks(torch.tensor(0.5), torch.tensor([0.5, 0.5]))
+    assert r.item() == 3
+
+
 def test_margin_pays_nothing_to_failures_and_without_bound_to_easy_ones():
     negatives = torch.tensor([[0.4, 0.1], [0.4, 0.1], [-0.9, -1.0]])
     got = rewards.margin_reward(torch.tensor([0.3, 0.6, 1.0]), negatives, delta=0.1)
     assert got.tolist() == pytest.approx([0.0, 0.1, 1.8], abs=1e-6)
+
+
+def test_leading_dimensions_are_kept_and_do_not_mix():
+    torch.manual_seed(0)
+    s_p, s_n = torch.rand(3, 4), torch.rand(3, 4, 5)
+    whole = rewards.rank_reward(s_p, s_n, gamma=0.1)
+    single = torch.stack([torch.stack([rewards.rank_reward(s_p[i, j], s_n[i, j], gamma=0.1) for j in range(4)]) for i in range(3)])
+    torch.testing.assert_close(whole, single)
 
 
 @pytest.mark.parametrize("form", ["printed", "corrected"])
@@ -54,6 +67,13 @@ def test_the_order_in_which_negatives_are_listed_does_not_matter(form, torch_see
     for reduction in ("sum", "mean"):
         given, again = (rewards.rank_reward(s_p, n, gamma=0.1, form=form, reduction=reduction) for n in (s_n, shuffled))
         torch.testing.assert_close(given, again)
+
+
+def test_unknown_forms_are_refused():
+    with pytest.raises(ValueError, match="neither printed nor corrected"):
+        rewards.negative_weights(torch.tensor([1]), "typo")
+    with pytest.raises(ValueError, match="neither sum nor mean"):
+        rewards.rank_reward(torch.tensor(0.1), torch.tensor([0.2]), gamma=0.1, reduction="max")
 
 
 def test_the_margin_weighs_as_much_as_a_query_is_solved():
