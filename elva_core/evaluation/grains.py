@@ -248,7 +248,7 @@ def neighbourhood(searcher: Searcher, result: UnitResult, index: int, size: int,
     """t-SNE of one query, its positive and its nearest candidates.
 
     Returns:
-        columns x, y, role (query, positive, shares all but one grain, other), label.
+        columns x, y, role (query, positive, one grain differs, other), label.
     """
     from sklearn.manifold import TSNE
 
