@@ -207,6 +207,7 @@ def unseen_told(rows: pd.DataFrame) -> str:
 def negatives(settings: Settings) -> str:
     """The negatives of stage 3 that the control takes, in words; their number was chosen on val.
 
+    >>> from elva_core import config
     >>> negatives(config.load("cpu"))
     "none of stage 3's 8 hard negatives and all of its 8 random ones"
     """

@@ -263,7 +263,7 @@ def test_the_report_has_one_row_for_what_was_not_run_with_its_command(smoke, tmp
     reported = {"table7": {"columns": ["MSR-VTT R@1", "MSR-VTT R@5", "MSVD R@1"]}}
     figures = pd.DataFrame({"ours": [None, None, 3.0], "paper": [1.0, 2.0, 3.0]}).assign(source="Table 1", baseline="GPUs: make x")
     table, trainings = report.not_run(run, reported, figures).to_numpy().tolist()  # sets of its own: none is missing
-    assert table == ["Table 1", "2 figures", "GPUs", "make x"]
+    assert table == ["Table 1", "2 numbers", "GPUs", "make x"]
     command = "python -m elva_core study smoke --seed 1"
     assert trainings == ["ablation study", f"{len(rest)} of {len(rest) + 1} trainings", "time", command]
     video = smoke.video.model_copy(update={"sets": f"{files.REPOSITORY}/data/videos", "drawings": None})

@@ -296,5 +296,5 @@ def test_quality_and_speed_become_claims_and_a_figure():
     )
     (axis,) = figures.quality_against_speed(trade, "t").axes
     assert [text.get_text() for text in axis.figure.legends[0].texts] == ["another (speed not measured)", "single pass"]
-    assert axis.get_xscale() == "log" and "n = 50" in axis.get_title()
+    assert axis.get_xlim()[0] == 0 and "n = 50" in axis.get_title()
     assert next(tuple(line.get_xydata()[0]) for line in axis.lines if len(line.get_xydata()) == 1) == (90, 30)
