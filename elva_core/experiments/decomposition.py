@@ -188,12 +188,13 @@ def _losses(rows: pd.DataFrame, metric: str) -> str:
 def unseen_told(rows: pd.DataFrame) -> str:
     """The steps on the queries whose pictures no training vendor has, in words; "" without such rows."""
     apart = rows[rows["group"] == f"queries with {UNSEEN}"].set_index(["step", "metric"])
-    if apart.empty:
+    if "all" not in apart.index.get_level_values("step"):
         return ""
     n, whole = int(apart["n"].iloc[0]), int(average(rows)["n"].max())
     told = []
     for metric in (f"hit@{k}" for k in CUTOFFS):
-        steps = ", ".join(f"{step} {interval(apart.loc[step, metric])}" for step in STEPS)
+        there = [step for step in STEPS if (step, metric) in apart.index]
+        steps = ", ".join(f"{step} {interval(apart.loc[step, metric])}" for step in there)
         total = apart.loc["all", metric]
         rise = f"{total['old value']:.1f} to {total['new value']:.1f} %, {interval(total)} points"
         told.append(f"{metric} goes from {rise} ({steps})")

@@ -28,7 +28,8 @@ NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|\b[\w./-]+/[\w./-]+|\b\w+\
 TYPED = {
     "the paper": r"arXiv 2606\.20280|Tables? \d( and \d)?|[Ss]tages? ?\d( to \d)?",
     "versions": r"Python 3\.11|vLLM 0\.33\.0|torch 2\.14\.0|transformers below 5\.21",
-    "names": r"Qwen[\d.]+-VL|2B or 7B|b?float(16|32)|ZeRO-2|sharegpt4v|Urban1k|Apache-2\.0|CC BY(-SA)? 4\.0|seed-?\s?17|00_check_environment",
+    "names": r"Qwen[\d.]+-VL|2B or 7B|b?float(16|32)|ZeRO-2|sharegpt4v|Urban1k|seed-?\s?17|00_check_environment",
+    "licences": r"Apache-2\.0|CC BY(-SA)? 4\.0",
     "notebooks": r"[Nn]otebooks? \d\d( and \d\d)?",
     "definitions": r"1 if any positive|RANK from 0|8 \+ 16/N bytes|instead of 16|70 to 85 %",  # plan's target for memory
 }
