@@ -335,48 +335,50 @@ def test_kill_9_at_any_step_and_a_rerun_give_the_weights_of_an_uninterrupted_run
         assert [row["step"] for row in rows] == [0, 1, 2, 3]
 
 
-def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, settings, flat):
-    """What `accelerate launch --cpu --num_processes COUNT` starts: stage 3, or its InfoNCE control."""
+def train_as_one_of(rank, count, port, folder, model_folder, prompts, ranked, cases):
+    """What `accelerate launch --cpu --num_processes COUNT` starts, case after case: stage 3, or its InfoNCE control."""
     torch.set_num_threads(1)
-    grpo.FLAT = flat
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    model = encoder.load(model_folder, prompts)
-    if isinstance(settings, RlvrSettings):
-        rows = grpo.train(model, ranked, settings, seed=4, folder=folder)
-    else:
-        rows = contrastive.train(model, contrastive.ranked_pairs(ranked, 4, settings), settings, seed=4, folder=folder)
-    assert distributed.processes().num_processes == count
-    if distributed.processes().is_main_process:
-        save_file({n: p.detach().clone() for n, p in model.backbone.named_parameters()}, folder / "weights.safetensors")
-        (folder / "rows.json").write_text(json.dumps(rows))
+    for what, (settings, flat) in cases.items():
+        grpo.FLAT, own = flat, folder / what
+        model = encoder.load(model_folder, prompts)
+        if isinstance(settings, RlvrSettings):
+            rows = grpo.train(model, ranked, settings, seed=4, folder=own)
+        else:
+            rows = contrastive.train(model, contrastive.ranked_pairs(ranked, 4, settings), settings, seed=4, folder=own)
+        assert distributed.processes().num_processes == count
+        if distributed.processes().is_main_process:
+            save_file({n: p.detach().clone() for n, p in model.backbone.named_parameters()}, own / "weights.safetensors")
+            (own / "rows.json").write_text(json.dumps(rows))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("what", ["score, sequence", "full, dapo, batch, all sides", "gated, in turns, drawn again", "InfoNCE"])
-def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path, what):
+def test_two_processes_give_the_update_of_one(model_folder, smoke, ranked, tmp_path):
     """Three queries a step, so that the shares are uneven; weights after two steps, and the log, are those of one process."""
     few = {"queries": 6, "queries_per_step": 3}
-    settings = {
-        "score, sequence": stage3(smoke, **few),
-        "full, dapo, batch, all sides": stage3(smoke, **few, gradient="full", loss_type="dapo", scale_rewards="batch", rollout_sides="all"),
-        "gated, in turns, drawn again": stage3(
-            smoke, **few, gradient="gated", scale_rewards="batch", rollout_sides="both", resample=2, negatives=ONE
-        ),
-        "InfoNCE": smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}),
-    }[what]
-    found, flat = {}, 5e-3 if "drawn again" in what else grpo.FLAT  # some groups of an untrained model, not all
+    everything = {"gradient": "full", "loss_type": "dapo", "scale_rewards": "batch", "rollout_sides": "all"}
+    in_turns = {"gradient": "gated", "scale_rewards": "batch", "rollout_sides": "both", "resample": 2, "negatives": ONE}
+    cases = {
+        "score, sequence": (stage3(smoke, **few), grpo.FLAT),
+        "full, dapo, batch, all sides": (stage3(smoke, **few, **everything), grpo.FLAT),
+        "gated, in turns, drawn again": (stage3(smoke, **few, **in_turns), 5e-3),  # some groups of an untrained model, not all
+        "InfoNCE": (smoke.control.model_copy(update={"steps": 2, "batch": 3, "chunk": 2}), grpo.FLAT),
+    }
     for count in (1, 2):
-        (folder := tmp_path / str(count)).mkdir()
-        given = (folder, model_folder, smoke.encoder, ranked, settings, flat)
+        given = (tmp_path / str(count), model_folder, smoke.encoder, ranked, cases)
+        for what in cases:
+            (tmp_path / str(count) / what).mkdir(parents=True)
         assert exit_codes(train_as_one_of, count, *given, timeout=300) == [0] * count
-        found[count] = load_file(folder / "weights.safetensors"), json.loads((folder / "rows.json").read_text())
     before = dict(encoder.load(model_folder, smoke.encoder).backbone.named_parameters())
-    moved = max(float((found[1][0][n] - p).abs().max()) for n, p in before.items())
-    apart = max(float((found[1][0][n] - found[2][0][n]).abs().max()) for n in before)
-    assert moved > 1e-4 and apart < 1e-5
-    if "drawn again" in what:
-        assert 0 < sum(row["resampled"] for row in found[1][1]) < 4 and {row["candidates_act"] for row in found[1][1]} == {0, 1}
-    for one, two in zip(found[1][1], found[2][1], strict=True):
-        assert one.pop("step_time") and two.pop("step_time") and two == pytest.approx(one, rel=1e-5, abs=1e-5)
+    for what in cases:
+        one, two = (load_file(tmp_path / count / what / "weights.safetensors") for count in "12")
+        moved = max(float((one[n] - p).abs().max()) for n, p in before.items())
+        apart = max(float((one[n] - two[n]).abs().max()) for n in before)
+        assert moved > 1e-4 and apart < 1e-5, what
+        logs = [json.loads((tmp_path / count / what / "rows.json").read_text()) for count in "12"]
+        if "drawn again" in what:
+            assert 0 < sum(row["resampled"] for row in logs[0]) < 4 and {row["candidates_act"] for row in logs[0]} == {0, 1}
+        for alone, shared in zip(*logs, strict=True):
+            assert alone.pop("step_time") and shared.pop("step_time") and shared == pytest.approx(alone, rel=1e-5, abs=1e-5), what
