@@ -245,7 +245,9 @@ def test_two_processes_with_an_engine_each_give_the_update_of_one(engine, model_
     before = {name: p.clone() for name, p in one.backbone.named_parameters()}
     grpo.train(one, ranked, settings, seed=4, folder=tmp_path / "one")
     after = dict(one.backbone.named_parameters())
-    assert exit_codes(with_the_stand_in, 2, tmp_path, model_folder, prompting, ranked, settings, grpo.FLAT, timeout=120) == [0, 0]
-    both = load_file(tmp_path / "weights.safetensors")
+    (tmp_path / "both").mkdir()
+    given = (tmp_path, model_folder, prompting, ranked, {"both": (settings, grpo.FLAT)})
+    assert exit_codes(with_the_stand_in, 2, *given, timeout=120) == [0, 0]
+    both = load_file(tmp_path / "both" / "weights.safetensors")
     assert max(float((after[n] - p).abs().max()) for n, p in before.items()) > 1e-4
     assert max(float((after[n] - both[n]).abs().max()) for n in before) < 1e-5
