@@ -24,6 +24,7 @@ import torch
 from elva_core.data import images, mbeir
 from elva_core.files import ElvaDataError
 
+MAX_BYTES = 2**31  # of one file; the largest, CC-Neg's, has some hundred million
 R = TypeVar("R")
 
 
@@ -55,8 +56,9 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if len(row) != len(header):
             cells = f"{len(row)} cells, the header has {len(header)}"
             raise ElvaDataError(f"{path}:{line}: {cells}; quote commas in texts, or remove the row")
-    table = pd.DataFrame(list(rows.values()), index=list(rows), columns=header, dtype=str)
-    return table[list(columns)]
+    places = [header.index(column) for column in columns]
+    texts = [[row[place] for place in places] for row in rows.values()]
+    return pd.DataFrame(texts, index=list(rows), columns=list(columns), dtype=str)
 
 
 class _Plain(pickle.Unpickler):
@@ -122,6 +124,8 @@ class Files:
         """
         path = self.root.folder / relative
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
             if relative not in self._read:
                 with warnings.catch_warnings(action="ignore"):
                     self._read = {relative: FORMATS[path.suffix](path)}  # the last one only
