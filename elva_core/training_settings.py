@@ -118,6 +118,11 @@ class ControlSettings(ContrastiveSettings):
     loss: Literal["infonce", "grains"] = "infonce"  # grains: divergence from the overlap of grains
     grain_temperature: PositiveFloat = 0.1  # of the overlap; ours: with half of it a candidate weighs e^-5
 
+    @property
+    def queries(self) -> int:
+        """Queries of stage 3 that it sees."""
+        return self.steps * self.batch
+
     @model_validator(mode="after")
     def _both_counts(self) -> ControlSettings:
         if (self.hard is None) != (self.random is None):

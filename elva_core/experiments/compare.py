@@ -114,8 +114,7 @@ def overview(study: Study, table: pd.DataFrame, samples: int) -> pd.DataFrame:
 def queries_seen(settings: Settings, arm: Arm) -> int:
     """Queries of an arm's own training, on top of its stage 2."""
     changed = arm.applied(settings)
-    control = changed.control.steps * changed.control.batch
-    return {"nothing": 0, "stage3": changed.stage3.queries, "control": control}[arm.trains]
+    return {"nothing": 0, "stage3": changed.stage3.queries, "control": changed.control.queries}[arm.trains]
 
 
 def costs(study: Study, settings: Settings) -> pd.DataFrame:

@@ -137,9 +137,8 @@ def in_short(tables: Tables, reported: dict) -> str:
 
 def steps(tables: Tables, settings: Settings) -> str:
     """The arms from the EOL baseline to stage 3, each beside the one before it, as a Markdown table."""
-    control = settings.control.steps * settings.control.batch
-    values = {"negatives": decomposition.negatives(settings), "control": f"{control:,}"}
-    values["stage3"] = f"{settings.stage3.queries:,}"
+    seen = {name: f"{getattr(settings, name).queries:,}" for name in ("control", "stage3")}
+    values = seen | {"negatives": decomposition.negatives(settings)}
     one, five = (decomposition.at_cutoff(tables.decomposition, k) for k in decomposition.CUTOFFS)
     lines = [
         "Gains are paired differences in percentage points, taken before rounding, with 95 % intervals over "
