@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from elva_core.data import mbeir
 from elva_core.data.benchmark_files import Files, entries, number, text, transposed
@@ -359,6 +359,8 @@ def load(
     Raises:
         ElvaDataError: the first problem, with file and entry, and what to do.
     """
+    if encoding not in get_args(Encoding):
+        raise ElvaDataError(f"encoding {encoding!r} is none of {get_args(Encoding)}")
     words = dict(prompts or SETS[name].prompts)
     if encoding == "once" and {"t2i", "i2t"} <= words.keys():
         words |= {"t2i": "", "images": words["i2t"]}

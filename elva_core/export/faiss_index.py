@@ -276,6 +276,12 @@ def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Poo
             "give that model, or export anew"
         )
     file = pq.ParquetFile(folder / CANDIDATES)
+    vectors, candidates = Vectors(file), Candidates(file)
+    if len(vectors) != content["count"]:
+        raise ValueError(
+            f"{folder / CANDIDATES} has {len(vectors)} rows, the manifest says {content['count']}; "
+            "export the index again"
+        )
     # without an index search is exact, with the float32 vectors
     first, precision = None, content.get("precision", "float32")
     if precision != "float32" and importlib.util.find_spec("faiss"):
@@ -283,8 +289,7 @@ def opened(folder: Path, loaded: Encoder, root: mbeir.Root | None = None) -> Poo
 
         read = faiss.read_index_binary if precision == "binary" else faiss.read_index
         first = functools.partial(_first, read(str(folder / FAISS)), precision)
-    stored = Candidates(file), Vectors(file)
-    return Pool(content["unit"], content["pool"], *stored, content["template"], root, first)
+    return Pool(content["unit"], content["pool"], candidates, vectors, content["template"], root, first)
 
 
 class _Rows:

@@ -265,12 +265,15 @@ def unit_rows(vectors: np.ndarray, name: str = "row", start: int = 0) -> np.ndar
 
 
 class Prefixes:
-    """(N, dim) float32: the first numbers of N longer vectors, of unit length again.
+    """(N, dim) float32: the first numbers of N longer vectors, of unit length again; read where it is sliced.
 
-    They are read where it is sliced.
+    Raises:
+        ValueError: the vectors are shorter.
     """
 
     def __init__(self, vectors: np.ndarray | Sequence, dim: int) -> None:
+        if len(vectors) and dim > (size := vectors[:1].shape[1]):
+            raise ValueError(f"{dim} numbers were asked for of vectors of {size}; ask for fewer")
         self._vectors, self._dim = vectors, dim
 
     def __len__(self) -> int:

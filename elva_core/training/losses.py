@@ -18,9 +18,14 @@ def nested(vectors: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
 
     Source: Kusupati et al. 2022, Matryoshka Representation Learning.
 
+    Raises:
+        ValueError: a dim exceeds D.
+
     >>> [part.tolist() for part in nested(torch.tensor([[0.6, 0.0, 0.8]]), [1, 3])]
     [[[1.0]], [[0.6000000238418579, 0.0, 0.800000011920929]]]
     """
+    if max(dims, default=0) > vectors.shape[-1]:
+        raise ValueError(f"dims = {list(dims)}, but embeddings have {vectors.shape[-1]} numbers; lower them")
     return [torch.nn.functional.normalize(vectors[..., :dim], dim=-1) for dim in dims] or [vectors]
 
 
@@ -173,7 +178,7 @@ def advantages(
     Args:
         rewards: (Q, G), one row per query.
         scale: "group" divides by the group's standard deviation (GRPO), "batch" by that of all, "none" by 1.
-        spread: with "batch", the standard deviation of all rewards of the step, of which these may be a part.
+        spread: with "batch", the standard deviation of all rewards of a step of which these are only a part.
 
     A group whose rewards are all equal gets advantage 0, never NaN.
 
@@ -186,6 +191,8 @@ def advantages(
         return centred
     if scale == "group":
         spread = rewards.std(dim=1, keepdim=True)
+    elif spread is None:
+        spread = rewards.std()
     return centred / (spread + ADVANTAGE_EPSILON)
 
 
