@@ -64,10 +64,12 @@ def test_the_loss_of_a_step_and_its_gradient_are_sentence_transformers(model_fol
         torch.testing.assert_close(gradients[0][name], gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_without_dims_the_embeddings_are_those_of_before():
+def test_without_dims_the_embeddings_are_those_of_before_and_longer_prefixes_are_refused():
     vectors = torch.randn(3, 48)
     (whole,) = losses.nested(vectors, ())
     assert whole is vectors
+    with pytest.raises(ValueError, match=r"dims = \[8, 64\], but embeddings have 48 numbers"):
+        losses.nested(vectors, (8, 64))
 
 
 @pytest.mark.parametrize("candidates", ["step", "mined"])
